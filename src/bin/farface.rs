@@ -1,0 +1,2 @@
+//! farface command line.
+fn main() {}

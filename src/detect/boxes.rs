@@ -1,0 +1,63 @@
+//! Boxes and their overlap.
+
+/// Axis-aligned box with continuous corners: width = x2 - x1.
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
+pub struct BBox {
+    /// Left.
+    pub x1: f32,
+    /// Top.
+    pub y1: f32,
+    /// Right.
+    pub x2: f32,
+    /// Bottom.
+    pub y2: f32,
+}
+
+impl BBox {
+    /// From corners.
+    pub const fn new(x1: f32, y1: f32, x2: f32, y2: f32) -> Self {
+        Self { x1, y1, x2, y2 }
+    }
+
+    /// From corner and size.
+    pub const fn from_xywh(x: f32, y: f32, w: f32, h: f32) -> Self {
+        Self { x1: x, y1: y, x2: x + w, y2: y + h }
+    }
+
+    /// Width.
+    pub fn width(&self) -> f32 {
+        self.x2 - self.x1
+    }
+
+    /// Height.
+    pub fn height(&self) -> f32 {
+        self.y2 - self.y1
+    }
+
+    /// Area, 0 for an inverted box.
+    pub fn area(&self) -> f32 {
+        self.width().max(0.0) * self.height().max(0.0)
+    }
+
+    /// Intersection over union of two continuous boxes; 0 where either is empty.
+    pub fn iou(&self, other: &Self) -> f32 {
+        let w = (self.x2.min(other.x2) - self.x1.max(other.x1)).max(0.0);
+        let h = (self.y2.min(other.y2) - self.y1.max(other.y1)).max(0.0);
+        let inter = w * h;
+        let union = self.area() + other.area() - inter;
+        if union > 0.0 {
+            inter / union
+        } else {
+            0.0
+        }
+    }
+}
+
+/// A scored box.
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
+pub struct Detection {
+    /// Box in pixels.
+    pub bbox: BBox,
+    /// Confidence, 0 to 1.
+    pub score: f32,
+}

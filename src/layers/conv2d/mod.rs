@@ -1,0 +1,122 @@
+//! 2-D convolution: groups, depthwise, dilation, stride, per-axis kernel and asymmetric padding.
+
+use crate::error::{Error, Result};
+use crate::shape::{conv_out, Shape};
+
+/// Parameters of a convolution. Weight `[out, in/groups, kh, kw]`, bias `[out]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Conv2d {
+    /// Input channels.
+    pub in_channels: usize,
+    /// Output channels.
+    pub out_channels: usize,
+    /// Kernel height and width.
+    pub kernel: [usize; 2],
+    /// Vertical and horizontal stride.
+    pub stride: [usize; 2],
+    /// Vertical and horizontal dilation.
+    pub dilation: [usize; 2],
+    /// Zero padding: top, left, bottom, right.
+    pub padding: [usize; 4],
+    /// Groups; `in_channels` of them is a depthwise convolution.
+    pub groups: usize,
+    /// Whether a bias is added.
+    pub bias: bool,
+}
+
+impl Conv2d {
+    /// Square kernel, stride 1, "same" padding for odd kernels, no bias.
+    pub const fn new(in_channels: usize, out_channels: usize, kernel: usize) -> Self {
+        let p = kernel / 2;
+        Self {
+            in_channels,
+            out_channels,
+            kernel: [kernel, kernel],
+            stride: [1, 1],
+            dilation: [1, 1],
+            padding: [p, p, p, p],
+            groups: 1,
+            bias: false,
+        }
+    }
+
+    /// Kernel `kh` x `kw` with "same" padding for odd sizes.
+    pub const fn rect(in_channels: usize, out_channels: usize, kh: usize, kw: usize) -> Self {
+        let mut c = Self::new(in_channels, out_channels, 1);
+        c.kernel = [kh, kw];
+        c.padding = [kh / 2, kw / 2, kh / 2, kw / 2];
+        c
+    }
+
+    /// Depthwise, square kernel, "same" padding.
+    pub const fn depthwise(channels: usize, kernel: usize) -> Self {
+        Self::new(channels, channels, kernel).groups(channels)
+    }
+
+    /// With this stride on both axes.
+    pub const fn stride(mut self, s: usize) -> Self {
+        self.stride = [s, s];
+        self
+    }
+
+    /// With this dilation on both axes and the padding that keeps the size at stride 1.
+    pub const fn dilation(mut self, d: usize) -> Self {
+        self.dilation = [d, d];
+        let [ph, pw] = [self.kernel[0] / 2 * d, self.kernel[1] / 2 * d];
+        self.padding = [ph, pw, ph, pw];
+        self
+    }
+
+    /// With this padding: top, left, bottom, right.
+    pub const fn padding(mut self, padding: [usize; 4]) -> Self {
+        self.padding = padding;
+        self
+    }
+
+    /// With this many groups.
+    pub const fn groups(mut self, groups: usize) -> Self {
+        self.groups = groups;
+        self
+    }
+
+    /// With a bias.
+    pub const fn bias(mut self) -> Self {
+        self.bias = true;
+        self
+    }
+
+    /// One filter a channel.
+    pub const fn is_depthwise(&self) -> bool {
+        self.groups > 1 && self.groups == self.in_channels && self.in_channels == self.out_channels
+    }
+
+    /// Weight shape `[out, in/groups, kh, kw]`.
+    pub fn weight_shape(&self) -> [usize; 4] {
+        [self.out_channels, self.in_channels / self.groups, self.kernel[0], self.kernel[1]]
+    }
+
+    /// Rows and columns of the window, dilation counted.
+    pub fn window(&self) -> [usize; 2] {
+        [0, 1].map(|a| self.dilation[a] * (self.kernel[a] - 1) + 1)
+    }
+
+    /// Output shape.
+    pub fn out_shape(&self, x: Shape) -> Result<Shape> {
+        if x.c != self.in_channels {
+            return Err(Error::InvalidModel(format!("conv2d expects {} channels, got {}", self.in_channels, x.c)));
+        }
+        let [t, l, b, r] = self.padding;
+        let h = conv_out(x.h, self.kernel[0], self.stride[0], self.dilation[0], t, b);
+        let w = conv_out(x.w, self.kernel[1], self.stride[1], self.dilation[1], l, r);
+        match (h, w) {
+            (Some(h), Some(w)) => Ok(Shape::new(x.n, self.out_channels, h, w)),
+            _ => Err(Error::InvalidModel(format!("conv2d window {:?} does not fit input {x}", self.window()))),
+        }
+    }
+
+    /// Multiply-adds for this output.
+    pub fn macs(&self, out: Shape) -> u64 {
+        let per_value = self.in_channels / self.groups * self.kernel[0] * self.kernel[1];
+        out.len() as u64 * per_value as u64
+    }
+}

@@ -1,0 +1,25 @@
+//! farface finds faces, the far and tiny ones too: hand-written CNN inference in Rust behind a
+//! stable C header.
+//!
+//! ARCHITECTURE.md draws the whole; each module imports only what stands to its left:
+//! `error, shape <- cpu <- layers <- graph <- nets <- detect <- {capi, eval} <- bin`, with `pixels`
+//! beside `layers`.
+
+#[forbid(unsafe_code)]
+pub mod error;
+#[forbid(unsafe_code)]
+pub mod shape;
+
+pub mod cpu;
+pub mod layers;
+
+#[forbid(unsafe_code)]
+pub mod pixels;
+
+#[forbid(unsafe_code)]
+pub mod detect;
+#[cfg(feature = "eval")]
+#[forbid(unsafe_code)]
+pub mod eval;
+
+pub use error::{Error, Result};

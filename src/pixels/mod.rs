@@ -1,0 +1,1 @@
+//! Pictures as views, and their way into the network.
