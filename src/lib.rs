@@ -14,6 +14,9 @@ pub mod cpu;
 pub mod layers;
 
 #[forbid(unsafe_code)]
+pub mod graph;
+
+#[forbid(unsafe_code)]
 pub mod pixels;
 
 #[forbid(unsafe_code)]

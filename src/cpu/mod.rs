@@ -1,1 +1,15 @@
-//! CPU kernels.
+//! Raw CPU kernels on one arena of floats: instruction sets, threads, convolution, the steps of a
+//! plan. Knows nothing of layers.
+
+pub mod arena;
+pub(crate) mod conv;
+pub mod isa;
+mod kernels;
+pub mod program;
+pub(crate) mod simple;
+pub mod threads;
+
+pub use arena::{Arena, View};
+pub use isa::Isa;
+pub use program::{Op, Program};
+pub use threads::Pool;

@@ -1,0 +1,131 @@
+//! One block of memory a session, and the views of tensors in it.
+
+use crate::shape::Shape;
+
+/// A tensor inside the arena: channels-last, with a border of zeros (halo) around every image so
+/// that convolutions need no edge cases, and a pixel stride that may exceed the channels so that
+/// the inputs of a concatenation can be written in place. Offsets and strides count floats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct View {
+    /// Size, halo not counted.
+    pub shape: Shape,
+    /// Start of the first pixel of the first image, inside the halo.
+    pub offset: usize,
+    /// Floats from one pixel to the next; at least `shape.c`.
+    pub pixel: usize,
+    /// Floats from one row to the next.
+    pub row: usize,
+    /// Floats from one image to the next.
+    pub image: usize,
+    /// Halo in pixels: top, left, bottom, right.
+    pub halo: [usize; 4],
+}
+
+impl View {
+    /// Densely packed view at `base` (a multiple of 16 keeps rows of 16 channels aligned).
+    pub fn new(shape: Shape, base: usize, halo: [usize; 4]) -> Self {
+        let [t, l, b, r] = halo;
+        let row = (shape.w + l + r) * shape.c;
+        let image = (shape.h + t + b) * row;
+        Self { shape, offset: base + t * row + l * shape.c, pixel: shape.c, row, image, halo }
+    }
+
+    /// Floats that a dense view of this size takes, or None on overflow.
+    pub fn footprint(shape: Shape, halo: [usize; 4]) -> Option<usize> {
+        let [t, l, b, r] = halo;
+        let row = shape.w.checked_add(l)?.checked_add(r)?.checked_mul(shape.c)?;
+        let rows = shape.h.checked_add(t)?.checked_add(b)?;
+        rows.checked_mul(row)?.checked_mul(shape.n)
+    }
+
+    /// Channels `first .. first + count` of this view.
+    pub fn channels(&self, first: usize, count: usize) -> Self {
+        assert!(first + count <= self.shape.c, "channel slice outside the tensor");
+        Self { shape: Shape { c: count, ..self.shape }, offset: self.offset + first, ..*self }
+    }
+
+    /// Index of (n, y, x, channel 0).
+    #[inline]
+    pub fn at(&self, n: usize, y: usize, x: usize) -> usize {
+        self.offset + n * self.image + y * self.row + x * self.pixel
+    }
+
+    /// First float of the view, halo counted.
+    pub fn begin(&self) -> usize {
+        self.offset - self.halo[0] * self.row - self.halo[1] * self.pixel
+    }
+
+    /// One past the last float of the view, halo counted.
+    pub fn end(&self) -> usize {
+        let s = self.shape;
+        self.at(s.n - 1, s.h - 1 + self.halo[2], s.w - 1 + self.halo[3]) + s.c
+    }
+
+    /// Whether the two views share any float. Views of different channels of one buffer interleave
+    /// without sharing; everything else is compared by extent.
+    pub fn overlaps(&self, other: &View) -> bool {
+        let apart = self.end() <= other.begin() || other.end() <= self.begin();
+        if apart {
+            return false;
+        }
+        let same_grid = (self.pixel, self.row, self.image) == (other.pixel, other.row, other.image);
+        if same_grid && self.row % self.pixel == 0 && self.image % self.pixel == 0 {
+            // Every float of a view lies in its channels' residue classes modulo the pixel stride:
+            // disjoint arcs on that circle cannot share a float.
+            let arc = (other.begin() + self.pixel - self.begin() % self.pixel) % self.pixel;
+            return !(arc >= self.shape.c && arc + other.shape.c <= self.pixel);
+        }
+        true
+    }
+}
+
+/// A cache line of floats: the arena's unit, so that it is aligned without unsafe code.
+#[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// The memory that a plan runs in, 64-byte aligned, grown only when told to.
+#[derive(Default)]
+pub struct Arena {
+    lines: Vec<Line>,
+}
+
+impl Arena {
+    /// Aligned copy of `values`, zero-filled to whole lines (packed weights).
+    pub fn from_slice(values: &[f32]) -> Self {
+        let mut arena = Self::default();
+        arena.reserve(values.len());
+        arena.floats_mut()[..values.len()].copy_from_slice(values);
+        arena
+    }
+
+    /// Grows to at least `floats`; never shrinks.
+    pub fn reserve(&mut self, floats: usize) {
+        let lines = floats.div_ceil(16);
+        if lines > self.lines.len() {
+            // A larger plan needs none of the old contents: free first, so that the peak is the new size.
+            self.lines = Vec::new();
+            self.lines = vec![Line([0.0; 16]); lines];
+        }
+    }
+
+    /// Frees everything.
+    pub fn clear(&mut self) {
+        self.lines = Vec::new();
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.lines.len() * 64
+    }
+
+    /// All values.
+    pub fn floats(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.lines)
+    }
+
+    /// All values, writable.
+    pub fn floats_mut(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(&mut self.lines)
+    }
+}

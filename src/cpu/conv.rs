@@ -1,0 +1,288 @@
+//! Convolution steps: weights packed for the kernels, and their call over a share of the rows.
+
+use super::arena::{Arena, View};
+use super::isa::Isa;
+pub(crate) use super::kernels::conv::Residual;
+use super::kernels::conv::{panel_registers, panels, ConvArgs};
+use super::kernels::depthwise::DepthwiseArgs;
+use super::kernels::Kernels;
+use super::simple::blends;
+use super::threads::Team;
+use std::ops::Range;
+
+/// Weights walked together while a block of rows is computed: half of a 2 MiB second-level cache,
+/// in floats.
+const PANEL_GROUP: usize = 1 << 18;
+
+/// Geometry of a convolution without its weights: kernel, stride, dilation, padding above and left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Window {
+    pub kernel: [usize; 2],
+    pub stride: [usize; 2],
+    pub dilation: [usize; 2],
+    /// Top, left, bottom, right.
+    pub padding: [usize; 4],
+}
+
+impl Window {
+    /// Index of the first float of the first output pixel's window.
+    fn first(&self, input: &View) -> usize {
+        input.offset - self.padding[0] * input.row - self.padding[1] * input.pixel
+    }
+
+    /// Whether every window of `out` rows and columns lies inside `input` and its halo.
+    pub fn fits(&self, input: &View, out: [usize; 2]) -> bool {
+        let size = [input.shape.h, input.shape.w];
+        (0..2).all(|axis| {
+            let last = (out[axis] - 1) * self.stride[axis] + self.dilation[axis] * (self.kernel[axis] - 1);
+            let (before, after) = (self.padding[axis], input.halo[axis + 2]);
+            before <= input.halo[axis] && last < size[axis] + before + after
+        })
+    }
+}
+
+/// A dense (or grouped, not depthwise) convolution with packed weights.
+pub(crate) struct ConvOp {
+    pub window: Window,
+    pub groups: usize,
+    pub in_channels: usize,
+    pub out_channels: usize,
+    /// Result = max(x, slope * x).
+    pub slope: f32,
+    /// Where the second input is added, if there is one.
+    pub residual: Residual,
+    kernels: &'static Kernels,
+    /// Groups, one after the other; in each panels of `[kh][kw][in][panel width]`.
+    weights: Arena,
+    bias: Arena,
+    group_weights: usize,
+    group_bias: usize,
+}
+
+impl ConvOp {
+    /// Packs `weight` `[out, in/groups, kh, kw]` and `bias` `[out]`.
+    pub fn new(
+        isa: Isa,
+        window: Window,
+        groups: usize,
+        [in_channels, out_channels]: [usize; 2],
+        weight: &[f32],
+        bias: &[f32],
+        slope: f32,
+        residual: Residual,
+    ) -> Self {
+        let kernels = Kernels::of(isa);
+        let lanes = kernels.lanes;
+        let [kh, kw] = window.kernel;
+        let (ci, co) = (in_channels / groups, out_channels / groups);
+        assert_eq!(weight.len(), out_channels * ci * kh * kw);
+        assert_eq!(bias.len(), out_channels);
+        let (mut packed, mut packed_bias) = (Vec::new(), Vec::new());
+        for g in 0..groups {
+            for p in 0..panels(co, lanes) {
+                let first = p * 2 * lanes;
+                let width = panel_registers(co, lanes, p) * lanes;
+                let channel = |j: usize| (first + j < co).then_some(g * co + first + j);
+                for ky in 0..kh {
+                    for kx in 0..kw {
+                        for i in 0..ci {
+                            let at = |o: usize| weight[((o * ci + i) * kh + ky) * kw + kx];
+                            packed.extend((0..width).map(|j| channel(j).map_or(0.0, at)));
+                        }
+                    }
+                }
+                packed_bias.extend((0..width).map(|j| channel(j).map_or(0.0, |o| bias[o])));
+            }
+        }
+        Self {
+            window,
+            groups,
+            in_channels,
+            out_channels,
+            slope,
+            residual,
+            kernels,
+            weights: Arena::from_slice(&packed),
+            bias: Arena::from_slice(&packed_bias),
+            group_weights: packed.len() / groups,
+            group_bias: packed_bias.len() / groups,
+        }
+    }
+
+    /// Bytes of packed weights.
+    pub fn bytes(&self) -> usize {
+        self.weights.bytes() + self.bias.bytes()
+    }
+
+    /// What a step needs beyond the views, made once a plan.
+    pub fn prepare(&self, input: &View, add: Option<&View>, output: &View) -> ConvTables {
+        let w = &self.window;
+        let ci = self.in_channels / self.groups;
+        // A kernel row is one run of floats where pixels are dense and not dilated.
+        let merged = w.dilation[1] == 1 && input.pixel == ci;
+        let columns = if merged { 1 } else { w.kernel[1] };
+        let tap = |ky: usize, kx: usize| ky * w.dilation[0] * input.row + kx * w.dilation[1] * input.pixel;
+        let taps = (0..w.kernel[0]).flat_map(|ky| (0..columns).map(move |kx| tap(ky, kx))).collect();
+        let (mut add_rows, mut add_columns) = (Vec::new(), Vec::new());
+        if let Some(add) = add {
+            let (a, o) = (add.shape, output.shape);
+            if (a.h, a.w) != (o.h, o.w) {
+                add_rows = blends(a.h, o.h, false).iter().map(|b| b.low).collect();
+                add_columns = blends(a.w, o.w, false).iter().map(|b| b.low).collect();
+            }
+        }
+        ConvTables { taps, run: if merged { ci * w.kernel[1] } else { ci }, add_rows, add_columns }
+    }
+
+    /// Computes this thread's share of the output.
+    ///
+    /// # Safety
+    /// `base` is an arena in which the views lie, the input's halo holds zeros and covers the
+    /// padding, the output overlaps no input, and all threads of the team call this together.
+    pub unsafe fn run(
+        &self,
+        base: *mut f32,
+        tables: &ConvTables,
+        input: &View,
+        add: Option<&View>,
+        output: &View,
+        team: &Team,
+    ) {
+        let (ci, co) = (self.in_channels / self.groups, self.out_channels / self.groups);
+        let lanes = self.kernels.lanes;
+        let all = panels(co, lanes);
+        let depth = self.group_weights / (self.group_bias.max(1));
+        let height = output.shape.h;
+        let rows = output.shape.n * height;
+        // Few rows and many channels: share the panels instead of the rows.
+        let by_panel = rows < 2 * team.threads && all >= team.threads;
+        let (rows, mine) = if by_panel { (0..rows, team.share(all)) } else { (team.share(rows), 0..all) };
+        let group = (PANEL_GROUP / (depth * 2 * lanes).max(1)).max(1);
+        for g in 0..self.groups {
+            for_images(rows.clone(), height, |n, rows| {
+                // SAFETY: the caller's contract; channel offsets stay inside the views' pixels.
+                unsafe {
+                    let first_add = add.map_or(std::ptr::null(), |v| base.add(v.at(n, 0, 0) + g * co).cast_const());
+                    let args = ConvArgs {
+                        input: base.add(self.window.first(input) + n * input.image + g * ci),
+                        in_row: self.window.stride[0] * input.row,
+                        in_pixel: self.window.stride[1] * input.pixel,
+                        taps: &tables.taps,
+                        run: tables.run,
+                        weights: self.weights.floats().as_ptr().add(g * self.group_weights),
+                        bias: self.bias.floats().as_ptr().add(g * self.group_bias),
+                        output: base.add(output.at(n, 0, 0) + g * co),
+                        out_row: output.row,
+                        out_pixel: output.pixel,
+                        width: output.shape.w,
+                        channels: co,
+                        slope: self.slope,
+                        residual: if add.is_some() { self.residual } else { Residual::None },
+                        add: first_add,
+                        add_row: add.map_or(0, |v| v.row),
+                        add_pixel: add.map_or(0, |v| v.pixel),
+                        add_rows: &tables.add_rows,
+                        add_columns: &tables.add_columns,
+                    };
+                    let mut p = mine.start;
+                    while p < mine.end {
+                        let end = (p + group).min(mine.end);
+                        (self.kernels.conv)(&args, rows.clone(), p..end);
+                        p = end;
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// A step's tables: offsets of the window's runs, and the source of every residual row and column.
+pub(crate) struct ConvTables {
+    taps: Vec<usize>,
+    run: usize,
+    add_rows: Vec<u32>,
+    add_columns: Vec<u32>,
+}
+
+impl ConvTables {
+    /// Heap bytes held.
+    pub fn bytes(&self) -> usize {
+        self.taps.capacity() * size_of::<usize>() + (self.add_rows.capacity() + self.add_columns.capacity()) * 4
+    }
+}
+
+/// Splits a range of rows counted over all images into (image, rows of it).
+pub(crate) fn for_images(rows: Range<usize>, height: usize, mut f: impl FnMut(usize, Range<usize>)) {
+    let mut y = rows.start;
+    while y < rows.end {
+        let n = y / height;
+        let end = rows.end.min((n + 1) * height);
+        f(n, y - n * height..end - n * height);
+        y = end;
+    }
+}
+
+/// A depthwise convolution; batch normalisation that could not be folded is one with a 1x1 window.
+pub(crate) struct DepthwiseOp {
+    pub window: Window,
+    pub channels: usize,
+    /// Result = max(x, slope * x).
+    pub slope: f32,
+    kernels: &'static Kernels,
+    /// `[kh][kw][channels]`.
+    weights: Arena,
+    bias: Arena,
+}
+
+impl DepthwiseOp {
+    /// Packs `weight` `[channels, 1, kh, kw]` and `bias` `[channels]`.
+    pub fn new(isa: Isa, window: Window, channels: usize, weight: &[f32], bias: &[f32], slope: f32) -> Self {
+        let taps = window.kernel[0] * window.kernel[1];
+        assert_eq!(weight.len(), channels * taps);
+        assert_eq!(bias.len(), channels);
+        let packed: Vec<f32> = (0..taps).flat_map(|t| (0..channels).map(move |c| weight[c * taps + t])).collect();
+        Self {
+            window,
+            channels,
+            slope,
+            kernels: Kernels::of(isa),
+            weights: Arena::from_slice(&packed),
+            bias: Arena::from_slice(bias),
+        }
+    }
+
+    /// Bytes of packed weights.
+    pub fn bytes(&self) -> usize {
+        self.weights.bytes() + self.bias.bytes()
+    }
+
+    /// Computes this thread's share of the output rows.
+    ///
+    /// # Safety
+    /// As [`ConvOp::run`].
+    pub unsafe fn run(&self, base: *mut f32, input: &View, output: &View, team: &Team) {
+        let w = &self.window;
+        for_images(team.share(output.shape.n * output.shape.h), output.shape.h, |n, rows| {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let args = DepthwiseArgs {
+                    input: base.add(w.first(input) + n * input.image),
+                    in_row: w.stride[0] * input.row,
+                    in_pixel: w.stride[1] * input.pixel,
+                    kernel: w.kernel,
+                    tap_row: w.dilation[0] * input.row,
+                    tap_pixel: w.dilation[1] * input.pixel,
+                    weights: self.weights.floats().as_ptr(),
+                    bias: self.bias.floats().as_ptr(),
+                    output: base.add(output.at(n, 0, 0)),
+                    out_row: output.row,
+                    out_pixel: output.pixel,
+                    width: output.shape.w,
+                    channels: self.channels,
+                    slope: self.slope,
+                };
+                (self.kernels.depthwise)(&args, rows);
+            }
+        });
+    }
+}

@@ -1,0 +1,81 @@
+//! Which instruction set the kernels use, decided once at run time.
+
+use std::sync::OnceLock;
+
+/// Instruction sets that kernels exist for, weakest first. An `Isa` other than [`Isa::Generic`] is
+/// only handed out by [`detected`] and [`Isa::supported`], so holding one is proof that this CPU runs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Isa {
+    /// Portable Rust, whatever the compiler makes of it.
+    Generic,
+    /// AArch64 Advanced SIMD.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// AVX2 with FMA.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512F.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Isa {
+    /// Every ISA that this CPU can run, weakest first; tests run all of them.
+    pub fn supported() -> Vec<Isa> {
+        let mut isas = vec![Isa::Generic];
+        #[cfg(target_arch = "aarch64")]
+        isas.push(Isa::Neon); // part of the base architecture
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                isas.push(Isa::Avx2);
+                if is_x86_feature_detected!("avx512f") {
+                    isas.push(Isa::Avx512);
+                }
+            }
+        }
+        isas
+    }
+
+    /// Name as `FARFACE_ISA` takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Generic => "generic",
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => "neon",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => "avx512",
+        }
+    }
+}
+
+/// The ISA in use: the best this CPU has, lowered (never raised) by the environment variable
+/// `FARFACE_ISA` = `generic`, `neon`, `avx2` or `avx512`. Read once.
+pub fn detected() -> Isa {
+    static ISA: OnceLock<Isa> = OnceLock::new();
+    *ISA.get_or_init(|| lower(&Isa::supported(), std::env::var("FARFACE_ISA").ok().as_deref()))
+}
+
+/// The strongest of `supported`, or the one named `wanted` where the CPU has it.
+fn lower(supported: &[Isa], wanted: Option<&str>) -> Isa {
+    let best = *supported.last().expect("generic is always there");
+    supported.iter().copied().find(|isa| Some(isa.name()) == wanted).unwrap_or(best)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn environment_only_lowers() {
+        let all = Isa::supported();
+        let best = *all.last().unwrap();
+        assert_eq!(lower(&all, Some("generic")), Isa::Generic);
+        assert_eq!(lower(&all, None), best);
+        assert_eq!(lower(&all, Some("no such thing")), best);
+        assert_eq!(lower(&all[..1], Some("avx512")), Isa::Generic);
+    }
+}

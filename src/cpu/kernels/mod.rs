@@ -1,0 +1,172 @@
+//! The kernels proper: each written once over [`Vector`], compiled once an ISA, and collected in a
+//! table of function pointers. A table can only be had for an ISA that [`Isa::supported`] lists, so
+//! holding one is proof that this CPU runs it.
+
+#![allow(clippy::missing_safety_doc)] // the contract of every kernel is its argument struct's
+
+pub(crate) mod conv;
+pub(crate) mod depthwise;
+pub(crate) mod simple;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod generic;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
+use super::isa::Isa;
+use conv::ConvArgs;
+use depthwise::DepthwiseArgs;
+use simple::{PoolArgs, ResizeArgs, RowArgs};
+
+/// A register of f32 lanes. Callers must be compiled for the ISA that the type stands for, which is
+/// what makes every method unsafe.
+pub(crate) trait Vector: Copy {
+    /// Lanes.
+    const LANES: usize;
+    unsafe fn splat(v: f32) -> Self;
+    unsafe fn load(p: *const f32) -> Self;
+    unsafe fn store(self, p: *mut f32);
+    /// Loads the first `n < LANES` lanes, zeros in the rest.
+    unsafe fn load_first(p: *const f32, n: usize) -> Self;
+    /// Stores the first `n < LANES` lanes.
+    unsafe fn store_first(self, p: *mut f32, n: usize);
+    unsafe fn add(self, b: Self) -> Self;
+    unsafe fn mul(self, b: Self) -> Self;
+    /// `self + a * b`; fused where the ISA has it.
+    unsafe fn mul_add(self, a: Self, b: Self) -> Self;
+    /// Lane-wise maximum; `b` where either is NaN.
+    unsafe fn max(self, b: Self) -> Self;
+
+    /// Loads `n` lanes, `n <= LANES`.
+    #[inline(always)]
+    unsafe fn load_upto(p: *const f32, n: usize) -> Self {
+        unsafe {
+            if n >= Self::LANES {
+                Self::load(p)
+            } else {
+                Self::load_first(p, n)
+            }
+        }
+    }
+
+    /// Stores `n` lanes, `n <= LANES`.
+    #[inline(always)]
+    unsafe fn store_upto(self, p: *mut f32, n: usize) {
+        unsafe {
+            if n >= Self::LANES {
+                self.store(p)
+            } else {
+                self.store_first(p, n)
+            }
+        }
+    }
+}
+
+/// The kernels of one ISA.
+pub(crate) struct Kernels {
+    /// The ISA they are compiled for.
+    pub isa: Isa,
+    /// Lanes of its registers: weights are packed in panels of one or two of them.
+    pub lanes: usize,
+    /// Convolution, rows x output-channel panels.
+    pub conv: unsafe fn(&ConvArgs, rows: std::ops::Range<usize>, panels: std::ops::Range<usize>),
+    /// Depthwise convolution, rows.
+    pub depthwise: unsafe fn(&DepthwiseArgs, rows: std::ops::Range<usize>),
+    /// Max pooling, rows.
+    pub max_pool: unsafe fn(&PoolArgs, rows: std::ops::Range<usize>),
+    /// Interpolation, rows.
+    pub resize: unsafe fn(&ResizeArgs, rows: std::ops::Range<usize>),
+    /// Row-wise add / copy with activation.
+    pub rows: unsafe fn(&RowArgs, rows: std::ops::Range<usize>),
+}
+
+impl Kernels {
+    /// The table for `isa`. Having an [`Isa`] value is having checked the CPU for it.
+    pub fn of(isa: Isa) -> &'static Kernels {
+        match isa {
+            Isa::Generic => &generic::KERNELS,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => &neon::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &avx2::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => &avx512::KERNELS,
+        }
+    }
+}
+
+/// Compiles the bodies for one ISA and makes its table. `wide` and `narrow` list the tile heights
+/// (pixels) for panels of two registers and of one; the first is the tallest that fits the register file.
+macro_rules! isa_kernels {
+    ($isa:expr, $vector:ty, $(#[$attr:meta])?, wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
+        $(#[$attr])?
+        unsafe fn tile_wide<const MR: usize>(t: &$crate::cpu::kernels::conv::Tile) {
+            unsafe { $crate::cpu::kernels::conv::tile::<$vector, MR, 2>(t) }
+        }
+
+        $(#[$attr])?
+        unsafe fn tile_narrow<const MR: usize>(t: &$crate::cpu::kernels::conv::Tile) {
+            unsafe { $crate::cpu::kernels::conv::tile::<$vector, MR, 1>(t) }
+        }
+
+        struct Tiles;
+        impl $crate::cpu::kernels::conv::Tiles for Tiles {
+            const WIDE: usize = { let all = [$($wide),+]; all[0] };
+            const NARROW: usize = { let all = [$($narrow),+]; all[0] };
+            const LANES: usize = <$vector as $crate::cpu::kernels::Vector>::LANES;
+            #[inline(always)]
+            unsafe fn run(pixels: usize, wide: bool, t: &$crate::cpu::kernels::conv::Tile) {
+                unsafe {
+                    match (wide, pixels) {
+                        $((true, $wide) => tile_wide::<$wide>(t),)+
+                        $((false, $narrow) => tile_narrow::<$narrow>(t),)+
+                        _ => unreachable!("tile heights are dense"),
+                    }
+                }
+            }
+        }
+
+        $(#[$attr])?
+        unsafe fn conv(
+            a: &$crate::cpu::kernels::conv::ConvArgs,
+            rows: std::ops::Range<usize>,
+            panels: std::ops::Range<usize>,
+        ) {
+            unsafe { $crate::cpu::kernels::conv::block::<Tiles>(a, rows, panels) }
+        }
+
+        $(#[$attr])?
+        unsafe fn depthwise(a: &$crate::cpu::kernels::depthwise::DepthwiseArgs, rows: std::ops::Range<usize>) {
+            unsafe { $crate::cpu::kernels::depthwise::rows::<$vector>(a, rows) }
+        }
+
+        $(#[$attr])?
+        unsafe fn max_pool(a: &$crate::cpu::kernels::simple::PoolArgs, rows: std::ops::Range<usize>) {
+            unsafe { $crate::cpu::kernels::simple::max_pool::<$vector>(a, rows) }
+        }
+
+        $(#[$attr])?
+        unsafe fn resize(a: &$crate::cpu::kernels::simple::ResizeArgs, rows: std::ops::Range<usize>) {
+            unsafe { $crate::cpu::kernels::simple::resize::<$vector>(a, rows) }
+        }
+
+        $(#[$attr])?
+        unsafe fn add_or_copy(a: &$crate::cpu::kernels::simple::RowArgs, rows: std::ops::Range<usize>) {
+            unsafe { $crate::cpu::kernels::simple::add_or_copy::<$vector>(a, rows) }
+        }
+
+        pub(super) static KERNELS: $crate::cpu::kernels::Kernels = $crate::cpu::kernels::Kernels {
+            isa: $isa,
+            lanes: <$vector as $crate::cpu::kernels::Vector>::LANES,
+            conv,
+            depthwise,
+            max_pool,
+            resize,
+            rows: add_or_copy,
+        };
+    };
+}
+pub(crate) use isa_kernels;

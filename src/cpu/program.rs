@@ -1,0 +1,298 @@
+//! A validated list of steps over one arena: the safe face of the kernels.
+//!
+//! [`Program::new`] checks that every view lies inside the arena, that shapes and halos are what
+//! each step needs, and that no step's output overlaps an input. Running it is therefore safe.
+
+use super::arena::{Arena, View};
+use super::conv::{ConvOp, ConvTables, DepthwiseOp};
+use super::isa::Isa;
+use super::kernels::simple::Blend;
+use super::kernels::Kernels;
+use super::simple::{self, blends, ConvTransposeOp, PoolOp, RoiAlignOp};
+use super::threads::{Pool, Team};
+use crate::error::{Error, Result};
+use crate::shape::{conv_out, conv_transpose_out, Shape};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What a step computes. Independent of sizes, so that plans for several input shapes share one
+/// copy of the packed weights.
+pub struct Op(pub(crate) Kind);
+
+pub(crate) enum Kind {
+    Conv(ConvOp),
+    Depthwise(DepthwiseOp),
+    ConvTranspose(ConvTransposeOp),
+    MaxPool(PoolOp),
+    GlobalAvgPool,
+    Resize { bilinear: bool },
+    /// `activation(a + b)`, or of `a` alone.
+    Add { slope: f32 },
+    /// The part of the first input from this row and column on; the second input only gives the size.
+    Crop { corner: [usize; 2] },
+    Sigmoid,
+    Softmax(usize),
+    RoiAlign(RoiAlignOp),
+}
+
+impl Op {
+    /// Kernel name for listings.
+    pub fn name(&self) -> &'static str {
+        match &self.0 {
+            Kind::Conv(c) if c.window.kernel == [1, 1] => "conv 1x1",
+            Kind::Conv(c) if c.window.kernel == [3, 3] => "conv 3x3",
+            Kind::Conv(_) => "conv",
+            Kind::Depthwise(d) if d.window.kernel == [3, 3] => "depthwise 3x3",
+            Kind::Depthwise(_) => "depthwise",
+            Kind::ConvTranspose(_) => "conv transpose",
+            Kind::MaxPool(_) => "max pool",
+            Kind::GlobalAvgPool => "global average",
+            Kind::Resize { bilinear: true } => "bilinear",
+            Kind::Resize { bilinear: false } => "nearest",
+            Kind::Add { .. } => "add/copy",
+            Kind::Crop { .. } => "crop",
+            Kind::Sigmoid => "sigmoid",
+            Kind::Softmax(_) => "softmax",
+            Kind::RoiAlign(_) => "roi align",
+        }
+    }
+
+    /// Bytes of packed weights.
+    pub fn bytes(&self) -> usize {
+        match &self.0 {
+            Kind::Conv(c) => c.bytes(),
+            Kind::Depthwise(d) => d.bytes(),
+            Kind::ConvTranspose(c) => c.bytes(),
+            _ => 0,
+        }
+    }
+
+    /// Halo that this op needs around its first input: top, left, bottom, right.
+    pub fn halo(&self) -> [usize; 4] {
+        match &self.0 {
+            Kind::Conv(c) => c.window.padding,
+            Kind::Depthwise(d) => d.window.padding,
+            _ => [0; 4],
+        }
+    }
+
+    /// The output shape these inputs must have, where they follow from each other.
+    fn check(&self, inputs: &[View], out: Shape) -> std::result::Result<(), &'static str> {
+        let a = inputs.first().ok_or("no input")?;
+        let s = a.shape;
+        let windowed = |w: &super::conv::Window, channels: usize| {
+            let [t, l, b, r] = w.padding;
+            let h = conv_out(s.h, w.kernel[0], w.stride[0], w.dilation[0], t, b);
+            let v = conv_out(s.w, w.kernel[1], w.stride[1], w.dilation[1], l, r);
+            (Some(out.h), Some(out.w)) == (h, v) && out.c == channels && out.n == s.n && w.fits(a, [out.h, out.w])
+        };
+        let same_size = |v: &View| (v.shape.n, v.shape.c) == (out.n, out.c);
+        let ok = match &self.0 {
+            Kind::Conv(c) => {
+                windowed(&c.window, c.out_channels)
+                    && s.c == c.in_channels
+                    && inputs.len() <= 2
+                    && inputs.get(1).is_none_or(same_size)
+            }
+            Kind::Depthwise(d) => windowed(&d.window, d.channels) && s.c == d.channels,
+            Kind::ConvTranspose(c) => {
+                let side = |i, a: usize| {
+                    let crop = [c.pad[a], 0]; // the far side's crop is whatever the output leaves off
+                    conv_transpose_out(i, c.kernel[a], c.stride[a], 1, crop[0], crop[1], 0)
+                };
+                side(s.h, 0).is_some_and(|h| out.h <= h)
+                    && side(s.w, 1).is_some_and(|w| out.w <= w)
+                    && (s.n, s.c, out.c) == (out.n, c.in_channels, c.out_channels)
+            }
+            Kind::MaxPool(p) => {
+                // Every window must touch the map.
+                let inside = |o: usize, a: usize, size: usize| {
+                    p.pad[a] < p.kernel[a] && (o - 1) * p.stride[a] < size + p.pad[a]
+                };
+                inside(out.h, 0, s.h) && inside(out.w, 1, s.w) && (s.n, s.c) == (out.n, out.c)
+            }
+            Kind::GlobalAvgPool => out == Shape::new(s.n, s.c, 1, 1),
+            Kind::Resize { .. } => (s.n, s.c) == (out.n, out.c),
+            Kind::Add { .. } => inputs.len() <= 2 && inputs.iter().all(|v| v.shape == out),
+            Kind::Crop { corner } => {
+                (s.n, s.c) == (out.n, out.c) && corner[0] + out.h <= s.h && corner[1] + out.w <= s.w
+            }
+            Kind::Sigmoid => s == out,
+            Kind::Softmax(k) => s == out && *k > 0 && s.c % k == 0,
+            Kind::RoiAlign(r) => {
+                inputs.get(1).is_some_and(|b| b.shape == Shape::new(out.n, 5, 1, 1))
+                    && (out.c, out.h, out.w) == (s.c, r.output[0], r.output[1])
+            }
+        };
+        ok.then_some(()).ok_or("shapes or halos do not fit")
+    }
+}
+
+/// Tables that depend on sizes, made once a plan.
+enum Tables {
+    None,
+    Conv(ConvTables),
+    Resize([Vec<Blend>; 2]),
+}
+
+/// One op on its views.
+struct Step {
+    op: Arc<Op>,
+    inputs: Vec<View>,
+    output: View,
+    tables: Tables,
+}
+
+/// A step to be validated: the op, its inputs, its output.
+pub struct StepSpec {
+    /// The op.
+    pub op: Arc<Op>,
+    /// Inputs in the op's order.
+    pub inputs: Vec<View>,
+    /// Output.
+    pub output: View,
+}
+
+/// A validated program.
+pub struct Program {
+    steps: Vec<Step>,
+    inputs: Vec<View>,
+    floats: usize,
+    kernels: &'static Kernels,
+}
+
+/// The arena's base, shared by the threads of one run.
+struct Base(*mut f32);
+// SAFETY: steps write disjoint shares of their outputs and meet at a barrier before the next reads
+// them; Program::new has checked that outputs and inputs do not overlap.
+unsafe impl Sync for Base {}
+
+impl Program {
+    /// Validates `steps` for an arena of `floats` floats; `inputs` are the views the caller fills.
+    pub fn new(isa: Isa, floats: usize, inputs: Vec<View>, steps: Vec<StepSpec>) -> Result<Self> {
+        let inside = |v: &View| {
+            let [t, l, _, _] = v.halo;
+            !v.shape.is_empty() && v.offset >= t * v.row + l * v.pixel && v.end() <= floats && v.pixel >= v.shape.c
+        };
+        let bad = |i: usize, what: &str| Error::Internal(format!("step {i}: {what}"));
+        if !inputs.iter().all(inside) {
+            return Err(bad(0, "a program input lies outside the arena"));
+        }
+        let mut checked = Vec::with_capacity(steps.len());
+        for (i, s) in steps.into_iter().enumerate() {
+            if !s.inputs.iter().chain([&s.output]).all(inside) {
+                return Err(bad(i, "a view lies outside the arena"));
+            }
+            if s.inputs.iter().any(|v| v.overlaps(&s.output)) {
+                return Err(bad(i, "the output overlaps an input"));
+            }
+            s.op.check(&s.inputs, s.output.shape).map_err(|why| bad(i, why))?;
+            let (a, out) = (s.inputs[0], s.output.shape);
+            let tables = match &s.op.0 {
+                Kind::Conv(c) => Tables::Conv(c.prepare(&a, s.inputs.get(1), &s.output)),
+                Kind::Resize { bilinear } => Tables::Resize([
+                    blends(a.shape.h, out.h, *bilinear),
+                    blends(a.shape.w, out.w, *bilinear),
+                ]),
+                _ => Tables::None,
+            };
+            checked.push(Step { op: s.op, inputs: s.inputs, output: s.output, tables });
+        }
+        Ok(Self { steps: checked, inputs, floats, kernels: Kernels::of(isa) })
+    }
+
+    /// Floats the arena must hold.
+    pub fn floats(&self) -> usize {
+        self.floats
+    }
+
+    /// Heap bytes of the program itself (tables and steps).
+    pub fn bytes(&self) -> usize {
+        let tables = |t: &Tables| match t {
+            Tables::None => 0,
+            Tables::Conv(c) => c.bytes(),
+            Tables::Resize(b) => b.iter().map(|v| v.capacity() * size_of::<Blend>()).sum(),
+        };
+        let steps = self.steps.iter().map(|s| tables(&s.tables) + s.inputs.capacity() * size_of::<View>());
+        steps.sum::<usize>()
+            + self.steps.capacity() * size_of::<Step>()
+            + self.inputs.capacity() * size_of::<View>()
+    }
+
+    /// Number of steps.
+    pub fn len(&self) -> usize {
+        self.steps.len()
+    }
+
+    /// True without steps.
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// Runs all steps on all threads of the pool.
+    pub fn run(&self, arena: &mut Arena, pool: &mut Pool) {
+        self.run_timed(arena, pool, None);
+    }
+
+    /// As [`Program::run`]; adds every step's wall time to `times` (one a step).
+    pub fn run_timed(&self, arena: &mut Arena, pool: &mut Pool, times: Option<&mut [Duration]>) {
+        assert!(arena.floats().len() >= self.floats, "arena smaller than the program needs");
+        let base = Base(arena.floats_mut().as_mut_ptr());
+        let times = times.map(std::sync::Mutex::new);
+        pool.run(&|team| {
+            let base = &base;
+            for view in &self.inputs {
+                // SAFETY: validated views; the interior is not touched.
+                unsafe { simple::zero_halo(base.0, view, team) };
+            }
+            team.barrier();
+            let mut clock = times.as_ref().map(|_| Instant::now());
+            for (i, step) in self.steps.iter().enumerate() {
+                // SAFETY: Program::new validated the step; the barrier below orders the steps.
+                unsafe { step.run(self.kernels, base.0, team) };
+                team.barrier();
+                if let (0, Some(times), Some(clock)) = (team.index, &times, &mut clock) {
+                    let now = Instant::now();
+                    times.lock().unwrap_or_else(|e| e.into_inner())[i] += now - *clock;
+                    *clock = now;
+                }
+            }
+        });
+    }
+}
+
+impl Step {
+    /// This thread's share.
+    ///
+    /// # Safety
+    /// `base` is an arena of the program that validated this step; all threads of the team call
+    /// this together, and none is still in another step.
+    unsafe fn run(&self, k: &Kernels, base: *mut f32, team: &Team) {
+        let (a, out) = (&self.inputs[0], &self.output);
+        let b = self.inputs.get(1);
+        // SAFETY: the caller's contract is each callee's.
+        unsafe {
+            match (&self.op.0, &self.tables) {
+                (Kind::Conv(c), Tables::Conv(t)) => c.run(base, t, a, b, out, team),
+                (Kind::Depthwise(d), _) => d.run(base, a, out, team),
+                (Kind::ConvTranspose(c), _) => c.run(base, a, out, team),
+                (Kind::MaxPool(p), _) => p.run(k, base, a, out, team),
+                (Kind::GlobalAvgPool, _) => simple::global_avg_pool(base, a, out, team),
+                (Kind::Resize { .. }, Tables::Resize([r, c])) => simple::resize(k, base, [r, c], a, out, team),
+                (Kind::Add { slope }, _) => simple::add_or_copy(k, base, *slope, a, [0, 0], b, out, team),
+                (Kind::Crop { corner }, _) => simple::add_or_copy(k, base, 1.0, a, *corner, None, out, team),
+                (Kind::Sigmoid, _) => simple::per_pixel(base, a, out, team, |p| {
+                    p.iter_mut().for_each(|v| *v = simple::sigmoid(*v))
+                }),
+                (Kind::Softmax(n), _) => {
+                    simple::per_pixel(base, a, out, team, |p| p.chunks_exact_mut(*n).for_each(simple::softmax))
+                }
+                (Kind::RoiAlign(r), _) => {
+                    r.run(base, a, b.expect("validated: RoIAlign has boxes"), out, team)
+                }
+                (Kind::Conv(_) | Kind::Resize { .. }, _) => unreachable!("tables are made with the step"),
+            }
+            simple::zero_halo(base, out, team);
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! Networks as lists of layers, and their way to a plan: build, load weights, fold and fuse, place
+//! in an arena, run.
+
+pub mod build;
+mod fold;
+pub mod fuse;
+pub mod plan;
+pub mod weights;
+
+pub use build::{Builder, Graph, NodeId};
+pub use fuse::Compiled;
+pub use plan::Plan;
+pub use weights::Weights;

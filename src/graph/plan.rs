@@ -1,0 +1,209 @@
+//! A compiled network placed in an arena for one input shape.
+
+use super::fuse::{Compiled, ValueId};
+use crate::cpu::program::StepSpec;
+use crate::cpu::{Arena, Pool, Program, View};
+use crate::error::{Error, Result};
+use crate::shape::Shape;
+use std::time::Duration;
+
+/// A compiled network for one set of input shapes.
+pub struct Plan {
+    program: Program,
+    inputs: Vec<View>,
+    outputs: Vec<View>,
+}
+
+/// A buffer in time and space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Buffer {
+    /// Floats.
+    pub size: usize,
+    /// First step that writes it and last that reads it, both included.
+    pub live: (usize, usize),
+    /// Offset in the arena, once placed.
+    pub offset: usize,
+}
+
+/// Places buffers so that no two that live at the same time overlap: largest first, each at the
+/// lowest offset that is free during its life. Returns the arena's size.
+pub(crate) fn place(buffers: &mut [Buffer]) -> usize {
+    let mut order: Vec<usize> = (0..buffers.len()).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(buffers[i].size), buffers[i].live));
+    let mut placed: Vec<usize> = Vec::with_capacity(buffers.len());
+    let mut total = 0;
+    for i in order {
+        let b = buffers[i];
+        let mut busy: Vec<(usize, usize)> = placed
+            .iter()
+            .map(|&j| buffers[j])
+            .filter(|o| o.live.0 <= b.live.1 && b.live.0 <= o.live.1)
+            .map(|o| (o.offset, o.offset + o.size))
+            .collect();
+        busy.sort_unstable();
+        let mut offset = 0;
+        for (from, to) in busy {
+            if offset + b.size <= from {
+                break;
+            }
+            offset = offset.max(to);
+        }
+        buffers[i].offset = offset;
+        total = total.max(offset + b.size);
+        placed.push(i);
+    }
+    total
+}
+
+/// Floats of alignment: a cache line.
+const ALIGN: usize = 16;
+
+impl Plan {
+    /// Plans `network` for these input shapes.
+    pub fn new(network: &Compiled, input_shapes: &[Shape]) -> Result<Self> {
+        let Layout { views, floats } = layout(network, input_shapes)?;
+        let view = |id: &ValueId| views[id.0];
+        let steps = network
+            .steps
+            .iter()
+            .map(|s| StepSpec {
+                op: s.op.clone(),
+                inputs: s.inputs.iter().map(view).collect(),
+                output: view(&s.output),
+            })
+            .collect();
+        let inputs: Vec<View> = network.inputs.iter().map(view).collect();
+        let program = Program::new(network.isa, floats, inputs.clone(), steps)?;
+        Ok(Self { program, inputs, outputs: network.outputs.iter().map(view).collect() })
+    }
+
+    /// Bytes of arena that a plan for these shapes takes, without making it.
+    pub fn arena_bytes(network: &Compiled, input_shapes: &[Shape]) -> Result<usize> {
+        Ok(layout(network, input_shapes)?.floats.div_ceil(ALIGN) * ALIGN * size_of::<f32>())
+    }
+
+    /// Where the caller writes the inputs (halos are zeroed by the run).
+    pub fn inputs(&self) -> &[View] {
+        &self.inputs
+    }
+
+    /// Where the outputs stand after a run, in the graph's order.
+    pub fn outputs(&self) -> &[View] {
+        &self.outputs
+    }
+
+    /// Floats of arena needed.
+    pub fn floats(&self) -> usize {
+        self.program.floats()
+    }
+
+    /// Heap bytes of the plan itself.
+    pub fn bytes(&self) -> usize {
+        self.program.bytes() + (self.inputs.capacity() + self.outputs.capacity()) * size_of::<View>()
+    }
+
+    /// Runs the network on inputs already in the arena.
+    pub fn run(&self, arena: &mut Arena, pool: &mut Pool) {
+        self.program.run(arena, pool);
+    }
+
+    /// Runs, adding every step's wall time.
+    pub fn run_timed(&self, arena: &mut Arena, pool: &mut Pool, times: &mut [Duration]) {
+        self.program.run_timed(arena, pool, Some(times));
+    }
+
+    /// Number of steps, the length of `run_timed`'s `times`.
+    pub fn steps(&self) -> usize {
+        self.program.len()
+    }
+}
+
+/// Views of all values, and the arena's size.
+struct Layout {
+    views: Vec<View>,
+    floats: usize,
+}
+
+/// Decides halos, lifetimes and offsets.
+fn layout(network: &Compiled, input_shapes: &[Shape]) -> Result<Layout> {
+    let shapes = network.graph.shapes(input_shapes)?;
+    let shape = |id: usize| shapes[network.values[id].node.0];
+    // The buffer of a value: its own, or the one of the concatenation it is part of.
+    let root = |mut id: usize| {
+        let mut first = 0;
+        while let Some((parent, channel)) = network.values[id].parent {
+            first += channel;
+            id = parent.0;
+        }
+        (id, first)
+    };
+    let count = network.values.len();
+    let mut halo = vec![[0; 4]; count];
+    let mut live = vec![(usize::MAX, 0); count];
+    let mut touch = |id: usize, step: usize| {
+        let (first, last) = &mut live[root(id).0];
+        *first = (*first).min(step);
+        *last = (*last).max(step);
+    };
+    let end = network.steps.len() + 1;
+    network.inputs.iter().for_each(|v| touch(v.0, 0));
+    network.outputs.iter().for_each(|v| touch(v.0, end));
+    for (i, step) in network.steps.iter().enumerate() {
+        step.inputs.iter().chain([&step.output]).for_each(|v| touch(v.0, i + 1));
+        let need = step.op.halo();
+        let have = &mut halo[root(step.inputs[0].0).0];
+        (0..4).for_each(|side| have[side] = have[side].max(need[side]));
+    }
+    let mut buffers = Vec::new();
+    let mut buffer_of = vec![usize::MAX; count];
+    for id in 0..count {
+        if root(id).0 != id || live[id].0 == usize::MAX {
+            continue;
+        }
+        let too_large = || Error::LimitExceeded(format!("a tensor of {} does not fit memory", shape(id)));
+        let size = View::footprint(shape(id), halo[id])
+            .and_then(|n| n.checked_next_multiple_of(ALIGN))
+            .filter(|&n| n < isize::MAX as usize / 64)
+            .ok_or_else(too_large)?;
+        buffer_of[id] = buffers.len();
+        buffers.push(Buffer { size, live: live[id], offset: 0 });
+    }
+    let floats = place(&mut buffers);
+    let views = (0..count)
+        .map(|id| {
+            let (top, first) = root(id);
+            let whole = View::new(shape(top), buffers[buffer_of[top]].offset, halo[top]);
+            if top == id {
+                whole
+            } else {
+                whole.channels(first, shape(id).c)
+            }
+        })
+        .collect();
+    Ok(Layout { views, floats })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_two_live_buffers_overlap(specs in prop::collection::vec((1usize..1000, 0usize..40, 0usize..10), 1..60)) {
+            let mut buffers: Vec<Buffer> = specs
+                .iter()
+                .map(|&(size, from, length)| Buffer { size, live: (from, from + length), offset: 0 })
+                .collect();
+            let total = place(&mut buffers);
+            for (i, a) in buffers.iter().enumerate() {
+                prop_assert!(a.offset + a.size <= total);
+                for b in &buffers[..i] {
+                    let meet = a.live.0 <= b.live.1 && b.live.0 <= a.live.1;
+                    let apart = a.offset + a.size <= b.offset || b.offset + b.size <= a.offset;
+                    prop_assert!(!meet || apart);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Named parameter values from a safetensors file, every one checked before use.
+
+use super::build::Graph;
+use crate::error::{Error, Result};
+use safetensors::tensor::{Dtype, SafeTensors};
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+/// One tensor: size in PyTorch's order, values as f32.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WeightTensor {
+    /// Size.
+    pub shape: Vec<usize>,
+    /// Values.
+    pub data: Vec<f32>,
+}
+
+/// Tensors by name, and the file's metadata.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Weights {
+    /// Tensors.
+    pub tensors: BTreeMap<String, WeightTensor>,
+    /// The `__metadata__` table.
+    pub metadata: HashMap<String, String>,
+}
+
+impl Weights {
+    /// Reads a safetensors file; errors name the file.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        Self::from_bytes(&bytes).map_err(|e| match e {
+            Error::InvalidModel(m) => Error::InvalidModel(format!("{}: {m}", path.display())),
+            other => other,
+        })
+    }
+
+    /// Reads safetensors from memory. F32, F16, BF16 and F64 become f32; integer tensors (such as
+    /// PyTorch's `num_batches_tracked`) are passed over. A value that is not finite is an error.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let (_, header) = SafeTensors::read_metadata(bytes)
+            .map_err(|e| Error::InvalidModel(format!("not a complete safetensors file: {e}")))?;
+        let file = SafeTensors::deserialize(bytes)
+            .map_err(|e| Error::InvalidModel(format!("not a complete safetensors file: {e}")))?;
+        let mut tensors = BTreeMap::new();
+        for (name, view) in file.iter() {
+            let raw = view.data();
+            let data: Vec<f32> = match view.dtype() {
+                Dtype::F32 => words(raw, f32::from_le_bytes),
+                Dtype::F64 => words(raw, |b| f64::from_le_bytes(b) as f32),
+                Dtype::F16 => words(raw, |b| half::f16::from_le_bytes(b).to_f32()),
+                Dtype::BF16 => words(raw, |b| half::bf16::from_le_bytes(b).to_f32()),
+                _ => continue,
+            };
+            if let Some(i) = data.iter().position(|v| !v.is_finite()) {
+                return Err(Error::InvalidModel(format!("tensor {name}: value {i} is {}", data[i])));
+            }
+            tensors.insert(name.to_string(), WeightTensor { shape: view.shape().to_vec(), data });
+        }
+        Ok(Self { tensors, metadata: header.metadata().clone().unwrap_or_default() })
+    }
+
+    /// Writes a safetensors file in f32, whole or not at all (temporary file, then rename).
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let bytes: BTreeMap<&str, (Vec<usize>, Vec<u8>)> = self
+            .tensors
+            .iter()
+            .map(|(n, t)| (n.as_str(), (t.shape.clone(), t.data.iter().flat_map(|v| v.to_le_bytes()).collect())))
+            .collect();
+        let views = bytes
+            .iter()
+            .map(|(name, (shape, data))| {
+                let view = safetensors::tensor::TensorView::new(Dtype::F32, shape.clone(), data);
+                Ok((*name, view.map_err(|e| Error::Internal(format!("tensor {name}: {e}")))?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let file = safetensors::serialize(views, Some(self.metadata.clone()))
+            .map_err(|e| Error::Internal(format!("safetensors: {e}")))?;
+        let temporary = path.with_extension("tmp");
+        std::fs::write(&temporary, file).map_err(|e| Error::io(&temporary, e))?;
+        std::fs::rename(&temporary, path).map_err(|e| Error::io(path, e))
+    }
+
+    /// The tensor for a parameter, its shape checked.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<&[f32]> {
+        let t = self.tensors.get(name).ok_or_else(|| {
+            let near = self.nearest(name).map(|n| format!(" (closest in the file: {n})")).unwrap_or_default();
+            Error::InvalidModel(format!("tensor {name} is missing{near}"))
+        })?;
+        if t.shape != shape {
+            return Err(Error::InvalidModel(format!(
+                "tensor {name} has shape {:?}, the network needs {shape:?}",
+                t.shape
+            )));
+        }
+        Ok(&t.data)
+    }
+
+    /// Checks that every parameter of the network is here with its shape.
+    pub fn check(&self, graph: &Graph) -> Result<()> {
+        graph.params.iter().try_for_each(|p| self.get(&p.name, &p.shape).map(|_| ()))
+    }
+
+    /// The name sharing the longest beginning with `name`, as a hint.
+    fn nearest(&self, name: &str) -> Option<&str> {
+        let common = |n: &str| n.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count();
+        self.tensors.keys().map(String::as_str).max_by_key(|n| common(n)).filter(|n| common(n) > 0)
+    }
+}
+
+fn words<const N: usize>(raw: &[u8], f: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    raw.chunks_exact(N).map(|b| f(b.try_into().expect("chunks are exact"))).collect()
+}
