@@ -1,7 +1,9 @@
 //! Layers that join or cut maps: add, concat, crop.
 
+use super::window::indices;
+use super::Real;
 use crate::error::{Error, Result};
-use crate::shape::Shape;
+use crate::shape::{Shape, Tensor};
 
 /// Element-wise sum of two maps of equal shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,6 +30,13 @@ impl Add {
             _ => Err(Error::InvalidModel(format!("add needs two equal shapes, got {inputs:?}"))),
         }
     }
+
+    /// `y = a + b`, all N x C x H x W.
+    pub fn forward<T: Real>(&self, a: &Tensor<T>, b: &Tensor<T>) -> Result<Tensor<T>> {
+        let out = self.out_shape(&[a.shape, b.shape])?;
+        let sum = a.data.iter().zip(&b.data).map(|(&a, &b)| a + b).collect();
+        Ok(Tensor::from_vec(out, sum))
+    }
 }
 
 impl Concat {
@@ -39,6 +48,22 @@ impl Concat {
         }
         Ok(Shape { c: inputs.iter().map(|s| s.c).sum(), ..first })
     }
+
+    /// The maps one after another along channels.
+    ///
+    /// `inputs` N x C_i x H x W. Returns N x (sum of C_i) x H x W.
+    pub fn forward<T: Real>(&self, inputs: &[&Tensor<T>]) -> Result<Tensor<T>> {
+        let shapes: Vec<Shape> = inputs.iter().map(|x| x.shape).collect();
+        let mut y = Tensor::zeros(self.out_shape(&shapes)?);
+        let mut first = 0; // channel of y where this input begins
+        for x in inputs {
+            for (n, c, iy, ix) in indices(x.shape) {
+                *y.at_mut(n, first + c, iy, ix) = x.at(n, c, iy, ix);
+            }
+            first += x.shape.c;
+        }
+        Ok(y)
+    }
 }
 
 impl Crop {
@@ -48,7 +73,22 @@ impl Crop {
             [x, like] if self.top + like.h <= x.h && self.left + like.w <= x.w => {
                 Ok(Shape { h: like.h, w: like.w, ..*x })
             }
-            _ => Err(Error::InvalidModel(format!("crop at {},{} does not fit {inputs:?}", self.top, self.left))),
+            _ => Err(Error::InvalidModel(format!(
+                "crop at {},{} does not fit {inputs:?}",
+                self.top, self.left
+            ))),
         }
+    }
+
+    /// `y[n,c,oy,ox] = x[n, c, top+oy, left+ox]`.
+    ///
+    /// `x` N x C x H x W; `like` is the shape of the second input. Returns N x C x like.h x like.w.
+    pub fn forward<T: Real>(&self, x: &Tensor<T>, like: Shape) -> Result<Tensor<T>> {
+        let out = self.out_shape(&[x.shape, like])?;
+        let mut y = Tensor::zeros(out);
+        for (n, c, oy, ox) in indices(out) {
+            *y.at_mut(n, c, oy, ox) = x.at(n, c, self.top + oy, self.left + ox);
+        }
+        Ok(y)
     }
 }
