@@ -48,6 +48,8 @@ use crate::shape::Tensor;
 
 pub use activation::Activation;
 pub use batchnorm::BatchNorm;
+#[cfg(feature = "train")]
+pub use batchnorm::BatchStats;
 pub use combine::{Add, Concat, Crop};
 pub use conv2d::Conv2d;
 pub use conv_transpose2d::ConvTranspose2d;
@@ -221,4 +223,13 @@ fn expect_groups(layer: &str, groups: usize, inputs: usize, outputs: usize) -> R
     Err(Error::InvalidModel(format!(
         "{layer} cannot split {inputs} -> {outputs} channels into {groups} groups"
     )))
+}
+
+/// Errors unless a gradient has the shape of what it is the gradient of.
+#[cfg(feature = "train")]
+fn expect_shape(what: &str, got: Shape, expected: Shape) -> Result<()> {
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument(format!("{what} must be {expected}, got {got}")))
 }

@@ -1,5 +1,7 @@
 //! Activations: ReLU, leaky ReLU, sigmoid, and softmax over groups of channels.
 
+#[cfg(feature = "train")]
+use super::expect_shape;
 use super::Real;
 use crate::error::{Error, Result};
 use crate::shape::{Shape, Tensor};
@@ -44,6 +46,42 @@ impl Activation {
             Activation::Softmax(k) => y.data.chunks_exact_mut(k).for_each(softmax),
         }
         Ok(y)
+    }
+
+    /// Gradient of [`Activation::forward`], added to `dx`. The output alone gives it, so the input
+    /// need not be kept: ReLU and leaky ReLU keep the sign, sigmoid's slope is `y * (1 - y)`, and
+    /// softmax's is `dx_i += y_i * (dy_i - sum over j of y_j * dy_j)` within a run.
+    ///
+    /// `y` (the output), `dy`, `dx` N x C x H x W.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(&self, y: &Tensor<T>, dy: &Tensor<T>, dx: &mut Tensor<T>) -> Result<()> {
+        let out = self.out_shape(y.shape)?;
+        expect_shape("activation dy", dy.shape, out)?;
+        expect_shape("activation dx", dx.shape, out)?;
+        let (zero, one) = (T::default(), T::of(1.0));
+        let values = dx.data.iter_mut().zip(y.data.iter().zip(&dy.data));
+        match *self {
+            Activation::Relu => values.filter(|(_, (&y, _))| y > zero).for_each(|(dx, (_, &dy))| *dx += dy),
+            Activation::LeakyRelu(slope) => {
+                let slope = T::of(slope.into());
+                values.for_each(|(dx, (&y, &dy))| *dx += if y > zero { dy } else { slope * dy });
+            }
+            Activation::Sigmoid => values.for_each(|(dx, (&y, &dy))| *dx += y * (one - y) * dy),
+            Activation::Softmax(k) => {
+                let runs =
+                    dx.data.chunks_exact_mut(k).zip(y.data.chunks_exact(k).zip(dy.data.chunks_exact(k)));
+                for (dx, (y, dy)) in runs {
+                    let mut dot = zero;
+                    for j in 0..k {
+                        dot += y[j] * dy[j];
+                    }
+                    for i in 0..k {
+                        dx[i] += y[i] * (dy[i] - dot);
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 }
 

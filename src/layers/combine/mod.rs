@@ -1,5 +1,7 @@
 //! Layers that join or cut maps: add, concat, crop.
 
+#[cfg(feature = "train")]
+use super::expect_shape;
 use super::window::indices;
 use super::Real;
 use crate::error::{Error, Result};
@@ -37,6 +39,27 @@ impl Add {
         let sum = a.data.iter().zip(&b.data).map(|(&a, &b)| a + b).collect();
         Ok(Tensor::from_vec(out, sum))
     }
+
+    /// Gradients of [`Add::forward`], added to what is there: `da += dy`, `db += dy`.
+    ///
+    /// All N x C x H x W. None where an input wants no gradient.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(
+        &self,
+        dy: &Tensor<T>,
+        da: Option<&mut Tensor<T>>,
+        db: Option<&mut Tensor<T>>,
+    ) -> Result<()> {
+        for dx in [&da, &db].into_iter().flatten() {
+            expect_shape("add dx", dx.shape, dy.shape)?;
+        }
+        for dx in [da, db].into_iter().flatten() {
+            for (dx, &dy) in dx.data.iter_mut().zip(&dy.data) {
+                *dx += dy;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Concat {
@@ -64,6 +87,24 @@ impl Concat {
         }
         Ok(y)
     }
+
+    /// Gradients of [`Concat::forward`], added to what is there: each input's is its run of channels
+    /// of `dy`.
+    ///
+    /// `dy` N x (sum of C_i) x H x W; `dxs` N x C_i x H x W, in the order of the inputs.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(&self, dy: &Tensor<T>, dxs: &mut [&mut Tensor<T>]) -> Result<()> {
+        let shapes: Vec<Shape> = dxs.iter().map(|dx| dx.shape).collect();
+        expect_shape("concat dy", dy.shape, self.out_shape(&shapes)?)?;
+        let mut first = 0; // channel of dy where this input begins
+        for dx in dxs {
+            for (n, c, iy, ix) in indices(dx.shape) {
+                *dx.at_mut(n, c, iy, ix) += dy.at(n, first + c, iy, ix);
+            }
+            first += dx.shape.c;
+        }
+        Ok(())
+    }
 }
 
 impl Crop {
@@ -90,5 +131,18 @@ impl Crop {
             *y.at_mut(n, c, oy, ox) = x.at(n, c, self.top + oy, self.left + ox);
         }
         Ok(y)
+    }
+
+    /// Gradient of [`Crop::forward`], added to `dx`: `dx[n, c, top+oy, left+ox] += dy[n,c,oy,ox]`.
+    ///
+    /// `dy` N x C x OH x OW; `dx` N x C x H x W. The second input gives its size alone and has no
+    /// gradient.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(&self, dy: &Tensor<T>, dx: &mut Tensor<T>) -> Result<()> {
+        expect_shape("crop dy", dy.shape, self.out_shape(&[dx.shape, dy.shape])?)?;
+        for (n, c, oy, ox) in indices(dy.shape) {
+            *dx.at_mut(n, c, self.top + oy, self.left + ox) += dy.at(n, c, oy, ox);
+        }
+        Ok(())
     }
 }

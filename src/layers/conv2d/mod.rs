@@ -1,5 +1,7 @@
 //! 2-D convolution: groups, depthwise, dilation, stride, per-axis kernel and asymmetric padding.
 
+#[cfg(feature = "train")]
+use super::expect_shape;
 use super::window::{indices, Window};
 use super::{expect_bias, expect_groups, expect_len, Real};
 use crate::error::{Error, Result};
@@ -162,6 +164,51 @@ impl Conv2d {
             *y.at_mut(n, o, oy, ox) = sum;
         }
         Ok(y)
+    }
+
+    /// Gradients of [`Conv2d::forward`], each added to what is there:
+    /// `dx += w * dy`, `dw += x * dy`, `db += dy` over every product the forward pass makes.
+    ///
+    /// `x`, `dx` N x in x H x W; `w`, `dw` `[out, in/groups, kh, kw]`; `dy` N x out x OH x OW; `db`
+    /// `[out]`, present exactly where [`Conv2d::bias`] is set.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(
+        &self,
+        x: &Tensor<T>,
+        w: &[T],
+        dy: &Tensor<T>,
+        mut dx: Option<&mut Tensor<T>>,
+        dw: &mut [T],
+        mut db: Option<&mut [T]>,
+    ) -> Result<()> {
+        let out = self.check(x.shape, w)?;
+        expect_shape("conv2d dy", dy.shape, out)?;
+        if let Some(dx) = &dx {
+            expect_shape("conv2d dx", dx.shape, x.shape)?;
+        }
+        expect_len("conv2d dw", dw, w.len())?;
+        expect_bias("conv2d", self.bias, db.as_deref(), out.c)?;
+        let (in_group, out_group) = (self.in_channels / self.groups, self.out_channels / self.groups);
+        let taps = self.kernel[0] * self.kernel[1];
+        let window = self.sliding_over(x.shape);
+        for (n, o, oy, ox) in indices(out) {
+            let group = o / out_group;
+            let d = dy.at(n, o, oy, ox);
+            if let Some(db) = &mut db {
+                db[o] += d;
+            }
+            for (tap, iy, ix) in window.taps(oy, ox) {
+                for i in 0..in_group {
+                    let c = group * in_group + i;
+                    let k = (o * in_group + i) * taps + tap;
+                    dw[k] += x.at(n, c, iy, ix) * d;
+                    if let Some(dx) = &mut dx {
+                        *dx.at_mut(n, c, iy, ix) += w[k] * d;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Output shape, where weight, groups and input agree.

@@ -1,5 +1,7 @@
 //! 2-D transposed convolution (the gradient of a convolution with respect to its input).
 
+#[cfg(feature = "train")]
+use super::expect_shape;
 use super::window::{indices, Window};
 use super::{expect_bias, expect_groups, expect_len, Real};
 use crate::error::{Error, Result};
@@ -80,6 +82,52 @@ impl ConvTranspose2d {
             }
         }
         Ok(y)
+    }
+
+    /// Gradients of [`ConvTranspose2d::forward`], each added to what is there:
+    /// `dx += w * dy`, `dw += x * dy`, `db += dy` over every product the forward pass makes.
+    ///
+    /// `x`, `dx` N x in x H x W; `w`, `dw` `[in, out/groups, kh, kw]`; `dy` N x out x OH x OW; `db`
+    /// `[out]`, present exactly where [`ConvTranspose2d::bias`] is set.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(
+        &self,
+        x: &Tensor<T>,
+        w: &[T],
+        dy: &Tensor<T>,
+        mut dx: Option<&mut Tensor<T>>,
+        dw: &mut [T],
+        db: Option<&mut [T]>,
+    ) -> Result<()> {
+        let out = self.check(x.shape, w)?;
+        expect_shape("conv_transpose2d dy", dy.shape, out)?;
+        if let Some(dx) = &dx {
+            expect_shape("conv_transpose2d dx", dx.shape, x.shape)?;
+        }
+        expect_len("conv_transpose2d dw", dw, w.len())?;
+        expect_bias("conv_transpose2d", self.bias, db.as_deref(), out.c)?;
+        let (in_group, out_group) = (self.in_channels / self.groups, self.out_channels / self.groups);
+        let taps = self.kernel[0] * self.kernel[1];
+        let window = self.sliding_over(out);
+        if let Some(db) = db {
+            for (n, o, oy, ox) in indices(out) {
+                db[o] += dy.at(n, o, oy, ox);
+            }
+        }
+        for (n, i, iy, ix) in indices(x.shape) {
+            let group = i / in_group;
+            for (tap, oy, ox) in window.taps(iy, ix) {
+                for o in 0..out_group {
+                    let d = dy.at(n, group * out_group + o, oy, ox);
+                    let k = (i * out_group + o) * taps + tap;
+                    dw[k] += x.at(n, i, iy, ix) * d;
+                    if let Some(dx) = &mut dx {
+                        *dx.at_mut(n, i, iy, ix) += w[k] * d;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Output shape, where weight, groups and input agree.

@@ -1,5 +1,7 @@
 //! Fully connected layer.
 
+#[cfg(feature = "train")]
+use super::expect_shape;
 use super::window::indices;
 use super::{expect_bias, expect_len, Real};
 use crate::error::{Error, Result};
@@ -55,6 +57,47 @@ impl Linear {
             }
         }
         Ok(y)
+    }
+
+    /// Gradients of [`Linear::forward`], each added to what is there: `dx += w * dy`, `dw += x * dy`,
+    /// `db += dy`.
+    ///
+    /// `x`, `dx` N x C x H x W; `w`, `dw` `[out, C*H*W]`; `dy` N x out x 1 x 1; `db` `[out]`, present
+    /// exactly where [`Linear::bias`] is set.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(
+        &self,
+        x: &Tensor<T>,
+        w: &[T],
+        dy: &Tensor<T>,
+        mut dx: Option<&mut Tensor<T>>,
+        dw: &mut [T],
+        db: Option<&mut [T]>,
+    ) -> Result<()> {
+        let out = self.check(x.shape, w)?;
+        expect_shape("linear dy", dy.shape, out)?;
+        if let Some(dx) = &dx {
+            expect_shape("linear dx", dx.shape, x.shape)?;
+        }
+        expect_len("linear dw", dw, w.len())?;
+        expect_bias("linear", self.bias, db.as_deref(), out.c)?;
+        if let Some(db) = db {
+            for (n, o, _, _) in indices(out) {
+                db[o] += dy.at(n, o, 0, 0);
+            }
+        }
+        for (n, c, iy, ix) in indices(x.shape) {
+            let feature = (c * x.shape.h + iy) * x.shape.w + ix;
+            for o in 0..out.c {
+                let d = dy.at(n, o, 0, 0);
+                let k = o * self.in_features + feature;
+                dw[k] += x.at(n, c, iy, ix) * d;
+                if let Some(dx) = &mut dx {
+                    *dx.at_mut(n, c, iy, ix) += w[k] * d;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Output shape, where weight and input agree.

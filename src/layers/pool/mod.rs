@@ -1,5 +1,7 @@
 //! Max pooling and global average pooling.
 
+#[cfg(feature = "train")]
+use super::expect_shape;
 use super::window::{indices, Window};
 use super::Real;
 use crate::error::{Error, Result};
@@ -47,6 +49,24 @@ impl MaxPool {
             };
         }
         Ok(y)
+    }
+
+    /// Gradient of [`MaxPool::forward`], added to `dx`: each window's goes to its largest value, the
+    /// first in scan order among equals.
+    ///
+    /// `x`, `dx` N x C x H x W; `dy` N x C x OH x OW.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(&self, x: &Tensor<T>, dy: &Tensor<T>, dx: &mut Tensor<T>) -> Result<()> {
+        let out = self.check(x.shape)?;
+        expect_shape("max_pool dy", dy.shape, out)?;
+        expect_shape("max_pool dx", dx.shape, x.shape)?;
+        let window = self.sliding_over(x.shape);
+        for (n, c, oy, ox) in indices(out) {
+            if let Some(i) = largest(x, window, n, c, oy, ox) {
+                dx.data[i] += dy.at(n, c, oy, ox);
+            }
+        }
+        Ok(())
     }
 
     /// Output shape, where every window holds at least one value that is not padding.
@@ -119,5 +139,18 @@ impl GlobalAvgPool {
             *v = *v / area;
         }
         Ok(y)
+    }
+
+    /// Gradient of [`GlobalAvgPool::forward`], added to `dx`: `dx[n,c,y,x] += dy[n,c] / (H*W)`.
+    ///
+    /// `dy` N x C x 1 x 1; `dx` N x C x H x W.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(&self, dy: &Tensor<T>, dx: &mut Tensor<T>) -> Result<()> {
+        expect_shape("global_avg_pool dy", dy.shape, self.out_shape(dx.shape)?)?;
+        let area = T::of((dx.shape.h * dx.shape.w) as f64);
+        for (n, c, iy, ix) in indices(dx.shape) {
+            *dx.at_mut(n, c, iy, ix) += dy.at(n, c, 0, 0) / area;
+        }
+        Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! RoIAlign (He et al., Mask R-CNN): bilinear samples averaged in each bin of a box.
 
+#[cfg(feature = "train")]
+use super::expect_shape;
 use super::window::indices;
 use super::Real;
 use crate::error::{Error, Result};
@@ -45,6 +47,22 @@ impl RoiAlign {
             }
         }
         Ok(y)
+    }
+
+    /// Gradient of [`RoiAlign::forward`] with respect to the features, added to `dx`; the boxes have
+    /// none, as in torchvision.
+    ///
+    /// `rois` R x 5 x 1 x 1; `dy` R x C x out_h x out_w; `dx` N x C x H x W.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(&self, rois: &Tensor<T>, dy: &Tensor<T>, dx: &mut Tensor<T>) -> Result<()> {
+        expect_shape("roi_align dy", dy.shape, self.check(dx.shape, rois)?)?;
+        for (r, c, py, px) in indices(dy.shape) {
+            let grid = self.grid(&rois.data[r * 5..][..5]);
+            for corner in grid.corners(py, px, dx.shape) {
+                *dx.at_mut(grid.image, c, corner.y, corner.x) += corner.weight * dy.at(r, c, py, px);
+            }
+        }
+        Ok(())
     }
 
     /// Output shape, where every box is finite and names an image of the batch.

@@ -1,5 +1,7 @@
 //! Nearest and bilinear interpolation, by a factor or to another map's size.
 
+#[cfg(feature = "train")]
+use super::expect_shape;
 use super::window::indices;
 use super::Real;
 use crate::error::{Error, Result};
@@ -60,6 +62,29 @@ impl Upsample {
             }
         }
         Ok(y)
+    }
+
+    /// Gradient of [`Upsample::forward`], added to `dx`: every output value's goes back to the sources
+    /// it is made of, by their weights.
+    ///
+    /// `dy` N x C x OH x OW; `dx` N x C x H x W. With [`UpsampleTo::SizeOfSecond`] the second input
+    /// gives its size alone and has no gradient.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(&self, dy: &Tensor<T>, dx: &mut Tensor<T>) -> Result<()> {
+        let out = match self.to {
+            UpsampleTo::SizeOfSecond => self.check(&[dx.shape, dy.shape])?,
+            UpsampleTo::Factor(_) => self.check(&[dx.shape])?,
+        };
+        expect_shape("upsample dy", dy.shape, out)?;
+        let input = dx.shape;
+        for (n, c, oy, ox) in indices(out) {
+            for (iy, wy) in self.sources::<T>(oy, input.h, out.h) {
+                for (ix, wx) in self.sources::<T>(ox, input.w, out.w) {
+                    *dx.at_mut(n, c, iy, ix) += wy * wx * dy.at(n, c, oy, ox);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Output shape, where there is something to interpolate.
