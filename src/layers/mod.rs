@@ -8,6 +8,27 @@
 //! Tensors are channels-last ([`Tensor`]); weights keep PyTorch's order so that public
 //! checkpoints load without a permutation table. Every backward accumulates (`+=`) into the
 //! gradients it is given, because a feature map that fans out receives several.
+//!
+//! The calls have one pattern: `forward(inputs, weight, bias)` returns the output,
+//! `backward(what the layer needs of its inputs or output, dy, dx, dw, db)` adds to the gradients.
+//! Both check every size first and name what does not fit.
+//!
+//! ```
+//! use farface::layers::{Activation, Conv2d, Layer, MaxPool};
+//! use farface::shape::{Shape, Tensor};
+//!
+//! let x = Tensor::from_nchw(Shape::new(1, 1, 2, 2), &[1.0_f32, -2.0, 3.0, -4.0]);
+//! let conv = Conv2d::new(1, 2, 1).bias();
+//! let y = conv.forward(&x, &[1.0, -1.0], Some(&[0.0, 0.5]))?; // weight [2, 1, 1, 1], bias [2]
+//! let y = Activation::Relu.forward(&y)?;
+//! let y = MaxPool::new(2, 2, 0).forward(&y)?;
+//! assert_eq!(y.shape, Shape::new(1, 2, 1, 1));
+//! assert_eq!(y.data, [3.0, 4.5]);
+//!
+//! // The same sizes without any values, as the graph finds them.
+//! assert_eq!(Layer::Conv2d(conv).out_shape(&[x.shape])?, Shape::new(1, 2, 2, 2));
+//! # Ok::<(), farface::Error>(())
+//! ```
 
 pub mod activation;
 pub mod batchnorm;
@@ -18,6 +39,7 @@ pub mod linear;
 pub mod pool;
 pub mod roi_align;
 pub mod upsample;
+mod window;
 
 use crate::error::{Error, Result};
 use crate::shape::Shape;
@@ -26,11 +48,13 @@ use crate::shape::Tensor;
 
 pub use activation::Activation;
 pub use batchnorm::BatchNorm;
+#[cfg(feature = "train")]
+pub use batchnorm::BatchStats;
 pub use combine::{Add, Concat, Crop};
 pub use conv2d::Conv2d;
 pub use conv_transpose2d::ConvTranspose2d;
 pub use linear::Linear;
-pub use pool::MaxPool;
+pub use pool::{GlobalAvgPool, MaxPool};
 pub use roi_align::RoiAlign;
 pub use upsample::{Interpolation, Upsample, UpsampleTo};
 
@@ -97,6 +121,8 @@ pub enum Layer {
     Activation(Activation),
     /// Maximum over a window.
     MaxPool(MaxPool),
+    /// Mean over rows and columns.
+    GlobalAvgPool(GlobalAvgPool),
     /// Interpolation to a size or by a factor.
     Upsample(Upsample),
     /// Element-wise sum of two maps of equal shape.
@@ -118,8 +144,9 @@ impl Layer {
             Layer::Conv2d(l) => l.out_shape(one(inputs)?),
             Layer::ConvTranspose2d(l) => l.out_shape(one(inputs)?),
             Layer::BatchNorm(l) => l.out_shape(one(inputs)?),
-            Layer::Activation(_) => one(inputs),
+            Layer::Activation(l) => l.out_shape(one(inputs)?),
             Layer::MaxPool(l) => l.out_shape(one(inputs)?),
+            Layer::GlobalAvgPool(l) => l.out_shape(one(inputs)?),
             Layer::Upsample(l) => l.out_shape(inputs),
             Layer::Add(l) => l.out_shape(inputs),
             Layer::Concat(l) => l.out_shape(inputs),
@@ -149,6 +176,7 @@ impl Layer {
             Layer::BatchNorm(_) => "batchnorm",
             Layer::Activation(_) => "activation",
             Layer::MaxPool(_) => "max_pool",
+            Layer::GlobalAvgPool(_) => "global_avg_pool",
             Layer::Upsample(_) => "upsample",
             Layer::Add(_) => "add",
             Layer::Concat(_) => "concat",
@@ -164,4 +192,44 @@ fn one(inputs: &[Shape]) -> Result<Shape> {
         [s] => Ok(*s),
         _ => Err(Error::InvalidModel(format!("layer takes one input, got {}", inputs.len()))),
     }
+}
+
+/// Errors unless a parameter (or its gradient) holds `expected` values.
+fn expect_len<T>(what: &str, values: &[T], expected: usize) -> Result<()> {
+    if values.len() == expected {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument(format!("{what} must hold {expected} values, got {}", values.len())))
+}
+
+/// Errors unless the bias is there exactly where the layer has one, with a value for each output.
+fn expect_bias<T>(layer: &str, has_bias: bool, b: Option<&[T]>, outputs: usize) -> Result<()> {
+    match b {
+        Some(b) if has_bias => expect_len(&format!("{layer} bias"), b, outputs),
+        None if !has_bias => Ok(()),
+        _ => Err(Error::InvalidArgument(format!(
+            "{layer} {} a bias, got {}",
+            if has_bias { "has" } else { "has not" },
+            if b.is_some() { "one" } else { "none" }
+        ))),
+    }
+}
+
+/// Errors unless the groups split both channel counts evenly.
+fn expect_groups(layer: &str, groups: usize, inputs: usize, outputs: usize) -> Result<()> {
+    if groups > 0 && inputs.is_multiple_of(groups) && outputs.is_multiple_of(groups) {
+        return Ok(());
+    }
+    Err(Error::InvalidModel(format!(
+        "{layer} cannot split {inputs} -> {outputs} channels into {groups} groups"
+    )))
+}
+
+/// Errors unless a gradient has the shape of what it is the gradient of.
+#[cfg(feature = "train")]
+fn expect_shape(what: &str, got: Shape, expected: Shape) -> Result<()> {
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument(format!("{what} must be {expected}, got {got}")))
 }

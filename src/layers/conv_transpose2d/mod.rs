@@ -1,7 +1,11 @@
 //! 2-D transposed convolution (the gradient of a convolution with respect to its input).
 
+#[cfg(feature = "train")]
+use super::expect_shape;
+use super::window::{indices, Window};
+use super::{expect_bias, expect_groups, expect_len, Real};
 use crate::error::{Error, Result};
-use crate::shape::{conv_transpose_out, Shape};
+use crate::shape::{conv_transpose_out, Shape, Tensor};
 
 /// Parameters. Weight `[in, out/groups, kh, kw]` (PyTorch's order), bias `[out]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,5 +52,100 @@ impl ConvTranspose2d {
     /// Multiply-adds for this input (every input value meets every weight of its group).
     pub fn macs(&self, input: Shape) -> u64 {
         input.len() as u64 * (self.out_channels / self.groups * self.kernel[0] * self.kernel[1]) as u64
+    }
+
+    /// The plain transposed convolution (PyTorch's `conv_transpose2d`): every input value adds its
+    /// kernel to the output, `y[n, g*O+o, iy*sy+ky-top, ix*sx+kx-left] += w[i,o,ky,kx] * x[n,i,iy,ix]`
+    /// with `O = out/groups` and `g` the group of input channel `i`; what falls into the padding is lost.
+    ///
+    /// `x` N x in x H x W; `w` `[in, out/groups, kh, kw]`; `b` `[out]`, present exactly where
+    /// [`ConvTranspose2d::bias`] is set. Returns N x out x OH x OW.
+    pub fn forward<T: Real>(&self, x: &Tensor<T>, w: &[T], b: Option<&[T]>) -> Result<Tensor<T>> {
+        let out = self.check(x.shape, w)?;
+        expect_bias("conv_transpose2d", self.bias, b, out.c)?;
+        let (in_group, out_group) = (self.in_channels / self.groups, self.out_channels / self.groups);
+        let taps = self.kernel[0] * self.kernel[1];
+        let window = self.sliding_over(out);
+        let mut y = Tensor::zeros(out);
+        if let Some(b) = b {
+            for (n, o, oy, ox) in indices(out) {
+                *y.at_mut(n, o, oy, ox) = b[o];
+            }
+        }
+        for (n, i, iy, ix) in indices(x.shape) {
+            let group = i / in_group;
+            for (tap, oy, ox) in window.taps(iy, ix) {
+                for o in 0..out_group {
+                    *y.at_mut(n, group * out_group + o, oy, ox) +=
+                        w[(i * out_group + o) * taps + tap] * x.at(n, i, iy, ix);
+                }
+            }
+        }
+        Ok(y)
+    }
+
+    /// Gradients of [`ConvTranspose2d::forward`], each added to what is there:
+    /// `dx += w * dy`, `dw += x * dy`, `db += dy` over every product the forward pass makes.
+    ///
+    /// `x`, `dx` N x in x H x W; `w`, `dw` `[in, out/groups, kh, kw]`; `dy` N x out x OH x OW; `db`
+    /// `[out]`, present exactly where [`ConvTranspose2d::bias`] is set.
+    #[cfg(feature = "train")]
+    pub fn backward<T: Real>(
+        &self,
+        x: &Tensor<T>,
+        w: &[T],
+        dy: &Tensor<T>,
+        mut dx: Option<&mut Tensor<T>>,
+        dw: &mut [T],
+        db: Option<&mut [T]>,
+    ) -> Result<()> {
+        let out = self.check(x.shape, w)?;
+        expect_shape("conv_transpose2d dy", dy.shape, out)?;
+        if let Some(dx) = &dx {
+            expect_shape("conv_transpose2d dx", dx.shape, x.shape)?;
+        }
+        expect_len("conv_transpose2d dw", dw, w.len())?;
+        expect_bias("conv_transpose2d", self.bias, db.as_deref(), out.c)?;
+        let (in_group, out_group) = (self.in_channels / self.groups, self.out_channels / self.groups);
+        let taps = self.kernel[0] * self.kernel[1];
+        let window = self.sliding_over(out);
+        if let Some(db) = db {
+            for (n, o, oy, ox) in indices(out) {
+                db[o] += dy.at(n, o, oy, ox);
+            }
+        }
+        for (n, i, iy, ix) in indices(x.shape) {
+            let group = i / in_group;
+            for (tap, oy, ox) in window.taps(iy, ix) {
+                for o in 0..out_group {
+                    let d = dy.at(n, group * out_group + o, oy, ox);
+                    let k = (i * out_group + o) * taps + tap;
+                    dw[k] += x.at(n, i, iy, ix) * d;
+                    if let Some(dx) = &mut dx {
+                        *dx.at_mut(n, i, iy, ix) += w[k] * d;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Output shape, where weight, groups and input agree.
+    fn check<T>(&self, x: Shape, w: &[T]) -> Result<Shape> {
+        expect_groups("conv_transpose2d", self.groups, self.in_channels, self.out_channels)?;
+        expect_len("conv_transpose2d weight", w, self.weight_shape().iter().product())?;
+        self.out_shape(x)
+    }
+
+    /// The kernel slides over the output, one window for every input value.
+    fn sliding_over(&self, out: Shape) -> Window {
+        let [top, left, ..] = self.padding;
+        Window {
+            map: [out.h, out.w],
+            kernel: self.kernel,
+            stride: self.stride,
+            dilation: [1, 1],
+            pad: [top, left],
+        }
     }
 }
