@@ -162,7 +162,8 @@ impl ConvOp {
             for_images(rows.clone(), height, |n, rows| {
                 // SAFETY: the caller's contract; channel offsets stay inside the views' pixels.
                 unsafe {
-                    let first_add = add.map_or(std::ptr::null(), |v| base.add(v.at(n, 0, 0) + g * co).cast_const());
+                    let first_add =
+                        add.map_or(std::ptr::null(), |v| base.add(v.at(n, 0, 0) + g * co).cast_const());
                     let args = ConvArgs {
                         input: base.add(self.window.first(input) + n * input.image + g * ci),
                         in_row: self.window.stride[0] * input.row,
@@ -207,7 +208,8 @@ pub(crate) struct ConvTables {
 impl ConvTables {
     /// Heap bytes held.
     pub fn bytes(&self) -> usize {
-        self.taps.capacity() * size_of::<usize>() + (self.add_rows.capacity() + self.add_columns.capacity()) * 4
+        self.taps.capacity() * size_of::<usize>()
+            + (self.add_rows.capacity() + self.add_columns.capacity()) * 4
     }
 }
 
@@ -240,7 +242,8 @@ impl DepthwiseOp {
         let taps = window.kernel[0] * window.kernel[1];
         assert_eq!(weight.len(), channels * taps);
         assert_eq!(bias.len(), channels);
-        let packed: Vec<f32> = (0..taps).flat_map(|t| (0..channels).map(move |c| weight[c * taps + t])).collect();
+        let packed: Vec<f32> =
+            (0..taps).flat_map(|t| (0..channels).map(move |c| weight[c * taps + t])).collect();
         Self {
             window,
             channels,

@@ -25,11 +25,17 @@ pub(crate) enum Kind {
     ConvTranspose(ConvTransposeOp),
     MaxPool(PoolOp),
     GlobalAvgPool,
-    Resize { bilinear: bool },
+    Resize {
+        bilinear: bool,
+    },
     /// `activation(a + b)`, or of `a` alone.
-    Add { slope: f32 },
+    Add {
+        slope: f32,
+    },
     /// The part of the first input from this row and column on; the second input only gives the size.
-    Crop { corner: [usize; 2] },
+    Crop {
+        corner: [usize; 2],
+    },
     Sigmoid,
     Softmax(usize),
     RoiAlign(RoiAlignOp),
@@ -84,7 +90,10 @@ impl Op {
             let [t, l, b, r] = w.padding;
             let h = conv_out(s.h, w.kernel[0], w.stride[0], w.dilation[0], t, b);
             let v = conv_out(s.w, w.kernel[1], w.stride[1], w.dilation[1], l, r);
-            (Some(out.h), Some(out.w)) == (h, v) && out.c == channels && out.n == s.n && w.fits(a, [out.h, out.w])
+            (Some(out.h), Some(out.w)) == (h, v)
+                && out.c == channels
+                && out.n == s.n
+                && w.fits(a, [out.h, out.w])
         };
         let same_size = |v: &View| (v.shape.n, v.shape.c) == (out.n, out.c);
         let ok = match &self.0 {
@@ -172,7 +181,10 @@ impl Program {
     pub fn new(isa: Isa, floats: usize, inputs: Vec<View>, steps: Vec<StepSpec>) -> Result<Self> {
         let inside = |v: &View| {
             let [t, l, _, _] = v.halo;
-            !v.shape.is_empty() && v.offset >= t * v.row + l * v.pixel && v.end() <= floats && v.pixel >= v.shape.c
+            !v.shape.is_empty()
+                && v.offset >= t * v.row + l * v.pixel
+                && v.end() <= floats
+                && v.pixel >= v.shape.c
         };
         let bad = |i: usize, what: &str| Error::Internal(format!("step {i}: {what}"));
         if !inputs.iter().all(inside) {
@@ -190,10 +202,9 @@ impl Program {
             let (a, out) = (s.inputs[0], s.output.shape);
             let tables = match &s.op.0 {
                 Kind::Conv(c) => Tables::Conv(c.prepare(&a, s.inputs.get(1), &s.output)),
-                Kind::Resize { bilinear } => Tables::Resize([
-                    blends(a.shape.h, out.h, *bilinear),
-                    blends(a.shape.w, out.w, *bilinear),
-                ]),
+                Kind::Resize { bilinear } => {
+                    Tables::Resize([blends(a.shape.h, out.h, *bilinear), blends(a.shape.w, out.w, *bilinear)])
+                }
                 _ => Tables::None,
             };
             checked.push(Step { op: s.op, inputs: s.inputs, output: s.output, tables });
@@ -278,15 +289,17 @@ impl Step {
                 (Kind::ConvTranspose(c), _) => c.run(base, a, out, team),
                 (Kind::MaxPool(p), _) => p.run(k, base, a, out, team),
                 (Kind::GlobalAvgPool, _) => simple::global_avg_pool(base, a, out, team),
-                (Kind::Resize { .. }, Tables::Resize([r, c])) => simple::resize(k, base, [r, c], a, out, team),
+                (Kind::Resize { .. }, Tables::Resize([r, c])) => {
+                    simple::resize(k, base, [r, c], a, out, team)
+                }
                 (Kind::Add { slope }, _) => simple::add_or_copy(k, base, *slope, a, [0, 0], b, out, team),
                 (Kind::Crop { corner }, _) => simple::add_or_copy(k, base, 1.0, a, *corner, None, out, team),
                 (Kind::Sigmoid, _) => simple::per_pixel(base, a, out, team, |p| {
                     p.iter_mut().for_each(|v| *v = simple::sigmoid(*v))
                 }),
-                (Kind::Softmax(n), _) => {
-                    simple::per_pixel(base, a, out, team, |p| p.chunks_exact_mut(*n).for_each(simple::softmax))
-                }
+                (Kind::Softmax(n), _) => simple::per_pixel(base, a, out, team, |p| {
+                    p.chunks_exact_mut(*n).for_each(simple::softmax)
+                }),
                 (Kind::RoiAlign(r), _) => {
                     r.run(base, a, b.expect("validated: RoIAlign has boxes"), out, team)
                 }

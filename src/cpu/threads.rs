@@ -121,7 +121,9 @@ impl Pool {
         // SAFETY: only the lifetime changes; this function does not return (nor unwind) before
         // `running` is 0, after which no worker touches the job again.
         let erased: Job = Job(unsafe {
-            std::mem::transmute::<*const (dyn Fn(&Team) + Sync + '_), *const (dyn Fn(&Team) + Sync + 'static)>(job)
+            std::mem::transmute::<*const (dyn Fn(&Team) + Sync + '_), *const (dyn Fn(&Team) + Sync + 'static)>(
+                job,
+            )
         });
         {
             let mut slot = shared.job.lock().unwrap_or_else(|e| e.into_inner());

@@ -67,7 +67,8 @@ fn scale_and_shift(graph: &Graph, node: &Node, eps: f64, weights: &Weights) -> R
     let (weight, bias, mean, var) = (param(0)?, param(1)?, param(2)?, param(3)?);
     let scale = |c: usize| f64::from(weight[c]) / (f64::from(var[c]).max(0.0) + eps).sqrt();
     let scales = (0..weight.len()).map(|c| scale(c) as f32).collect();
-    let shifts = (0..weight.len()).map(|c| (f64::from(bias[c]) - f64::from(mean[c]) * scale(c)) as f32).collect();
+    let shifts =
+        (0..weight.len()).map(|c| (f64::from(bias[c]) - f64::from(mean[c]) * scale(c)) as f32).collect();
     Ok((scales, shifts))
 }
 

@@ -144,9 +144,9 @@ fn follow(
 ) -> Result<Chain> {
     let dense = matches!(graph.nodes[start.0].layer(), Some(Layer::Conv2d(c)) if !c.is_depthwise())
         || matches!(graph.nodes[start.0].layer(), Some(Layer::Linear(_)));
-    let can_activate = dense || matches!(graph.nodes[start.0].layer(), Some(Layer::Conv2d(_) | Layer::BatchNorm(_)));
-    let mut chain =
-        Chain { start, last: start, affine, slope: 1.0, residual: Residual::None, add: None };
+    let can_activate =
+        dense || matches!(graph.nodes[start.0].layer(), Some(Layer::Conv2d(_) | Layer::BatchNorm(_)));
+    let mut chain = Chain { start, last: start, affine, slope: 1.0, residual: Residual::None, add: None };
     let mut activated = false;
     while let Some(next) = uses.sole(chain.last) {
         let node = &graph.nodes[next.0];
@@ -169,7 +169,8 @@ fn follow(
                 } else {
                     chain.add = Some(other);
                 }
-                chain.residual = if activated { Residual::AfterActivation } else { Residual::BeforeActivation };
+                chain.residual =
+                    if activated { Residual::AfterActivation } else { Residual::BeforeActivation };
             }
             _ => break,
         }
@@ -329,7 +330,7 @@ fn channels(graph: &Graph, id: NodeId) -> usize {
 /// The op of a chain.
 fn lower_chain(graph: &Graph, isa: Isa, chain: &Chain) -> Result<Op> {
     use crate::layers::{batchnorm, conv2d, conv_transpose2d, linear};
-    let Affine { weight, bias } = &chain.affine;
+    let Affine { weight, bias, .. } = &chain.affine;
     let node = &graph.nodes[chain.start.0];
     match node.layer() {
         Some(Layer::Conv2d(c)) => Ok(conv2d::cpu::lower(c, isa, weight, bias, chain.slope, chain.residual)),

@@ -66,7 +66,9 @@ impl Weights {
         let bytes: BTreeMap<&str, (Vec<usize>, Vec<u8>)> = self
             .tensors
             .iter()
-            .map(|(n, t)| (n.as_str(), (t.shape.clone(), t.data.iter().flat_map(|v| v.to_le_bytes()).collect())))
+            .map(|(n, t)| {
+                (n.as_str(), (t.shape.clone(), t.data.iter().flat_map(|v| v.to_le_bytes()).collect()))
+            })
             .collect();
         let views = bytes
             .iter()

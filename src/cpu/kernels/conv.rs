@@ -118,7 +118,8 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
                 let first = p * 2 * lanes;
                 let wide = panel_registers(a.channels, lanes, p) == 2;
                 let add_y = a.add_rows.get(y).map_or(y, |&r| r as usize);
-                let columns = if a.add_columns.is_empty() { std::ptr::null() } else { a.add_columns.as_ptr() };
+                let columns =
+                    if a.add_columns.is_empty() { std::ptr::null() } else { a.add_columns.as_ptr() };
                 // SAFETY: the caller's contract, for this pixel range and panel. The residual
                 // pointer is formed without arithmetic claims (it may be null).
                 unsafe {
@@ -183,7 +184,8 @@ pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NR: usize>(t: &Tile)
             let mut v = acc[m];
             let out = t.output.add(m * t.out_pixel);
             if t.residual != Residual::None {
-                let column = if t.add_columns.is_null() { t.x + m } else { *t.add_columns.add(t.x + m) as usize };
+                let column =
+                    if t.add_columns.is_null() { t.x + m } else { *t.add_columns.add(t.x + m) as usize };
                 let add = t.add.add(column * t.add_pixel);
                 for r in 0..NR {
                     let b = V::load_upto(add.wrapping_add(r * lanes), t.channels.saturating_sub(r * lanes));

@@ -51,7 +51,9 @@ pub(crate) unsafe fn rows<V: Vector>(a: &DepthwiseArgs, rows: Range<usize>) {
             unsafe {
                 match (dense_taps, a.in_pixel / a.tap_pixel.max(1)) {
                     (true, 1) if a.in_pixel == a.tap_pixel => row_3x3::<V, 1, { RUN + 2 }>(a, y, c, lanes),
-                    (true, 2) if a.in_pixel == 2 * a.tap_pixel => row_3x3::<V, 2, { 2 * RUN + 1 }>(a, y, c, lanes),
+                    (true, 2) if a.in_pixel == 2 * a.tap_pixel => {
+                        row_3x3::<V, 2, { 2 * RUN + 1 }>(a, y, c, lanes)
+                    }
                     _ => row_any::<V>(a, y, c, lanes),
                 }
             }

@@ -1,5 +1,7 @@
 //! Activations: ReLU, leaky ReLU, sigmoid, and softmax over groups of channels.
 
+pub(crate) mod cpu;
+
 #[cfg(feature = "train")]
 use super::expect_shape;
 use super::Real;

@@ -1,5 +1,7 @@
 //! Batch normalisation over N, H, W for every channel.
 
+pub(crate) mod cpu;
+
 #[cfg(feature = "train")]
 use super::expect_shape;
 use super::window::indices;

@@ -1,5 +1,7 @@
 //! Layers that join or cut maps: add, concat, crop.
 
+pub(crate) mod cpu;
+
 #[cfg(feature = "train")]
 use super::expect_shape;
 use super::window::indices;

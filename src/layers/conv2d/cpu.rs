@@ -7,7 +7,14 @@ use crate::cpu::{Isa, Op};
 
 /// The op for `conv` with folded `weight` and `bias`, activation `max(x, slope * x)` and the place
 /// where a second input is added.
-pub(crate) fn lower(conv: &Conv2d, isa: Isa, weight: &[f32], bias: &[f32], slope: f32, residual: Residual) -> Op {
+pub(crate) fn lower(
+    conv: &Conv2d,
+    isa: Isa,
+    weight: &[f32],
+    bias: &[f32],
+    slope: f32,
+    residual: Residual,
+) -> Op {
     let Conv2d { kernel, stride, dilation, padding, groups, in_channels, out_channels, .. } = *conv;
     let window = Window { kernel, stride, dilation, padding };
     if conv.is_depthwise() {

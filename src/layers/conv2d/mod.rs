@@ -1,5 +1,7 @@
 //! 2-D convolution: groups, depthwise, dilation, stride, per-axis kernel and asymmetric padding.
 
+pub(crate) mod cpu;
+
 #[cfg(feature = "train")]
 use super::expect_shape;
 use super::window::{indices, Window};

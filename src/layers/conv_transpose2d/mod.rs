@@ -1,5 +1,7 @@
 //! 2-D transposed convolution (the gradient of a convolution with respect to its input).
 
+pub(crate) mod cpu;
+
 #[cfg(feature = "train")]
 use super::expect_shape;
 use super::window::{indices, Window};

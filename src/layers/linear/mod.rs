@@ -1,5 +1,7 @@
 //! Fully connected layer.
 
+pub(crate) mod cpu;
+
 #[cfg(feature = "train")]
 use super::expect_shape;
 use super::window::indices;

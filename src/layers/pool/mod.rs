@@ -1,5 +1,7 @@
 //! Max pooling and global average pooling.
 
+pub(crate) mod cpu;
+
 #[cfg(feature = "train")]
 use super::expect_shape;
 use super::window::{indices, Window};

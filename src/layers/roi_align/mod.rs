@@ -1,5 +1,7 @@
 //! RoIAlign (He et al., Mask R-CNN): bilinear samples averaged in each bin of a box.
 
+pub(crate) mod cpu;
+
 #[cfg(feature = "train")]
 use super::expect_shape;
 use super::window::indices;

@@ -1,5 +1,7 @@
 //! Nearest and bilinear interpolation, by a factor or to another map's size.
 
+pub(crate) mod cpu;
+
 #[cfg(feature = "train")]
 use super::expect_shape;
 use super::window::indices;
