@@ -190,8 +190,7 @@ fn conv_transpose2d() {
                 rng.int(0, (kernel[1] - 1) / 2),
                 rng.int(0, kernel[0] / 2),
                 rng.int(0, kernel[1] / 2),
-            ]
-            .map(|p| if kernel == [1, 1] { 0 } else { p }),
+            ],
             groups,
             bias: rng.flip(),
         };
