@@ -1,0 +1,435 @@
+//! One window of one pyramid level, written as network input.
+//!
+//! Each axis of the upright picture is resampled on its own. Enlarging, and shrinking up to 2x, is
+//! bilinear with half-pixel centres (level pixel i looks at upright `(i + 0.5) * W / w - 0.5`, edges
+//! replicated); shrinking more is the exact area average over `i * W / w .. (i + 1) * W / w`. Which
+//! upright pixels a level pixel takes, and with what weights, follows from whole-number arithmetic on
+//! its position in the level, never from the window, so a window equals that part of the level bit
+//! for bit. Rows are combined first, then columns: shrinking thus touches each source value once.
+
+use super::convert::{row_floats, Lanes, Normalization, Normalizer, RowReader, Sample};
+use super::view::{ImageView, Rect, Size};
+use crate::error::{Error, Result};
+use std::ops::Range;
+
+/// Upright pixels behind one level pixel along one axis: `first .. first + len`, weighted with
+/// `head` (the first), `body` (each between) and `tail` (the last, where `len` > 1).
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
+struct Taps {
+    first: u32,
+    len: u32,
+    head: f32,
+    body: f32,
+    tail: f32,
+}
+
+/// How one axis of `from` upright pixels becomes one of `to` level pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Axis {
+    from: u64,
+    to: u64,
+}
+
+impl Axis {
+    fn new(from: usize, to: usize) -> Self {
+        Self { from: from as u64, to: to as u64 }
+    }
+
+    fn is_identity(&self) -> bool {
+        self.from == self.to
+    }
+
+    fn averages(&self) -> bool {
+        self.from > 2 * self.to
+    }
+
+    /// Taps of level pixel `i`. No overflow: lengths are at most 2^24.
+    fn taps(&self, i: usize) -> Taps {
+        let (i, from, to) = (i as u64, self.from, self.to);
+        if self.averages() {
+            // In units of 1/to upright pixels the average runs over begin..end, and pixel k over
+            // k * to..(k + 1) * to.
+            let (begin, end) = (i * from, (i + 1) * from);
+            let (first, last) = (begin / to, (end - 1) / to);
+            let share = |units: u64| (units as f64 / from as f64) as f32;
+            let (head, tail) = ((first + 1) * to - begin, end - last * to);
+            let len = (last - first + 1) as u32;
+            Taps { first: first as u32, len, head: share(head), body: share(to), tail: share(tail) }
+        } else {
+            // Position in units of 1/(2 to), half-pixel centres, clamped to the first and last pixel.
+            let unit = 2 * to;
+            let position = ((2 * i + 1) * from).saturating_sub(to).min((from - 1) * unit);
+            let (first, rest) = (position / unit, position % unit);
+            if rest == 0 {
+                return Taps { first: first as u32, len: 1, head: 1.0, body: 0.0, tail: 0.0 };
+            }
+            let t = (rest as f64 / unit as f64) as f32;
+            Taps { first: first as u32, len: 2, head: 1.0 - t, body: 0.0, tail: t }
+        }
+    }
+
+    /// Upright pixels behind level pixels `range`, which is not empty.
+    fn span(&self, range: Range<usize>) -> Range<usize> {
+        let (a, b) = (self.taps(range.start), self.taps(range.end - 1));
+        a.first as usize..(b.first + b.len) as usize
+    }
+
+    /// Most upright pixels behind any `n` neighbouring level pixels.
+    fn most_span(&self, n: usize) -> usize {
+        // Exactly n * from / to wide, a bilinear tap beyond on either side, both ends cut pixels.
+        let wide = (n as u64 * self.from).div_ceil(self.to) + 3;
+        wide.min(self.from) as usize
+    }
+}
+
+/// Where [`fill`] writes: rows `row_stride` floats apart, pixels `pixel_stride` floats apart, three
+/// values a pixel. Floats between pixels and between rows are left as they are.
+#[derive(Debug)]
+pub struct DstRows<'a> {
+    data: &'a mut [f32],
+    row_stride: usize,
+    pixel_stride: usize,
+}
+
+impl<'a> DstRows<'a> {
+    /// Destination over `data`; strides in floats, checked by [`fill`].
+    pub fn new(data: &'a mut [f32], row_stride: usize, pixel_stride: usize) -> Self {
+        Self { data, row_stride, pixel_stride }
+    }
+
+    /// Destination of `width` pixels a row without gaps.
+    pub fn packed(data: &'a mut [f32], width: usize) -> Self {
+        Self::new(data, width.saturating_mul(3), 3)
+    }
+
+    /// Error unless `rows` rows of `width` pixels (both above 0) fit.
+    fn check(&self, width: usize, rows: usize) -> Result<()> {
+        let Self { row_stride, pixel_stride, .. } = *self;
+        let row = pixel_stride.checked_mul(width - 1).and_then(|n| n.checked_add(3));
+        let needed = row.and_then(|row| row_stride.checked_mul(rows - 1)?.checked_add(row));
+        let (Some(row), Some(needed)) = (row, needed) else {
+            return Err(Error::InvalidArgument(format!(
+                "destination strides {row_stride} and {pixel_stride} floats overflow over {width}x{rows} px"
+            )));
+        };
+        if pixel_stride < 3 || (rows > 1 && row_stride < row) {
+            return Err(Error::InvalidArgument(format!(
+                "destination of {width} px rows has pixel stride {pixel_stride} (at least 3) and row stride \
+                 {row_stride} floats (at least {row})"
+            )));
+        }
+        if self.data.len() < needed {
+            return Err(Error::BufferTooSmall { needed, capacity: self.data.len() });
+        }
+        Ok(())
+    }
+}
+
+/// Row buffers of [`fill`], kept from call to call. Each thread needs its own. One that was reserved
+/// for the largest case is never enlarged again, so that filling does not allocate.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// The two upright rows decoded last.
+    rows: [Vec<f32>; 2],
+    /// Weighted sum of upright rows.
+    sum: Vec<f32>,
+    /// Taps of the window's columns.
+    taps: Vec<Taps>,
+}
+
+impl Scratch {
+    /// Scratch for windows up to `window_width` of levels `level_width` wide over an upright picture
+    /// `upright_width` wide (pixels, each at least 1), of any format and height.
+    pub fn for_width(upright_width: usize, level_width: usize, window_width: usize) -> Self {
+        let mut scratch = Self::default();
+        scratch.reserve(upright_width, level_width, window_width);
+        scratch
+    }
+
+    /// Enlarges the buffers, where they are smaller, to what [`Self::for_width`] would make.
+    pub fn reserve(&mut self, upright_width: usize, level_width: usize, window_width: usize) {
+        let (floats, columns) = Self::lengths(upright_width, level_width, window_width);
+        for row in self.rows.iter_mut().chain([&mut self.sum]) {
+            if row.len() < floats {
+                *row = vec![0.0; floats];
+            }
+        }
+        if self.taps.len() < columns {
+            self.taps = vec![Taps::default(); columns];
+        }
+    }
+
+    /// Heap bytes held.
+    pub fn bytes(&self) -> usize {
+        let floats = self.rows.iter().map(Vec::capacity).sum::<usize>() + self.sum.capacity();
+        floats * size_of::<f32>() + self.taps.capacity() * size_of::<Taps>()
+    }
+
+    /// Heap bytes that a fresh scratch of [`Self::for_width`] holds.
+    pub fn bytes_for_width(upright_width: usize, level_width: usize, window_width: usize) -> usize {
+        let (floats, columns) = Self::lengths(upright_width, level_width, window_width);
+        3 * floats * size_of::<f32>() + columns * size_of::<Taps>()
+    }
+
+    /// (values of a row buffer, columns with taps)
+    fn lengths(upright_width: usize, level_width: usize, window_width: usize) -> (usize, usize) {
+        let columns = window_width.min(level_width);
+        let axis = Axis::new(upright_width, level_width.max(1));
+        (row_floats(axis.most_span(columns)), columns)
+    }
+}
+
+/// Writes rows `rows` of window `window` of the level that shows the view's whole upright region at
+/// `level` pixels. Row `rows.start` goes to the first row of `dst`.
+///
+/// A value is `(pixel - mean) * scale` (see [`Normalization`]) where the window lies in the level,
+/// and 0.0 beyond its right and bottom border. The result does not depend on how a level is cut into
+/// windows or a window into row ranges, so threads may fill ranges of rows, each with its own
+/// `scratch`. Nothing is allocated where `scratch` was reserved for this width.
+///
+/// Errors: [`Error::InvalidArgument`] for rows outside the window, an overflowing window or wrong
+/// strides; [`Error::BufferTooSmall`] (in floats) for a short destination; a level of size 0 or above
+/// the caps is refused as a picture would be.
+pub fn fill(
+    view: &ImageView<'_>,
+    level: Size,
+    window: Rect,
+    rows: Range<usize>,
+    norm: &Normalization,
+    dst: &mut DstRows<'_>,
+    scratch: &mut Scratch,
+) -> Result<()> {
+    level.check("level")?;
+    let end_x = window.x.checked_add(window.width);
+    let (Some(end_x), Some(_)) = (end_x, window.y.checked_add(window.height)) else {
+        return Err(Error::InvalidArgument(format!("window {window:?} overflows")));
+    };
+    if rows.start > rows.end || rows.end > window.height {
+        return Err(Error::InvalidArgument(format!("rows {rows:?} of a window of {} rows", window.height)));
+    }
+    if rows.is_empty() || window.width == 0 {
+        return Ok(());
+    }
+    dst.check(window.width, rows.len())?;
+
+    let columns = window.x.min(level.width)..end_x.min(level.width);
+    let level_y = |row: usize| Some(window.y + row).filter(|&y| y < level.height && !columns.is_empty());
+    let mut pass = level_y(rows.start).map(|_| Pass::new(view, level, columns.clone(), norm, scratch));
+    let (pixel_stride, row_stride) = (dst.pixel_stride, dst.row_stride);
+    let row_floats = pixel_stride * (window.width - 1) + 3;
+    for (nth, row) in rows.enumerate() {
+        let out = &mut dst.data[nth * row_stride..][..row_floats];
+        let mut filled = 0;
+        if let (Some(y), Some(pass)) = (level_y(row), pass.as_mut()) {
+            pass.row(y, out, pixel_stride);
+            filled = columns.len();
+        }
+        for pixel in out.chunks_mut(pixel_stride).skip(filled) {
+            pixel[..3].fill(0.0);
+        }
+    }
+    Ok(())
+}
+
+/// The state of one [`fill`] over the columns that lie in the level.
+struct Pass<'a> {
+    reader: RowReader<'a>,
+    normalizer: Normalizer,
+    x: Axis,
+    y: Axis,
+    /// Upright columns behind the window: what row buffers hold.
+    span: Range<usize>,
+    cache: RowCache<'a>,
+    sum: &'a mut [f32],
+    /// Taps of each column, `first` counted from the span's start.
+    taps: &'a [Taps],
+}
+
+impl<'a> Pass<'a> {
+    fn new(
+        view: &'a ImageView<'a>,
+        level: Size,
+        columns: Range<usize>,
+        norm: &Normalization,
+        scratch: &'a mut Scratch,
+    ) -> Self {
+        let upright = view.upright_size();
+        let x = Axis::new(upright.width, level.width);
+        let y = Axis::new(upright.height, level.height);
+        scratch.reserve(upright.width, level.width, columns.len());
+        let reader = RowReader::new(view);
+        let normalizer = Normalizer::new(norm, reader.order());
+        let span = x.span(columns.clone());
+        let floats = row_floats(span.len());
+        let Scratch { rows: [a, b], sum, taps } = scratch;
+        let taps = &mut taps[..columns.len()];
+        if !x.is_identity() {
+            for (t, i) in taps.iter_mut().zip(columns) {
+                *t = x.taps(i);
+                t.first -= span.start as u32;
+            }
+        }
+        let cache = RowCache { rows: [&mut a[..floats], &mut b[..floats]], held: [None; 2], last: 0 };
+        Self { reader, normalizer, x, y, span, cache, sum: &mut sum[..floats], taps }
+    }
+
+    /// Level row `y` into `out`.
+    fn row(&mut self, y: usize, out: &mut [f32], pixel_stride: usize) {
+        let taps = self.y.taps(y);
+        let first = taps.first as usize;
+        let values = 3 * self.span.len();
+        if taps.len == 1 && self.x.is_identity() {
+            // No arithmetic between picture and normalisation.
+            match self.reader.bytes(first, &self.span) {
+                Some(bytes) => self.normalizer.row(bytes, out, pixel_stride),
+                None => {
+                    let row = self.cache.get(&self.reader, first, &self.span);
+                    self.normalizer.row(&row[..values], out, pixel_stride);
+                }
+            }
+            return;
+        }
+        let weights = |k: u32| match k {
+            0 => taps.head,
+            k if k + 1 == taps.len => taps.tail,
+            _ => taps.body,
+        };
+        let direct = self.reader.holds_rows_of_bytes();
+        let combined: &[f32] = if taps.len == 1 && !direct {
+            self.cache.get(&self.reader, first, &self.span)
+        } else {
+            for k in 0..taps.len {
+                let source = first + k as usize;
+                let sum = &mut self.sum[..values];
+                match self.reader.bytes(source, &self.span) {
+                    Some(bytes) => accumulate(sum, bytes, weights(k), k == 0),
+                    None => {
+                        let row = self.cache.get(&self.reader, source, &self.span);
+                        accumulate(sum, &row[..values], weights(k), k == 0);
+                    }
+                }
+            }
+            self.sum
+        };
+        if self.x.is_identity() {
+            self.normalizer.row(&combined[..values], out, pixel_stride);
+        } else if self.normalizer.swaps() {
+            columns::<true>(combined, self.taps, self.x.averages(), &self.normalizer, out, pixel_stride);
+        } else {
+            columns::<false>(combined, self.taps, self.x.averages(), &self.normalizer, out, pixel_stride);
+        }
+    }
+}
+
+/// The two upright rows decoded last: neighbouring level rows share them.
+struct RowCache<'a> {
+    rows: [&'a mut [f32]; 2],
+    held: [Option<usize>; 2],
+    last: usize,
+}
+
+impl RowCache<'_> {
+    fn get(&mut self, reader: &RowReader<'_>, y: usize, span: &Range<usize>) -> &[f32] {
+        let slot = match self.held.iter().position(|&h| h == Some(y)) {
+            Some(slot) => slot,
+            None => {
+                let slot = 1 - self.last;
+                reader.load(y, span.clone(), self.rows[slot]);
+                self.held[slot] = Some(y);
+                slot
+            }
+        };
+        self.last = slot;
+        self.rows[slot]
+    }
+}
+
+/// `sum = weight * row`, or `sum += weight * row` for all rows but the first.
+fn accumulate<S: Sample>(sum: &mut [f32], row: &[S], weight: f32, first: bool) {
+    if first {
+        for (s, v) in sum.iter_mut().zip(row) {
+            *s = weight * v.value();
+        }
+    } else {
+        for (s, v) in sum.iter_mut().zip(row) {
+            *s += weight * v.value();
+        }
+    }
+}
+
+/// Resamples a row along x and normalises it into `out`.
+fn columns<const SWAP: bool>(
+    row: &[f32],
+    taps: &[Taps],
+    averages: bool,
+    normalizer: &Normalizer,
+    out: &mut [f32],
+    pixel_stride: usize,
+) {
+    // Four lanes are read for every pixel; the fourth is the next pixel's or the spare value.
+    let at = |pixel: usize| -> Lanes { std::array::from_fn(|i| row[3 * pixel..3 * pixel + 4][i]) };
+    let weighted = |w: f32, p: Lanes| -> Lanes { p.map(|v| w * v) };
+    let add = |a: Lanes, b: Lanes| -> Lanes { std::array::from_fn(|i| a[i] + b[i]) };
+    for (o, t) in out.chunks_mut(pixel_stride).zip(taps) {
+        let (first, last) = (t.first as usize, (t.first + t.len) as usize - 1);
+        let mut v = weighted(t.head, at(first));
+        if averages {
+            for middle in first + 1..last {
+                v = add(v, weighted(t.body, at(middle)));
+            }
+        }
+        if t.len > 1 {
+            v = add(v, weighted(t.tail, at(last)));
+        }
+        o[..3].copy_from_slice(&normalizer.pixel::<SWAP>(v)[..3]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn taps_of_known_ratios() {
+        let taps = |from, to, i| Axis::new(from, to).taps(i);
+        let t = |first, len, head, body, tail| Taps { first, len, head, body, tail };
+        assert_eq!(taps(10, 10, 7), t(7, 1, 1.0, 0.0, 0.0));
+        // Twice as large: quarters, edges replicated.
+        assert_eq!(taps(4, 8, 0), t(0, 1, 1.0, 0.0, 0.0));
+        assert_eq!(taps(4, 8, 1), t(0, 2, 0.75, 0.0, 0.25));
+        assert_eq!(taps(4, 8, 7), t(3, 1, 1.0, 0.0, 0.0));
+        // Half: the mean of two. Two fifths: area of 2.5.
+        assert_eq!(taps(8, 4, 1), t(2, 2, 0.5, 0.0, 0.5));
+        assert_eq!(taps(5, 2, 0), t(0, 3, 0.4, 0.4, 0.2));
+        assert_eq!(taps(5, 2, 1), t(2, 3, 0.2, 0.4, 0.4));
+        assert_eq!(taps(9, 3, 1), t(3, 3, 1.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0));
+        assert_eq!(taps(1, 5, 3), t(0, 1, 1.0, 0.0, 0.0));
+    }
+
+    proptest! {
+        #[test]
+        fn taps_stay_inside_sum_to_1_and_fit_the_scratch(
+            from in 1usize..1 << 24, to in 1usize..1 << 24, at in 0.0..1f64, n in 1usize..5000,
+        ) {
+            let axis = Axis::new(from, to);
+            let n = n.min(to);
+            let start = (at * (to - n) as f64) as usize;
+            let span = axis.span(start..start + n);
+            prop_assert!(span.end <= from && span.len() <= axis.most_span(n));
+            for i in [start, start + n / 2, start + n - 1] {
+                let t = axis.taps(i);
+                prop_assert!(t.first as usize >= span.start && (t.first + t.len) as usize <= span.end);
+                let between = f64::from(t.len.saturating_sub(2)) * f64::from(t.body);
+                let sum = f64::from(t.head) + between + if t.len > 1 { f64::from(t.tail) } else { 0.0 };
+                prop_assert!((sum - 1.0).abs() < 1e-6, "{t:?} sum {sum}");
+                // The weighted position is the level pixel's centre, away from replicated edges.
+                if !axis.averages() && t.len == 2 {
+                    let x = f64::from(t.first) + f64::from(t.tail);
+                    let want = (i as f64 + 0.5) * from as f64 / to as f64 - 0.5;
+                    prop_assert!((x - want).abs() < 1e-3, "{x} {want}");
+                }
+            }
+        }
+    }
+}
