@@ -15,6 +15,8 @@ pub mod layers;
 
 #[forbid(unsafe_code)]
 pub mod graph;
+#[forbid(unsafe_code)]
+pub mod nets;
 
 #[forbid(unsafe_code)]
 pub mod pixels;

@@ -7,13 +7,13 @@ use super::kernels::simple::{Blend, PoolArgs, ResizeArgs, RowArgs};
 use super::kernels::Kernels;
 use super::threads::Team;
 
-/// Source positions along one axis. Nearest: floor(dst * in/out). Bilinear: half-pixel centres,
-/// clamped at the edges.
+/// Source positions along one axis, as PyTorch computes them. Nearest: floor(dst * (in/out)) with the
+/// ratio rounded to f32. Bilinear: half-pixel centres, clamped at the edges.
 pub(crate) fn blends(input: usize, output: usize, bilinear: bool) -> Vec<Blend> {
     (0..output)
         .map(|dst| {
             if !bilinear {
-                let low = (dst * input / output) as u32;
+                let low = ((dst as f32 * (input as f32 / output as f32)) as u32).min(input as u32 - 1);
                 return Blend { low, high: low, t: 0.0 };
             }
             let src = ((dst as f64 + 0.5) * input as f64 / output as f64 - 0.5).max(0.0);

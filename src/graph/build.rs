@@ -6,8 +6,8 @@
 
 use crate::error::{Error, Result};
 use crate::layers::{
-    Activation, Add, BatchNorm, Concat, Conv2d, ConvTranspose2d, Crop, Interpolation, Layer, Linear, MaxPool,
-    RoiAlign, Upsample, UpsampleTo,
+    Activation, Add, BatchNorm, Concat, Conv2d, ConvTranspose2d, Crop, GlobalAvgPool, Interpolation, Layer,
+    Linear, MaxPool, RoiAlign, Upsample, UpsampleTo,
 };
 use crate::shape::Shape;
 
@@ -368,6 +368,11 @@ impl Builder {
     /// Max pooling.
     pub fn max_pool(&mut self, x: NodeId, pool: MaxPool) -> NodeId {
         self.layer("max_pool", Layer::MaxPool(pool), &[x], Vec::new())
+    }
+
+    /// Mean over rows and columns.
+    pub fn global_avg_pool(&mut self, x: NodeId) -> NodeId {
+        self.layer("global_avg_pool", Layer::GlobalAvgPool(GlobalAvgPool), &[x], Vec::new())
     }
 
     /// Upsampling by a factor.
