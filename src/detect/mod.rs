@@ -1,5 +1,34 @@
-//! From feature maps to faces: anchors, decoding, filtering, merging.
+//! From feature maps to faces: anchors, decoding, filtering, merging; models and sessions.
+//!
+//! ```no_run
+//! use farface::detect::{Model, Session};
+//! use farface::pixels::{ImageView, PixelFormat};
+//!
+//! let model = Model::load("model.safetensors")?;
+//! let mut session = Session::new(&model)?;
+//! let rgb = vec![0u8; 640 * 480 * 3]; // a frame from somewhere
+//! let frame = ImageView::packed(640, 480, PixelFormat::Rgb8, &rgb)?;
+//! for face in session.detect(&frame)? {
+//!     println!("{:?} {:.2}", face.bbox, face.score);
+//! }
+//! # Ok::<(), farface::Error>(())
+//! ```
 
+pub mod anchors;
 pub mod boxes;
+mod candidates;
+pub mod config;
+pub mod detector;
+pub mod face;
+pub mod model;
+pub mod nms;
+pub mod options;
+pub mod retinaface;
+pub mod session;
 
 pub use boxes::{BBox, Detection};
+pub use config::ModelConfig;
+pub use face::{Ellipse, Face};
+pub use model::Model;
+pub use options::{DevicePolicy, Options, Precision, Pyramid};
+pub use session::{Session, Timings};

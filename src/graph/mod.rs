@@ -9,5 +9,5 @@ pub mod weights;
 
 pub use build::{Builder, Graph, NodeId};
 pub use fuse::Compiled;
-pub use plan::Plan;
+pub use plan::{Plan, StepInfo};
 pub use weights::Weights;

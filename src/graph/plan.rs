@@ -14,6 +14,21 @@ pub struct Plan {
     outputs: Vec<View>,
 }
 
+/// A step for listings.
+#[derive(Clone, Debug)]
+pub struct StepInfo {
+    /// The layer that the step starts with.
+    pub name: String,
+    /// Kernel.
+    pub kernel: &'static str,
+    /// Output size.
+    pub output: Shape,
+    /// Multiply-adds.
+    pub macs: u64,
+    /// Bytes of packed weights.
+    pub weight_bytes: usize,
+}
+
 /// A buffer in time and space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Buffer {
@@ -80,6 +95,24 @@ impl Plan {
     /// Bytes of arena that a plan for these shapes takes, without making it.
     pub fn arena_bytes(network: &Compiled, input_shapes: &[Shape]) -> Result<usize> {
         Ok(layout(network, input_shapes)?.floats.div_ceil(ALIGN) * ALIGN * size_of::<f32>())
+    }
+
+    /// The steps of `network` for these input shapes, in the order they run.
+    pub fn describe(network: &Compiled, input_shapes: &[Shape]) -> Result<Vec<StepInfo>> {
+        let graph = &network.graph;
+        let shapes = graph.shapes(input_shapes)?;
+        let info = |step: &super::fuse::CompiledStep| {
+            let node = &graph.nodes[step.node.0];
+            let input = node.inputs.first().map_or(shapes[step.node.0], |i| shapes[i.0]);
+            StepInfo {
+                name: node.name.clone(),
+                kernel: step.op.name(),
+                output: shapes[network.values[step.output.0].node.0],
+                macs: node.layer().map_or(0, |l| l.macs(input, shapes[step.node.0])),
+                weight_bytes: step.op.bytes(),
+            }
+        };
+        Ok(network.steps.iter().map(info).collect())
     }
 
     /// Where the caller writes the inputs (halos are zeroed by the run).

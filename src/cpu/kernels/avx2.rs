@@ -1,7 +1,6 @@
 //! AVX2 + FMA kernels: eight lanes, sixteen registers.
 
 use super::{isa_kernels, Vector};
-use crate::cpu::isa::Isa;
 use std::arch::x86_64::*;
 
 /// Eight floats in a YMM register.
@@ -68,5 +67,5 @@ impl Vector for F32x8 {
     }
 }
 
-isa_kernels!(Isa::Avx2, F32x8, #[target_feature(enable = "avx2,fma")],
+isa_kernels!(F32x8, #[target_feature(enable = "avx2,fma")],
     wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);

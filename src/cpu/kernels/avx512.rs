@@ -1,7 +1,6 @@
 //! AVX-512 kernels: sixteen lanes, thirty-two registers.
 
 use super::{isa_kernels, Vector};
-use crate::cpu::isa::Isa;
 use std::arch::x86_64::*;
 
 /// Sixteen floats in a ZMM register.
@@ -65,5 +64,5 @@ impl Vector for F32x16 {
     }
 }
 
-isa_kernels!(Isa::Avx512, F32x16, #[target_feature(enable = "avx512f")],
+isa_kernels!(F32x16, #[target_feature(enable = "avx512f")],
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);

@@ -1,7 +1,6 @@
 //! Portable kernels: four lanes of plain arithmetic, which compilers turn into SSE, NEON or scalar code.
 
 use super::{isa_kernels, Vector};
-use crate::cpu::isa::Isa;
 
 /// Four floats.
 #[derive(Clone, Copy)]
@@ -58,4 +57,4 @@ impl Vector for F32x4 {
     }
 }
 
-isa_kernels!(Isa::Generic, F32x4, , wide: [4 3 2 1], narrow: [4 3 2 1]);
+isa_kernels!(F32x4, , wide: [4 3 2 1], narrow: [4 3 2 1]);

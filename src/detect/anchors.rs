@@ -1,0 +1,71 @@
+//! Anchor boxes on the cells of a feature map, and the code that relates a box to its anchor.
+
+use super::boxes::BBox;
+use std::ops::Range;
+
+/// An anchor by its centre and size, network pixels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Anchor {
+    /// Centre.
+    pub center: [f32; 2],
+    /// Width and height.
+    pub size: [f32; 2],
+}
+
+impl Anchor {
+    /// Square anchor on cell (y, x): centred at (cell + 0.5) * stride.
+    pub fn square(y: usize, x: usize, stride: usize, side: f32) -> Self {
+        let at = |i: usize| (i as f32 + 0.5) * stride as f32;
+        Self { center: [at(x), at(y)], size: [side, side] }
+    }
+
+    /// The box that offsets `t` = tx, ty, tw, th mean on this anchor:
+    /// centre + t * variance * size; size * exp(t * variance) (SSD's code; variances 1 give
+    /// tx = (xc - xa) / wa, tw = ln(w / wa)).
+    pub fn decode(&self, t: &[f32], variances: [f32; 2]) -> BBox {
+        let [cx, cy] = self.point(&t[..2], variances[0]);
+        let w = self.size[0] * (t[2] * variances[1]).exp();
+        let h = self.size[1] * (t[3] * variances[1]).exp();
+        BBox::new(cx - w / 2.0, cy - h / 2.0, cx + w / 2.0, cy + h / 2.0)
+    }
+
+    /// The point that offsets `t` = tx, ty mean: centre + t * variance * size.
+    pub fn point(&self, t: &[f32], variance: f32) -> [f32; 2] {
+        [self.center[0] + t[0] * variance * self.size[0], self.center[1] + t[1] * variance * self.size[1]]
+    }
+}
+
+/// Cells along one axis whose centres, (i + 0.5) * stride, lie in `owned` (network pixels).
+pub fn owned_cells(owned: &Range<f32>, stride: usize, cells: usize) -> Range<usize> {
+    let first = |edge: f32| {
+        let i = (edge / stride as f32 - 0.5).ceil().max(0.0);
+        (i as usize).min(cells)
+    };
+    let start = first(owned.start);
+    start..first(owned.end).max(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_offsets_give_the_anchor_back() {
+        let a = Anchor::square(1, 2, 8, 16.0);
+        assert_eq!(a.center, [20.0, 12.0]);
+        assert_eq!(a.decode(&[0.0; 4], [0.1, 0.2]), BBox::new(12.0, 4.0, 28.0, 20.0));
+        let b = a.decode(&[1.0, -1.0, 2f32.ln(), 0.0], [1.0, 1.0]);
+        assert!((b.width() - 32.0).abs() < 1e-4 && (b.x1 - 20.0).abs() < 1e-4 && (b.y1 + 12.0).abs() < 1e-4);
+    }
+
+    #[test]
+    fn every_cell_belongs_to_exactly_one_of_adjoining_ranges() {
+        for stride in [4, 8, 32] {
+            let cells = 40;
+            let a = owned_cells(&(f32::NEG_INFINITY..96.0), stride, cells);
+            let b = owned_cells(&(96.0..160.0), stride, cells);
+            let c = owned_cells(&(160.0..f32::INFINITY), stride, cells);
+            assert_eq!((a.start, a.end, b.end, c.end), (0, b.start, c.start, cells), "stride {stride}");
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! What a model file says about itself: JSON in the safetensors metadata under `farface`.
+//!
+//! Unknown fields are ignored, an unknown format version is refused. A file without that entry is
+//! taken where its tensors are those of a public detector that we know.
+
+use super::retinaface::RetinaFaceConfig;
+use crate::error::{Error, Result};
+use crate::graph::Weights;
+use crate::pixels::{ChannelOrder, Normalization};
+use serde::{Deserialize, Serialize};
+
+/// Key of the metadata entry.
+pub const METADATA_KEY: &str = "farface";
+/// The version this library writes, and the newest it reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Everything a session needs beside the weights.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelConfig {
+    /// Version of this layout.
+    pub format_version: u32,
+    /// Name to show.
+    #[serde(default)]
+    pub name: String,
+    /// The detector and its settings.
+    pub detector: DetectorConfig,
+    /// Pixel values to network input.
+    pub input: InputConfig,
+    /// Score that a face must pass unless the session says otherwise.
+    #[serde(default = "default_score")]
+    pub score_threshold: f32,
+    /// Score from which on the model is evaluated (AP wants the weak ones too).
+    #[serde(default = "default_eval_score")]
+    pub eval_score_threshold: f32,
+    /// Overlap above which the weaker of two boxes goes.
+    #[serde(default = "default_nms")]
+    pub nms_iou: f32,
+    /// Overlaps count pixels inclusively (width = x2 - x1 + 1), as the detector's authors did.
+    #[serde(default)]
+    pub nms_plus_one: bool,
+    /// Best candidates that reach the suppression.
+    #[serde(default = "default_candidates")]
+    pub max_candidates: usize,
+    /// Sizes of face that the network finds at scale 1: smallest and largest longer side, pixels.
+    pub detectable_px: [f32; 2],
+    /// Licence of the weights.
+    #[serde(default)]
+    pub licence: String,
+    /// Data the weights were trained on.
+    #[serde(default)]
+    pub data: String,
+    /// Training recipe (TOML text), empty for imported weights.
+    #[serde(default)]
+    pub recipe: String,
+}
+
+fn default_score() -> f32 {
+    0.5
+}
+fn default_eval_score() -> f32 {
+    0.02
+}
+fn default_nms() -> f32 {
+    0.4
+}
+fn default_candidates() -> usize {
+    5000
+}
+
+/// A detector by kind.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum DetectorConfig {
+    /// RetinaFace (Deng et al. 2019), single shot with SSH heads and landmarks.
+    Retinaface(RetinaFaceConfig),
+}
+
+/// Channel order, mean and scale of the network's input.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InputConfig {
+    /// `rgb` or `bgr`.
+    pub order: String,
+    /// Subtracted from pixel values 0..255, in that order.
+    pub mean: [f32; 3],
+    /// Then multiplied, in that order.
+    pub scale: [f32; 3],
+}
+
+impl InputConfig {
+    /// As the pixel code takes it.
+    pub fn normalization(&self) -> Result<Normalization> {
+        let order = match self.order.as_str() {
+            "rgb" => ChannelOrder::Rgb,
+            "bgr" => ChannelOrder::Bgr,
+            other => {
+                return Err(Error::InvalidModel(format!("input.order is {other:?}, not \"rgb\" or \"bgr\"")))
+            }
+        };
+        Ok(Normalization { order, mean: self.mean, scale: self.scale })
+    }
+}
+
+impl ModelConfig {
+    /// The published RetinaFace with MobileNet-V1 x0.25.
+    pub fn retinaface_mobile025() -> Self {
+        Self {
+            format_version: FORMAT_VERSION,
+            name: "retinaface-mobile025".into(),
+            detector: DetectorConfig::Retinaface(RetinaFaceConfig::mobile025()),
+            input: InputConfig { order: "bgr".into(), mean: [104.0, 117.0, 123.0], scale: [1.0; 3] },
+            score_threshold: default_score(),
+            eval_score_threshold: default_eval_score(),
+            nms_iou: default_nms(),
+            nms_plus_one: true,
+            max_candidates: default_candidates(),
+            detectable_px: [8.0, 700.0],
+            licence: String::new(),
+            data: String::new(),
+            recipe: String::new(),
+        }
+    }
+
+    /// Reads the configuration of a model file.
+    pub fn of(weights: &Weights) -> Result<Self> {
+        let Some(json) = weights.metadata.get(METADATA_KEY) else {
+            return Self::recognise(weights).ok_or_else(|| {
+                Error::InvalidModel(format!(
+                    "no \"{METADATA_KEY}\" entry in the metadata, and the tensors are of no public detector known here"
+                ))
+            });
+        };
+        #[derive(Deserialize)]
+        struct Version {
+            format_version: u32,
+        }
+        let bad =
+            |e: serde_json::Error| Error::InvalidModel(format!("metadata entry \"{METADATA_KEY}\": {e}"));
+        let version: Version = serde_json::from_str(json).map_err(bad)?;
+        if version.format_version != FORMAT_VERSION {
+            return Err(Error::InvalidModel(format!(
+                "format version {} is not the version {FORMAT_VERSION} that this library reads",
+                version.format_version
+            )));
+        }
+        let config: Self = serde_json::from_str(json).map_err(bad)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The configuration of public weights, by their tensors' names.
+    fn recognise(weights: &Weights) -> Option<Self> {
+        let has = |name: &str| weights.tensors.contains_key(name);
+        (has("body.stage1.0.0.weight")
+            && has("ssh1.conv3X3.0.weight")
+            && has("LandmarkHead.0.conv1x1.weight"))
+        .then(Self::retinaface_mobile025)
+    }
+
+    fn check(&self) -> Result<()> {
+        let bad = |what: &str| Err(Error::InvalidModel(format!("metadata entry \"{METADATA_KEY}\": {what}")));
+        self.input.normalization()?;
+        if !self.input.mean.iter().chain(&self.input.scale).all(|v| v.is_finite()) {
+            return bad("input.mean and input.scale must be finite");
+        }
+        let unit = |v: f32| (0.0..=1.0).contains(&v);
+        if !(unit(self.score_threshold) && unit(self.eval_score_threshold) && unit(self.nms_iou)) {
+            return bad("thresholds must lie in 0..1");
+        }
+        if self.max_candidates == 0 || self.max_candidates > 1_000_000 {
+            return bad("max_candidates must lie in 1..1000000");
+        }
+        let [min, max] = self.detectable_px;
+        if !(min > 0.0 && max >= min && max.is_finite()) {
+            return bad("detectable_px must be 0 < smallest <= largest");
+        }
+        match &self.detector {
+            DetectorConfig::Retinaface(r) => r.check(),
+        }
+    }
+
+    /// As the metadata entry.
+    pub fn to_json(&self) -> Result<String> {
+        serde_json::to_string(self).map_err(|e| Error::Internal(format!("model configuration: {e}")))
+    }
+}

@@ -1,0 +1,81 @@
+//! A loaded model: configuration, network, packed weights. Immutable, shared by any number of sessions.
+
+use super::config::{DetectorConfig, ModelConfig};
+use super::detector::Detector;
+use crate::cpu::isa;
+use crate::error::{Error, Result};
+use crate::graph::build::Reach;
+use crate::graph::{Compiled, Graph, Weights};
+use crate::pixels::Normalization;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A model; cloning shares it.
+#[derive(Clone)]
+pub struct Model(Arc<Inner>);
+
+struct Inner {
+    config: ModelConfig,
+    detector: Box<dyn Detector>,
+    graph: Graph,
+    network: Compiled,
+    normalization: Normalization,
+    reach: Reach,
+}
+
+impl Model {
+    /// Loads a safetensors model file. Errors name the file and the tensor.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        Self::from_weights(&Weights::load(path)?).map_err(|e| match e {
+            Error::InvalidModel(m) => Error::InvalidModel(format!("{}: {m}", path.display())),
+            other => other,
+        })
+    }
+
+    /// Loads a model from a safetensors file in memory; `bytes` are not kept.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        Self::from_weights(&Weights::from_bytes(bytes)?)
+    }
+
+    /// Builds a model from weights already read.
+    pub fn from_weights(weights: &Weights) -> Result<Self> {
+        let config = ModelConfig::of(weights)?;
+        let detector: Box<dyn Detector> = match &config.detector {
+            DetectorConfig::Retinaface(r) => Box::new(r.clone()),
+        };
+        let graph = detector.graph();
+        let network = Compiled::new(&graph, weights, isa::detected())?;
+        let normalization = config.input.normalization()?;
+        let reach = graph.receptive_field();
+        Ok(Self(Arc::new(Inner { config, detector, graph, network, normalization, reach })))
+    }
+
+    /// What the file says about the model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.0.config
+    }
+
+    /// The network as built, before folding and fusing.
+    pub fn graph(&self) -> &Graph {
+        &self.0.graph
+    }
+
+    /// The compiled network.
+    pub fn network(&self) -> &Compiled {
+        &self.0.network
+    }
+
+    pub(crate) fn detector(&self) -> &dyn Detector {
+        &*self.0.detector
+    }
+
+    pub(crate) fn normalization(&self) -> &Normalization {
+        &self.0.normalization
+    }
+
+    /// Receptive field and largest stride of the network.
+    pub fn reach(&self) -> Reach {
+        self.0.reach
+    }
+}

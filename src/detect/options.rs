@@ -1,0 +1,137 @@
+//! Settings of a session.
+
+use super::config::ModelConfig;
+use crate::error::{Error, Result};
+
+/// Where the network runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum DevicePolicy {
+    /// The best device there is; today that is the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// CUDA device of this index where it can be had, else the CPU; the session tells which.
+    PreferCuda(u32),
+    /// CUDA device of this index, or an error.
+    RequireCuda(u32),
+}
+
+/// Arithmetic of the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// The model's own, which is f32.
+    #[default]
+    Auto,
+    /// Single precision.
+    F32,
+}
+
+/// Which scales of the picture are searched.
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
+pub enum Pyramid {
+    /// Scale 1; with `min_face_px` or `max_face_px`, the fewest and smallest levels on which the
+    /// detector finds all faces between them.
+    #[default]
+    Auto,
+    /// Scales 2^e, e from `max` down to `min` by `step`; levels that cannot hold a face between
+    /// `min_face_px` and `max_face_px` are left out.
+    Octaves {
+        /// Smallest exponent.
+        min: f32,
+        /// Largest exponent; 1 doubles the picture.
+        max: f32,
+        /// Step, above 0.
+        step: f32,
+    },
+}
+
+/// Most threads of one session.
+pub const MAX_THREADS: usize = 64;
+/// Memory cap that a session starts with: 1 GiB.
+pub const DEFAULT_MEMORY_CAP: u64 = 1 << 30;
+
+/// Settings of a session; changeable between calls.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// Faces with a lower score are dropped, 0 to 1.
+    pub score_threshold: f32,
+    /// Of two boxes that overlap by more than this (intersection over union), the weaker goes.
+    pub nms_iou: f32,
+    /// Best candidates that reach the suppression.
+    pub max_candidates: usize,
+    /// Most faces returned, best first; 0 = no limit.
+    pub max_faces: usize,
+    /// Smallest face wanted, longer side in source pixels; 0 = no limit.
+    pub min_face_px: f32,
+    /// Largest face wanted, longer side in source pixels; 0 = no limit.
+    pub max_face_px: f32,
+    /// Scales searched.
+    pub pyramid: Pyramid,
+    /// Longest side of a tile in pixels of the level; 0 = as large as the memory cap allows.
+    pub tile_px: usize,
+    /// Most bytes of working memory; larger levels are cut into tiles.
+    pub memory_cap: u64,
+    /// Threads, the caller's included; 0 = as many as the process may use.
+    pub threads: usize,
+    /// Arithmetic.
+    pub precision: Precision,
+    /// Device.
+    pub device: DevicePolicy,
+}
+
+impl Options {
+    /// The model's own settings, one thread, scale 1.
+    pub fn for_model(config: &ModelConfig) -> Self {
+        Self {
+            score_threshold: config.score_threshold,
+            nms_iou: config.nms_iou,
+            max_candidates: config.max_candidates,
+            max_faces: 0,
+            min_face_px: 0.0,
+            max_face_px: 0.0,
+            pyramid: Pyramid::Auto,
+            tile_px: 0,
+            memory_cap: DEFAULT_MEMORY_CAP,
+            threads: 1,
+            precision: Precision::Auto,
+            device: DevicePolicy::Auto,
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let bad = |what: String| Err(Error::InvalidArgument(what));
+        if !(0.0..=1.0).contains(&self.score_threshold) {
+            return bad(format!("score_threshold {} is not in 0..1", self.score_threshold));
+        }
+        if !(0.0..=1.0).contains(&self.nms_iou) {
+            return bad(format!("nms_iou {} is not in 0..1", self.nms_iou));
+        }
+        if self.max_candidates == 0 || self.max_candidates > 1_000_000 {
+            return bad(format!("max_candidates {} is not in 1..1000000", self.max_candidates));
+        }
+        let (min, max) = (self.min_face_px, self.max_face_px);
+        if !(min >= 0.0 && min.is_finite() && max >= 0.0 && max.is_finite()) || (max > 0.0 && max < min) {
+            return bad(format!(
+                "min_face_px {min} and max_face_px {max}: need 0 <= smallest <= largest, 0 = no limit"
+            ));
+        }
+        if self.threads > MAX_THREADS {
+            return bad(format!("threads {} is more than {MAX_THREADS}", self.threads));
+        }
+        if let DevicePolicy::RequireCuda(n) = self.device {
+            return Err(Error::Unsupported(format!(
+                "CUDA device {n} is required, but this build has no CUDA backend; use the CPU policy"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Threads as they are.
+    pub(crate) fn thread_count(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS),
+            n => n,
+        }
+    }
+}

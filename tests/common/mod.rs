@@ -1,0 +1,15 @@
+//! What several test files need.
+#![allow(dead_code)]
+
+use std::path::PathBuf;
+
+/// The folder with fixtures beside the project, or None (said on standard error) where it is not there.
+pub fn shared() -> Option<PathBuf> {
+    let path = std::env::var_os("FARFACE_SHARED")
+        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")), PathBuf::from);
+    if path.is_dir() {
+        return Some(path);
+    }
+    eprintln!("skipped: ../shared not found");
+    None
+}
