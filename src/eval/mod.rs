@@ -1,11 +1,13 @@
 //! Evaluation protocols: how good a list of detections is, measured as the published tables do.
 //!
 //! - [`wider`]: WIDER FACE validation, Easy / Medium / Hard and All, files and evaluator.
+//! - [`fddb`]: discrete and continuous ROC over ellipses.
 //!
 //! Everything is deterministic: pictures are walked in a fixed order and equal scores keep their
 //! order in the input. Functions that take seconds accept `progress(done, total)`.
 
 pub mod curve;
+pub mod fddb;
 pub mod overlap;
 pub mod wider;
 

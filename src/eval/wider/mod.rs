@@ -157,7 +157,6 @@ impl<'a> Evaluator<'a> {
         })
     }
 
-
     pub(super) fn check(&self, subset: Subset) -> Result<()> {
         check_graded(self.gt, subset)
     }
