@@ -5,6 +5,7 @@
 //! - [`fddb`]: discrete and continuous ROC over ellipses.
 //! - [`voc`]: precision and recall of AFW, PASCAL Face and MAFA.
 //! - [`diagnose`]: what the false positives are and which faces are missed.
+//! - `plot` (feature `cli`): curves as SVG.
 //!
 //! Everything is deterministic: pictures are walked in a fixed order and equal scores keep their
 //! order in the input. Functions that take seconds accept `progress(done, total)`.
@@ -14,6 +15,8 @@ pub mod curve;
 pub mod diagnose;
 pub mod fddb;
 pub mod overlap;
+#[cfg(feature = "cli")]
+pub mod plot;
 pub mod voc;
 pub mod wider;
 
