@@ -56,10 +56,12 @@ impl Sample for f32 {
 struct YuvToRgb {
     luma_offset: f32,
     luma_gain: f32,
-    /// Contribution of (Cb - 128) to R, G, B.
-    cb: Lanes,
-    /// Contribution of (Cr - 128) to R, G, B.
-    cr: Lanes,
+    /// Red gained per Cr.
+    red: f32,
+    /// Green gained per Cb and per Cr, both negative.
+    green: [f32; 2],
+    /// Blue gained per Cb.
+    blue: f32,
 }
 
 impl YuvToRgb {
@@ -74,28 +76,126 @@ impl YuvToRgb {
             ColorRange::Limited => (16.0, 255.0 / 219.0, 255.0 / 224.0),
         };
         // E'R - E'Y = 2 (1 - kr) Cr, E'B - E'Y = 2 (1 - kb) Cb, and green follows from the luma sum.
-        let red = 2.0 * (1.0 - kr) * chroma_gain;
-        let blue = 2.0 * (1.0 - kb) * chroma_gain;
-        let lanes = |v: [f64; 3]| [v[0] as f32, v[1] as f32, v[2] as f32, 0.0];
+        let red: f64 = 2.0 * (1.0 - kr) * chroma_gain;
+        let blue: f64 = 2.0 * (1.0 - kb) * chroma_gain;
         Self {
             luma_offset,
             luma_gain: luma_gain as f32,
-            cb: lanes([0.0, -blue * kb / kg, blue]),
-            cr: lanes([red, -red * kr / kg, 0.0]),
+            red: red as f32,
+            green: [(-blue * kb / kg) as f32, (-red * kr / kg) as f32],
+            blue: blue as f32,
         }
     }
 
+    /// What chroma adds to R, G, B.
     #[inline(always)]
-    fn chroma(&self, cb: u8, cr: u8) -> Lanes {
-        let (u, v) = (f32::from(cb) - 128.0, f32::from(cr) - 128.0);
-        std::array::from_fn(|i| self.cb[i] * u + self.cr[i] * v)
+    fn chroma(&self, cb: f32, cr: f32) -> [f32; 3] {
+        let (u, v) = (cb - 128.0, cr - 128.0);
+        [self.red * v, self.green[0] * u + self.green[1] * v, self.blue * u]
     }
 
     #[inline(always)]
-    fn pixel(&self, luma: u8, chroma: Lanes) -> Lanes {
-        let y = (f32::from(luma) - self.luma_offset) * self.luma_gain;
-        std::array::from_fn(|i| clamp(y + chroma[i]))
+    fn luma(&self, y: f32) -> f32 {
+        (y - self.luma_offset) * self.luma_gain
     }
+
+    #[inline(always)]
+    fn pixel(&self, y: u8, cb: u8, cr: u8) -> [f32; 3] {
+        let y = self.luma(f32::from(y));
+        self.chroma(f32::from(cb), f32::from(cr)).map(|c| clamp(y + c))
+    }
+}
+
+/// Pixels that are decoded together, each step a loop of its own: too many for the compiler to unroll
+/// before it vectorises.
+const BLOCK: usize = 64;
+const PAIRS: usize = BLOCK / 2;
+
+/// The planes' rows behind one row of a YUV picture.
+struct YuvRows<'a> {
+    format: PixelFormat,
+    /// Luma, or everything where the format is packed.
+    luma: &'a [u8],
+    chroma: [&'a [u8]; 2],
+}
+
+impl<'a> YuvRows<'a> {
+    #[inline(always)]
+    fn new(view: &ImageView<'a>, y: usize) -> Self {
+        let format = view.format();
+        let chroma = match format {
+            PixelFormat::I420 => [view.row(1, y / 2), view.row(2, y / 2)],
+            PixelFormat::Nv12 | PixelFormat::Nv21 => [view.row(1, y / 2), &[]],
+            _ => [&[][..], &[]],
+        };
+        Self { format, luma: view.row(0, y), chroma }
+    }
+
+    /// Y, Cb, Cr of pixel `x`.
+    #[inline(always)]
+    fn pixel(&self, x: usize) -> (u8, u8, u8) {
+        let [c, cr] = self.chroma;
+        let pair = x / 2;
+        match self.format {
+            PixelFormat::Nv12 => (self.luma[x], c[2 * pair], c[2 * pair + 1]),
+            PixelFormat::Nv21 => (self.luma[x], c[2 * pair + 1], c[2 * pair]),
+            PixelFormat::I420 => (self.luma[x], c[pair], cr[pair]),
+            _ => (self.luma[2 * x], self.luma[4 * pair + 1], self.luma[4 * pair + 3]),
+        }
+    }
+
+    /// Y of the [`BLOCK`] pixels from the even `x` on. Here and below bytes are widened in memory order
+    /// and sorted as floats, for which every machine has the shuffles.
+    #[inline(always)]
+    fn luma_block(&self, x: usize, y: &mut [f32; BLOCK]) {
+        if self.format == PixelFormat::Yuyv {
+            let values = widen(array::<u8, { 2 * BLOCK }>(self.luma, 2 * x));
+            for i in 0..BLOCK {
+                y[i] = values[2 * i];
+            }
+        } else {
+            *y = widen(array(self.luma, x));
+        }
+    }
+
+    /// Cb and Cr of the [`PAIRS`] pairs from the even pixel `x` on.
+    #[inline(always)]
+    fn chroma_block(&self, x: usize, cb: &mut [f32; PAIRS], cr: &mut [f32; PAIRS]) {
+        match self.format {
+            PixelFormat::I420 => {
+                *cb = widen(array(self.chroma[0], x / 2));
+                *cr = widen(array(self.chroma[1], x / 2));
+            }
+            PixelFormat::Yuyv => {
+                let values = widen(array::<u8, { 2 * BLOCK }>(self.luma, 2 * x));
+                for i in 0..PAIRS {
+                    (cb[i], cr[i]) = (values[4 * i + 1], values[4 * i + 3]);
+                }
+            }
+            _ => {
+                let (first, second) = if self.format == PixelFormat::Nv12 { (cb, cr) } else { (cr, cb) };
+                let values = widen(array::<u8, BLOCK>(self.chroma[0], x));
+                for i in 0..PAIRS {
+                    (first[i], second[i]) = (values[2 * i], values[2 * i + 1]);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn widen<const N: usize>(bytes: &[u8; N]) -> [f32; N] {
+    let mut values = [0.0; N];
+    for i in 0..N {
+        values[i] = f32::from(bytes[i]);
+    }
+    values
+}
+
+/// `N` values from `at` on: one bounds check for all of them.
+#[inline(always)]
+pub(super) fn array<T, const N: usize>(values: &[T], at: usize) -> &[T; N] {
+    values[at..at + N].try_into().expect("N values")
 }
 
 /// To 0..=255, NaN to 0. Written as comparisons because they are one instruction each in vector code.
@@ -109,6 +209,12 @@ fn clamp(v: f32) -> f32 {
     }
 }
 
+/// As [`array`], to write.
+#[inline(always)]
+pub(super) fn array_mut<T, const N: usize>(values: &mut [T], at: usize) -> &mut [T; N] {
+    (&mut values[at..at + N]).try_into().expect("N values")
+}
+
 /// Values of a row buffer for `pixels` pixels: three each, and one more that whole-vector reads and
 /// writes of the last pixel may touch.
 pub(super) const fn row_floats(pixels: usize) -> usize {
@@ -120,18 +226,30 @@ pub(super) struct RowReader<'v> {
     view: &'v ImageView<'v>,
     place: Placement,
     yuv: YuvToRgb,
+    order: ChannelOrder,
 }
 
 impl<'v> RowReader<'v> {
-    pub fn new(view: &'v ImageView<'v>) -> Self {
-        Self { view, place: view.placement(), yuv: YuvToRgb::new(view.matrix(), view.range()) }
+    /// Reader that delivers the channels as `wanted` where that is free; see [`Self::order`].
+    pub fn new(view: &'v ImageView<'v>, wanted: ChannelOrder) -> Self {
+        let order = match view.format() {
+            PixelFormat::Rgb8 | PixelFormat::Rgba8 => ChannelOrder::Rgb,
+            PixelFormat::Bgr8 | PixelFormat::Bgra8 => ChannelOrder::Bgr,
+            _ => wanted,
+        };
+        Self { view, place: view.placement(), yuv: YuvToRgb::new(view.matrix(), view.range()), order }
     }
 
-    /// Order in which rows are delivered.
+    /// Order in which rows are delivered: packed formats as stored.
     pub fn order(&self) -> ChannelOrder {
-        match self.view.format() {
-            PixelFormat::Bgr8 | PixelFormat::Bgra8 => ChannelOrder::Bgr,
-            _ => ChannelOrder::Rgb,
+        self.order
+    }
+
+    /// Where red, green and blue stand in a pixel that is decoded from separate channels.
+    fn places(&self) -> [usize; 3] {
+        match self.order {
+            ChannelOrder::Rgb => [0, 1, 2],
+            ChannelOrder::Bgr => [2, 1, 0],
         }
     }
 
@@ -176,12 +294,11 @@ impl<'v> RowReader<'v> {
 
     fn load_row(&self, y: usize, xs: Range<usize>, out: &mut [f32]) {
         let row = |plane| self.view.row(plane, y);
-        let chroma = |plane| self.view.row(plane, y / 2);
-        let pixels = out[..3 * xs.len()].chunks_exact_mut(3);
+        let (pixels, _) = out.as_chunks_mut::<3>();
         match self.view.format() {
             PixelFormat::Gray8 => {
-                for (o, &v) in pixels.zip(&row(0)[xs]) {
-                    o.fill(f32::from(v));
+                for (o, &v) in pixels.iter_mut().zip(&row(0)[xs]) {
+                    *o = [f32::from(v); 3];
                 }
             }
             PixelFormat::Rgb8 | PixelFormat::Bgr8 => {
@@ -191,69 +308,55 @@ impl<'v> RowReader<'v> {
                 }
             }
             PixelFormat::Rgba8 | PixelFormat::Bgra8 => {
-                let bytes = row(0)[4 * xs.start..4 * xs.end].chunks_exact(4);
-                for (o, v) in pixels.zip(bytes) {
-                    o.copy_from_slice(&[f32::from(v[0]), f32::from(v[1]), f32::from(v[2])]);
+                let (bytes, _) = row(0)[4 * xs.start..4 * xs.end].as_chunks::<4>();
+                // Alpha goes out too: the next pixel, or the buffer's spare value, takes its place.
+                for (i, v) in bytes.iter().enumerate() {
+                    *array_mut(out, 3 * i) = v.map(f32::from);
                 }
             }
             PixelFormat::RgbPlanarF32 => {
-                let floats = |plane| row(plane)[4 * xs.start..4 * xs.end].chunks_exact(4).map(float);
-                let planes = floats(0).zip(floats(1)).zip(floats(2));
-                for (o, ((r, g), b)) in pixels.zip(planes) {
-                    o.copy_from_slice(&[r, g, b]);
+                let [r, g, b] = self.places().map(|p| row(p)[4 * xs.start..4 * xs.end].as_chunks::<4>().0);
+                for (o, ((r, g), b)) in pixels.iter_mut().zip(r.iter().zip(g).zip(b)) {
+                    *o = [float(r), float(g), float(b)];
                 }
             }
-            PixelFormat::Nv12 => {
-                let c = chroma(1);
-                self.load_yuv(xs, out, row(0), |i| (c[2 * i], c[2 * i + 1]), |y, x| y[x]);
-            }
-            PixelFormat::Nv21 => {
-                let c = chroma(1);
-                self.load_yuv(xs, out, row(0), |i| (c[2 * i + 1], c[2 * i]), |y, x| y[x]);
-            }
-            PixelFormat::I420 => {
-                let (cb, cr) = (chroma(1), chroma(2));
-                self.load_yuv(xs, out, row(0), |i| (cb[i], cr[i]), |y, x| y[x]);
-            }
-            PixelFormat::Yuyv => {
-                let c = row(0);
-                self.load_yuv(xs, out, c, |i| (c[4 * i + 1], c[4 * i + 3]), |y, x| y[2 * x]);
-            }
+            _ => self.load_yuv(YuvRows::new(self.view, y), xs, out),
         }
     }
 
-    /// Columns `xs` of a YUV row: `chroma(i)` is (Cb, Cr) of the pair of pixels 2i, 2i + 1.
-    #[inline(always)]
-    fn load_yuv(
-        &self,
-        xs: Range<usize>,
-        out: &mut [f32],
-        luma_row: &[u8],
-        chroma: impl Fn(usize) -> (u8, u8),
-        luma: impl Fn(&[u8], usize) -> u8,
-    ) {
-        let pair = |i| {
-            let (cb, cr) = chroma(i);
-            self.yuv.chroma(cb, cr)
-        };
-        // Four lanes go out for every pixel; the next pixel, or the buffer's spare value, takes the fourth.
-        let mut put = |x: usize, c| {
-            let at = 3 * (x - xs.start);
-            out[at..at + 4].copy_from_slice(&self.yuv.pixel(luma(luma_row, x), c));
-        };
-        let mut x = xs.start;
-        if x % 2 == 1 && x < xs.end {
-            put(x, pair(x / 2));
-            x += 1;
+    fn load_yuv(&self, rows: YuvRows<'_>, xs: Range<usize>, out: &mut [f32]) {
+        let (mut x, mut out) = (xs.start, &mut out[..3 * xs.len()]);
+        while x < xs.end {
+            let whole = x % 2 == 0 && x + BLOCK <= xs.end;
+            let (now, later) = out.split_at_mut(if whole { 3 * BLOCK } else { 3 });
+            if whole {
+                self.yuv_block(&rows, x, now);
+            } else {
+                let (y, cb, cr) = rows.pixel(x);
+                let rgb = self.yuv.pixel(y, cb, cr);
+                now.copy_from_slice(&self.places().map(|c| rgb[c]));
+            }
+            (x, out) = (x + now.len() / 3, later);
         }
-        while x + 1 < xs.end {
-            let c = pair(x / 2);
-            put(x, c);
-            put(x + 1, c);
-            x += 2;
+    }
+
+    /// The [`BLOCK`] pixels from the even `x` on: what [`YuvToRgb::pixel`] gives one by one.
+    fn yuv_block(&self, rows: &YuvRows<'_>, x: usize, out: &mut [f32]) {
+        let mut y = [0.0; BLOCK];
+        rows.luma_block(x, &mut y);
+        let (mut cb, mut cr) = ([0.0; PAIRS], [0.0; PAIRS]);
+        rows.chroma_block(x, &mut cb, &mut cr);
+        let y = y.map(|v| self.yuv.luma(v));
+        let mut added = [[0.0; BLOCK]; 3];
+        for i in 0..PAIRS {
+            let [r, g, b] = self.yuv.chroma(cb[i], cr[i]);
+            (added[0][2 * i], added[0][2 * i + 1]) = (r, r);
+            (added[1][2 * i], added[1][2 * i + 1]) = (g, g);
+            (added[2][2 * i], added[2][2 * i + 1]) = (b, b);
         }
-        if x < xs.end {
-            put(x, pair(x / 2));
+        let [first, second, third] = self.places().map(|c| &added[c]);
+        for (i, o) in out.as_chunks_mut::<3>().0.iter_mut().enumerate() {
+            *o = [clamp(y[i] + first[i]), clamp(y[i] + second[i]), clamp(y[i] + third[i])];
         }
     }
 
@@ -261,49 +364,45 @@ impl<'v> RowReader<'v> {
     fn load_column(&self, y: usize, xs: Range<usize>, out: &mut [f32]) {
         let roi = self.place.roi();
         let x = roi.x + if self.place.flip_x() { roi.width - 1 - y } else { y };
-        let stored_y = |u: usize| roi.y + if self.place.flip_y() { roi.height - 1 - u } else { u };
         let row = |plane, y| self.view.row(plane, y);
-        let mut each = |pixel: &dyn Fn(usize) -> [f32; 3]| {
-            for (o, u) in out.chunks_exact_mut(3).zip(xs.clone()) {
-                o.copy_from_slice(&pixel(stored_y(u)));
-            }
-        };
-        let yuv = |luma: u8, cb: u8, cr: u8| {
-            let [r, g, b, _] = self.yuv.pixel(luma, self.yuv.chroma(cb, cr));
-            [r, g, b]
-        };
         match self.view.format() {
-            PixelFormat::Gray8 => each(&|y| [f32::from(row(0, y)[x]); 3]),
-            PixelFormat::Rgb8 | PixelFormat::Bgr8 => each(&|y| three(&row(0, y)[3 * x..])),
-            PixelFormat::Rgba8 | PixelFormat::Bgra8 => each(&|y| three(&row(0, y)[4 * x..])),
+            PixelFormat::Gray8 => self.each(xs, out, |y| [f32::from(row(0, y)[x]); 3]),
+            PixelFormat::Rgb8 | PixelFormat::Bgr8 => self.each(xs, out, |y| three(array(row(0, y), 3 * x))),
+            PixelFormat::Rgba8 | PixelFormat::Bgra8 => self.each(xs, out, |y| three(array(row(0, y), 4 * x))),
             PixelFormat::RgbPlanarF32 => {
-                each(&|y| std::array::from_fn(|p| float(&row(p, y)[4 * x..4 * x + 4])))
+                let places = self.places();
+                self.each(xs, out, |y| places.map(|p| float(array(row(p, y), 4 * x))))
             }
-            PixelFormat::Nv12 => each(&|y| {
-                let c = row(1, y / 2);
-                yuv(row(0, y)[x], c[x / 2 * 2], c[x / 2 * 2 + 1])
-            }),
-            PixelFormat::Nv21 => each(&|y| {
-                let c = row(1, y / 2);
-                yuv(row(0, y)[x], c[x / 2 * 2 + 1], c[x / 2 * 2])
-            }),
-            PixelFormat::I420 => each(&|y| yuv(row(0, y)[x], row(1, y / 2)[x / 2], row(2, y / 2)[x / 2])),
-            PixelFormat::Yuyv => each(&|y| {
-                let r = row(0, y);
-                yuv(r[2 * x], r[x / 2 * 4 + 1], r[x / 2 * 4 + 3])
-            }),
+            _ => {
+                let places = self.places();
+                self.each(xs, out, |y| {
+                    let (y, cb, cr) = YuvRows::new(self.view, y).pixel(x);
+                    let rgb = self.yuv.pixel(y, cb, cr);
+                    places.map(|c| rgb[c])
+                })
+            }
+        }
+    }
+
+    /// `pixel(stored row)` for the upright columns `xs` of a view whose columns are stored rows.
+    #[inline(always)]
+    fn each(&self, xs: Range<usize>, out: &mut [f32], pixel: impl Fn(usize) -> [f32; 3]) {
+        let roi = self.place.roi();
+        for (o, u) in out.chunks_exact_mut(3).zip(xs) {
+            let y = roi.y + if self.place.flip_y() { roi.height - 1 - u } else { u };
+            o.copy_from_slice(&pixel(y));
         }
     }
 }
 
-fn three(bytes: &[u8]) -> [f32; 3] {
-    std::array::from_fn(|i| f32::from(bytes[i]))
+fn three(bytes: &[u8; 3]) -> [f32; 3] {
+    bytes.map(f32::from)
 }
 
 /// Native-endian f32 of 4 bytes, of any alignment.
 #[inline(always)]
-fn float(bytes: &[u8]) -> f32 {
-    clamp(f32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+fn float(bytes: &[u8; 4]) -> f32 {
+    clamp(f32::from_ne_bytes(*bytes))
 }
 
 fn reverse_pixels(row: &mut [f32]) {
@@ -311,25 +410,39 @@ fn reverse_pixels(row: &mut [f32]) {
     pixels.reverse();
 }
 
+/// Values that are normalised together: whole pixels and whole vectors of any width, and too many for
+/// the compiler to unroll the loop over them, which it then fails to vectorise.
+const PERIOD: usize = 192;
+
 /// [`Normalization`] prepared for rows that come in a given order.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Normalizer {
-    mean: Lanes,
-    scale: Lanes,
+    /// Means and factors of whole pixels, one after another.
+    mean: [f32; PERIOD],
+    scale: [f32; PERIOD],
     swap: bool,
 }
 
 impl Normalizer {
     pub fn new(norm: &Normalization, order: ChannelOrder) -> Self {
-        let lanes = |v: [f32; 3]| [v[0], v[1], v[2], 0.0];
-        Self { mean: lanes(norm.mean), scale: lanes(norm.scale), swap: norm.order != order }
+        Self {
+            mean: std::array::from_fn(|i| norm.mean[i % 3]),
+            scale: std::array::from_fn(|i| norm.scale[i % 3]),
+            swap: norm.order != order,
+        }
     }
 
-    /// One pixel, in the rows' order, as the network wants it.
+    /// One pixel, in the rows' order, as the network wants it; the fourth lane is as good as any.
     #[inline(always)]
-    pub fn pixel<const SWAP: bool>(&self, p: Lanes) -> Lanes {
+    pub fn lanes<const SWAP: bool>(&self, p: Lanes) -> Lanes {
         let p = if SWAP { [p[2], p[1], p[0], p[3]] } else { p };
         std::array::from_fn(|i| (p[i] - self.mean[i]) * self.scale[i])
+    }
+
+    #[inline(always)]
+    fn pixel<const SWAP: bool>(&self, p: [f32; 3]) -> [f32; 3] {
+        let [a, b, c, _] = self.lanes::<SWAP>([p[0], p[1], p[2], 0.0]);
+        [a, b, c]
     }
 
     /// True where pixels come in the other order than the network's.
@@ -340,42 +453,41 @@ impl Normalizer {
     /// Normalises the pixels of `src`, three values each, into `dst`, where a pixel begins every
     /// `pixel_stride` floats.
     pub fn row<S: Sample>(&self, src: &[S], dst: &mut [f32], pixel_stride: usize) {
-        if self.swap {
-            self.row_as::<S, true>(src, dst, pixel_stride);
-        } else {
-            self.row_as::<S, false>(src, dst, pixel_stride);
-        }
-    }
-
-    fn row_as<S: Sample, const SWAP: bool>(&self, src: &[S], dst: &mut [f32], pixel_stride: usize) {
-        let one = |p: &[S; 3]| self.pixel::<SWAP>([p[0].value(), p[1].value(), p[2].value(), 0.0]);
-        let (src, _) = src.as_chunks::<3>();
-        if pixel_stride == 3 {
-            // Four pixels are three whole vectors, with the channels' constants at fixed lanes.
-            let mean: [f32; 12] = std::array::from_fn(|i| self.mean[i % 3]);
-            let scale: [f32; 12] = std::array::from_fn(|i| self.scale[i % 3]);
-            let (blocks, rest) = src.as_chunks::<4>();
-            let (out_blocks, out_rest) = dst.as_chunks_mut::<12>();
-            for (o, block) in out_blocks.iter_mut().zip(blocks) {
-                let flat = block.as_flattened();
-                let v: [f32; 12] = std::array::from_fn(|i| {
-                    let from = if SWAP { i / 3 * 3 + 2 - i % 3 } else { i };
-                    flat[from].value()
-                });
-                *o = std::array::from_fn(|i| (v[i] - mean[i]) * scale[i]);
-            }
-            let tail = if blocks.len() < out_blocks.len() {
-                out_blocks[blocks.len()].as_mut_slice()
-            } else {
-                out_rest
-            };
-            for (o, p) in tail.chunks_exact_mut(3).zip(rest) {
-                o.copy_from_slice(&one(p)[..3]);
-            }
-        } else {
+        if pixel_stride != 3 {
+            let (pixels, _) = src.as_chunks::<3>();
             // The last pixel may end with the slice, so its chunk is short.
-            for (o, p) in dst.chunks_mut(pixel_stride).zip(src) {
-                o[..3].copy_from_slice(&one(p)[..3]);
+            for (o, p) in dst.chunks_mut(pixel_stride).zip(pixels) {
+                let p = p.map(Sample::value);
+                o[..3].copy_from_slice(&if self.swap {
+                    self.pixel::<true>(p)
+                } else {
+                    self.pixel::<false>(p)
+                });
+            }
+        } else if self.swap {
+            // Bytes are widened on their own: shuffling floats is cheaper than shuffling bytes.
+            let dst = &mut dst[..src.len()];
+            for (o, v) in dst.iter_mut().zip(src) {
+                *o = v.value();
+            }
+            let (blocks, rest) = dst.as_chunks_mut::<12>();
+            for p in blocks {
+                *p = std::array::from_fn(|i| (p[i / 3 * 3 + 2 - i % 3] - self.mean[i]) * self.scale[i]);
+            }
+            for p in rest.as_chunks_mut::<3>().0 {
+                *p = self.pixel::<true>(*p);
+            }
+        } else {
+            let whole = src.len() / PERIOD * PERIOD;
+            let (blocks, rest) = src.as_chunks::<PERIOD>();
+            let (out, out_rest) = dst[..src.len()].split_at_mut(whole);
+            for (o, v) in out.as_chunks_mut::<PERIOD>().0.iter_mut().zip(blocks) {
+                for i in 0..PERIOD {
+                    o[i] = (v[i].value() - self.mean[i]) * self.scale[i];
+                }
+            }
+            for (i, (o, v)) in out_rest.iter_mut().zip(rest).enumerate() {
+                *o = (v.value() - self.mean[i]) * self.scale[i];
             }
         }
     }
@@ -387,8 +499,7 @@ mod tests {
 
     fn yuv(matrix: ColorMatrix, range: ColorRange, y: u8, cb: u8, cr: u8) -> [i32; 3] {
         let t = YuvToRgb::new(matrix, range);
-        let p = t.pixel(y, t.chroma(cb, cr));
-        std::array::from_fn(|i| p[i].round() as i32)
+        t.pixel(y, cb, cr).map(|v| v.round() as i32)
     }
 
     #[test]

@@ -201,6 +201,9 @@ pub struct ImageView<'a> {
     size: Size,
     format: PixelFormat,
     planes: [Plane<'a>; 3],
+    /// Rows of each plane and bytes of one of its rows: reading columns asks for them at every pixel.
+    rows: [usize; 3],
+    row_bytes: [usize; 3],
     matrix: ColorMatrix,
     range: ColorRange,
     orientation: Orientation,
@@ -222,14 +225,18 @@ impl<'a> ImageView<'a> {
             return Err(Error::InvalidImage(format!("{format:?} needs {need} plane(s), {got} given")));
         }
         let mut held = [Plane::new(&[], 0); 3];
+        let (mut rows, mut row_bytes) = ([0; 3], [0; 3]);
         for (index, plane) in planes.iter().enumerate() {
-            check_plane(index, plane, size, format)?;
+            row_bytes[index] = check_plane(index, plane, size, format)?;
+            rows[index] = format.rows(index, height);
             held[index] = *plane;
         }
         Ok(Self {
             size,
             format,
             planes: held,
+            rows,
+            row_bytes,
             matrix: ColorMatrix::default(),
             range: ColorRange::default(),
             orientation: Orientation::UPRIGHT,
@@ -343,8 +350,7 @@ impl<'a> ImageView<'a> {
     /// Row `y` (0 = top, below [`PixelFormat::rows`]) of plane `plane`, without its padding.
     #[inline]
     pub fn row(&self, plane: usize, y: usize) -> &'a [u8] {
-        let rows = self.format.rows(plane, self.size.height);
-        let bytes = self.format.row_bytes(plane, self.size.width).expect("checked by new");
+        let (rows, bytes) = (self.rows[plane], self.row_bytes[plane]);
         assert!(y < rows, "row {y} of {rows}");
         let Plane { data, stride } = self.planes[plane];
         let nth = if stride < 0 { rows - 1 - y } else { y };
@@ -353,7 +359,8 @@ impl<'a> ImageView<'a> {
     }
 }
 
-fn check_plane(index: usize, plane: &Plane<'_>, size: Size, format: PixelFormat) -> Result<()> {
+/// Bytes of one row of the plane, all of whose rows lie inside its data.
+fn check_plane(index: usize, plane: &Plane<'_>, size: Size, format: PixelFormat) -> Result<usize> {
     let Size { width, height } = size;
     let what = || format!("plane {index} of {width}x{height} px {format:?}");
     let overflow = || Error::InvalidImage(format!("{}: stride {} overflows memory", what(), plane.stride));
@@ -377,7 +384,7 @@ fn check_plane(index: usize, plane: &Plane<'_>, size: Size, format: PixelFormat)
             plane.data.len()
         )));
     }
-    Ok(())
+    Ok(row_bytes)
 }
 
 #[cfg(test)]
