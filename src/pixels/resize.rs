@@ -7,8 +7,10 @@
 //! its position in the level, never from the window, so a window equals that part of the level bit
 //! for bit. Rows are combined first, then columns: shrinking thus touches each source value once.
 
-use super::convert::{array, array_mut, row_floats, Lanes, Normalization, Normalizer, RowReader, Sample};
-use super::view::{ImageView, Rect, Size};
+use super::convert::{row_floats, Normalization, Normalizer, RowReader};
+use super::rect::{Rect, Size};
+use super::sample::{array, array_mut, Lanes, Sample};
+use super::view::ImageView;
 use crate::error::{Error, Result};
 use std::ops::Range;
 
@@ -139,7 +141,7 @@ pub struct Scratch {
 
 impl Scratch {
     /// Scratch for windows up to `window_width` of levels `level_width` wide over an upright picture
-    /// `upright_width` wide (pixels, each at least 1), of any format and height.
+    /// `upright_width` wide (pixels, each 1 to [`super::rect::MAX_SIDE`]), of any format and height.
     pub fn for_width(upright_width: usize, level_width: usize, window_width: usize) -> Self {
         let mut scratch = Self::default();
         scratch.reserve(upright_width, level_width, window_width);
