@@ -2,12 +2,15 @@
 //! in an arena, run.
 
 pub mod build;
+pub mod exec;
 mod fold;
 pub mod fuse;
+pub mod init;
 pub mod plan;
 pub mod weights;
 
 pub use build::{Builder, Graph, NodeId};
+pub use exec::run_reference;
 pub use fuse::Compiled;
 pub use plan::Plan;
 pub use weights::Weights;

@@ -4,7 +4,7 @@ use super::fuse::{Compiled, ValueId};
 use crate::cpu::program::StepSpec;
 use crate::cpu::{Arena, Pool, Program, View};
 use crate::error::{Error, Result};
-use crate::shape::Shape;
+use crate::shape::{Shape, Tensor};
 use std::time::Duration;
 
 /// A compiled network for one set of input shapes.
@@ -110,6 +110,22 @@ impl Plan {
     /// Runs, adding every step's wall time.
     pub fn run_timed(&self, arena: &mut Arena, pool: &mut Pool, times: &mut [Duration]) {
         self.program.run_timed(arena, pool, Some(times));
+    }
+
+    /// Writes `inputs` into the arena (grown where too small), runs, and copies the outputs out, in the
+    /// graph's order. For tests and tools; a session writes its inputs in place.
+    pub fn run_tensors(&self, arena: &mut Arena, pool: &mut Pool, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        let shapes =
+            |it: &mut dyn Iterator<Item = Shape>| it.map(|s| s.to_string()).collect::<Vec<_>>().join(", ");
+        let planned = shapes(&mut self.inputs.iter().map(|v| v.shape));
+        let given = shapes(&mut inputs.iter().map(|t| t.shape));
+        if planned != given {
+            return Err(Error::InvalidArgument(format!("planned for inputs {planned}, got {given}")));
+        }
+        arena.reserve(self.floats());
+        self.inputs.iter().zip(inputs).for_each(|(view, tensor)| arena.write(view, tensor));
+        self.run(arena, pool);
+        Ok(self.outputs.iter().map(|view| arena.read(view)).collect())
     }
 
     /// Number of steps, the length of `run_timed`'s `times`.

@@ -1,0 +1,5 @@
+//! The compiled engine against the plain-loop reference: every kernel, on every instruction set that
+//! this machine has, on one, two and three threads.
+
+mod retinaface;
+mod support;
