@@ -174,9 +174,10 @@ fn follow(
             }
             _ => break,
         }
-        // An activation after a sum ends the chain; so does a sum after an activation.
-        absorbed[chain.last.0] = true;
+        // Taken, so that no other chain starts there or takes it too (a sum of two convolutions).
+        absorbed[next.0] = true;
         chain.last = next;
+        // An activation after a sum ends the chain; so does a sum after an activation.
         if chain.add.is_some() && activated {
             break;
         }
@@ -214,6 +215,7 @@ impl Compiled {
                 continue;
             }
             if let Some(affine) = Affine::of(&graph, id, weights)? {
+                absorbed[i] = true;
                 let chain = follow(&graph, weights, &uses, &mut absorbed, id, affine)?;
                 chains.insert(chain.last, chain);
             }
@@ -229,13 +231,15 @@ impl Compiled {
         let mut value_of: HashMap<NodeId, ValueId> = HashMap::new();
         for (i, node) in graph.nodes.iter().enumerate() {
             let id = NodeId(i);
-            if absorbed[i] || !(uses.read(id) || matches!(node.kind, NodeKind::Input { .. })) {
+            let chain = chains.remove(&id);
+            let inside = absorbed[i] && chain.is_none();
+            if inside || !(uses.read(id) || matches!(node.kind, NodeKind::Input { .. })) {
                 continue;
             }
             let value = c.value(id);
             value_of.insert(id, value);
             let read = |id: &NodeId| value_of[id];
-            match (&node.kind, chains.remove(&id)) {
+            match (&node.kind, chain) {
                 (NodeKind::Input { .. }, _) => c.inputs.push(value),
                 (_, Some(chain)) => {
                     let start = &graph.nodes[chain.start.0];

@@ -1,5 +1,6 @@
 //! The compiled engine against the plain-loop reference: every kernel, on every instruction set that
 //! this machine has, on one, two and three threads.
 
+mod kernels;
 mod retinaface;
 mod support;
