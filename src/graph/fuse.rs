@@ -62,7 +62,7 @@ fn slope_of(layer: Option<&Layer>) -> Option<f32> {
     }
 }
 
-/// Readers of every node; an output is a reader of its own kind.
+/// Readers of every node, those alone that an output needs; an output is a reader of its own kind.
 struct Uses {
     readers: Vec<Vec<NodeId>>,
     is_output: Vec<bool>,
@@ -72,10 +72,12 @@ impl Uses {
     fn of(graph: &Graph) -> Self {
         let mut readers = vec![Vec::new(); graph.nodes.len()];
         let mut is_output = vec![false; graph.nodes.len()];
-        for (i, node) in graph.nodes.iter().enumerate() {
-            node.value_inputs().iter().for_each(|x| readers[x.0].push(NodeId(i)));
-        }
         graph.outputs.iter().for_each(|(_, id)| is_output[id.0] = true);
+        for (i, node) in graph.nodes.iter().enumerate().rev() {
+            if is_output[i] || !readers[i].is_empty() {
+                node.value_inputs().iter().for_each(|x| readers[x.0].push(NodeId(i)));
+            }
+        }
         Self { readers, is_output }
     }
 
