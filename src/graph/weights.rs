@@ -84,6 +84,12 @@ impl Weights {
         std::fs::rename(&temporary, path).map_err(|e| Error::io(path, e))
     }
 
+    /// Adds or replaces a tensor; `data` fills `shape` (PyTorch's order).
+    pub fn insert(&mut self, name: &str, shape: &[usize], data: Vec<f32>) {
+        assert_eq!(shape.iter().product::<usize>(), data.len(), "{name}: data does not fill {shape:?}");
+        self.tensors.insert(name.to_string(), WeightTensor { shape: shape.to_vec(), data });
+    }
+
     /// The tensor for a parameter, its shape checked.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<&[f32]> {
         let t = self.tensors.get(name).ok_or_else(|| {
