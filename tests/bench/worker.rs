@@ -67,7 +67,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("{}", pairs.join(" "));
     }
     let status = std::fs::read_to_string("/proc/self/status")?;
-    let hwm = status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
+    let hwm = status
+        .lines()
+        .find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
     println!("hwm {:.0}", hwm.unwrap_or(0.0) / 1024.0);
     Ok(())
 }
