@@ -69,7 +69,7 @@ impl View {
             return false;
         }
         let same_grid = (self.pixel, self.row, self.image) == (other.pixel, other.row, other.image);
-        if same_grid && self.row % self.pixel == 0 && self.image % self.pixel == 0 {
+        if same_grid && self.row.is_multiple_of(self.pixel) && self.image.is_multiple_of(self.pixel) {
             // Every float of a view lies in its channels' residue classes modulo the pixel stride:
             // disjoint arcs on that circle cannot share a float.
             let arc = (other.begin() + self.pixel - self.begin() % self.pixel) % self.pixel;

@@ -198,7 +198,14 @@ fn static_size(graph: &Graph, id: NodeId) -> Option<[usize; 2]> {
             let s = c.out_shape(crate::shape::Shape::new(1, c.in_channels, h, w)).ok()?;
             Some([s.h, s.w])
         }
-        Layer::BatchNorm(_) | Layer::Activation(_) | Layer::Add(_) => static_size(graph, node.inputs[0]),
+        Layer::MaxPool(p) => {
+            let [h, w] = static_size(graph, node.inputs[0])?;
+            let s = p.out_shape(crate::shape::Shape::new(1, 1, h, w)).ok()?;
+            Some([s.h, s.w])
+        }
+        Layer::BatchNorm(_) | Layer::Activation(_) | Layer::Add(_) | Layer::Concat(_) => {
+            static_size(graph, node.inputs[0])
+        }
         _ => None,
     }
 }
@@ -306,6 +313,11 @@ impl Compiled {
         }
     }
 
+    /// Every step's layer name and kernel, in the order of `Plan::run_timed`'s times.
+    pub fn listing(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        self.steps.iter().map(|s| (self.graph.nodes[s.node.0].name.as_str(), s.op.name()))
+    }
+
     /// Bytes of packed weights.
     pub fn weight_bytes(&self) -> usize {
         self.steps.iter().map(|s| s.op.bytes()).sum()
@@ -343,9 +355,14 @@ fn lower_chain(graph: &Graph, isa: Isa, chain: &Chain) -> Result<Op> {
         Some(Layer::ConvTranspose2d(c)) => Ok(conv_transpose2d::cpu::lower(c, weight, bias)),
         Some(Layer::BatchNorm(b)) => Ok(batchnorm::cpu::lower(b, isa, weight, bias, chain.slope)),
         Some(Layer::Linear(l)) => {
-            let size = static_size(graph, node.inputs[0]).ok_or_else(|| {
-                Error::InvalidModel(format!("layer {}: linear needs an input of fixed size", node.name))
-            })?;
+            let size = static_size(graph, node.inputs[0])
+                .filter(|[h, w]| channels(graph, node.inputs[0]) * h * w == l.in_features)
+                .ok_or_else(|| {
+                    let (name, features) = (&node.name, l.in_features);
+                    Error::InvalidModel(format!(
+                        "layer {name}: linear needs a map of fixed size, {features} values"
+                    ))
+                })?;
             Ok(linear::cpu::lower(l, isa, size, weight, bias, chain.slope, chain.residual))
         }
         _ => Err(Error::Internal(format!("layer {} starts no chain", node.name))),

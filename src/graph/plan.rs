@@ -342,15 +342,15 @@ mod tests {
             };
             network.inputs.iter().for_each(|v| write(&mut owner, v.0));
             for (i, step) in network.steps.iter().enumerate() {
-                for (k, input) in step.inputs.iter().enumerate() {
-                    let halo = if k == 0 { step.op.halo() } else { [0; 4] };
-                    assert!(
-                        holds(&owner, input.0, halo),
-                        "step {i} ({}) reads another tensor",
-                        step.op.name()
-                    );
-                }
+                let inputs_hold = |owner: &[usize]| {
+                    step.inputs
+                        .iter()
+                        .enumerate()
+                        .all(|(k, input)| holds(owner, input.0, if k == 0 { step.op.halo() } else { [0; 4] }))
+                };
+                assert!(inputs_hold(&owner), "step {i} ({}) reads another tensor", step.op.name());
                 write(&mut owner, step.output.0);
+                assert!(inputs_hold(&owner), "step {i} ({}) writes over its input", step.op.name());
             }
             for (v, (name, _)) in network.outputs.iter().zip(&graph.outputs) {
                 assert!(holds(&owner, v.0, [0; 4]), "output {name} was overwritten");

@@ -65,6 +65,18 @@ fn batchnorm_and_activation_fold_into_every_convolution() {
     });
 }
 
+#[test]
+fn steps_are_listed_by_layer_and_kernel() {
+    let mut b = Builder::new();
+    let x = b.input("x", 4);
+    let y = conv_bn_relu(&mut b, "stem", x, Conv2d::new(4, 8, 3));
+    let y = b.max_pool(y, MaxPool::new(2, 2, 0));
+    b.output("y", y);
+    let graph = b.finish();
+    let network = Compiled::new(&graph, &Weights::random(&graph, 1), Isa::Generic).unwrap();
+    assert_eq!(network.listing().collect::<Vec<_>>(), [("stem.0", "conv 3x3"), ("max_pool", "max pool")]);
+}
+
 /// ResNet's basic block; `down` where size and channels change.
 fn basic(b: &mut Builder, name: &str, x: NodeId, [ci, co]: [usize; 2], stride: usize) -> NodeId {
     b.scope(name, |b| {

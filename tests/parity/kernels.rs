@@ -1,8 +1,9 @@
 //! One layer at a time over random sizes and parameters.
 
 use crate::support::{random_tensor, Parity};
+use farface::cpu::Isa;
 use farface::graph::init::Rng;
-use farface::graph::{run_reference, Builder, Graph, NodeId, Weights};
+use farface::graph::{run_reference, Builder, Compiled, Graph, NodeId, Plan, Weights};
 use farface::layers::{Activation, Conv2d, ConvTranspose2d, Interpolation, Linear, MaxPool, RoiAlign};
 use farface::shape::{Shape, Tensor};
 
@@ -318,6 +319,14 @@ fn roi_align_and_its_head() {
         let scores = b.linear("fc2", hidden, linear(20, 3));
         b.output("features", features);
         b.output("scores", scores);
+        // A head as Faster R-CNN's second stage has it: convolutions and pooling on the region first.
+        let y = b.conv("conv", features, Conv2d::new(c, 6, 3));
+        let y = b.batchnorm("bn", y, 6);
+        let y = b.relu(y);
+        let y = b.max_pool(y, MaxPool::new(2, 1, 1));
+        let y = b.concat(&[y, y]);
+        let y = b.linear("deep", y, linear(12 * (roi.output[0] + 1) * (roi.output[1] + 1), 4));
+        b.output("deep", y);
         let graph = b.finish();
         let weights = Weights::random(&graph, case as u64);
         let inputs = [random_tensor(map, &mut rng), rois];
@@ -325,4 +334,32 @@ fn roi_align_and_its_head() {
         parity.check(&format!("{roi:?} on {map}"), &graph, &weights, &inputs, &expected);
     }
     parity.report("roi align and linear");
+}
+
+#[test]
+fn what_no_kernel_can_compute_is_an_error() {
+    let fails = |layers: &dyn Fn(&mut Builder, NodeId) -> NodeId, why: &str| {
+        let graph = network(4, |b, x| layers(b, x));
+        let shape = Shape::new(1, 4, 6, 6);
+        let plan = Compiled::new(&graph, &Weights::random(&graph, 1), Isa::Generic)
+            .and_then(|network| Plan::new(&network, &[shape]));
+        let error = plan.err().expect(why).to_string();
+        assert!(error.contains(why), "{error}");
+    };
+    let linear = |features| Linear { in_features: features, out_features: 2, bias: false };
+    fails(&|b, x| b.linear("fc", x, linear(4 * 36)), "fixed size");
+    fails(
+        &|b, x| {
+            let m = b.global_avg_pool(x);
+            b.linear("fc", m, linear(5))
+        },
+        "5 values",
+    );
+    fails(&|b, x| b.activation(x, Activation::LeakyRelu(1.5)), "slope");
+    fails(&|b, x| b.activation(x, Activation::LeakyRelu(-0.1)), "slope");
+    fails(&|b, x| b.activation(x, Activation::Softmax(3)), "softmax");
+    fails(&|b, x| b.conv("c", x, Conv2d::new(3, 3, 1)), "channels");
+    fails(&|b, x| b.conv("c", x, Conv2d::new(4, 3, 9).padding([0; 4])), "does not fit");
+    fails(&|b, x| b.max_pool(x, MaxPool::new(2, 2, 3)), "pad");
+    fails(&|b, x| b.crop(x, x, 1, 0), "crop");
 }

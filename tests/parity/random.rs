@@ -53,7 +53,7 @@ impl Generator {
                 0 => conv = Conv2d::depthwise(s.c, 3),
                 1 => conv = conv.stride(2),
                 2 => conv = conv.dilation(2),
-                3 if s.c.is_multiple_of(2) && out % 2 == 0 => conv = conv.groups(2),
+                3 if s.c.is_multiple_of(2) && out.is_multiple_of(2) => conv = conv.groups(2),
                 _ => {}
             }
             conv.bias = self.rng.below(2) == 0;
