@@ -69,6 +69,8 @@ pub(crate) trait Vector: Copy {
 
 /// The kernels of one ISA.
 pub(crate) struct Kernels {
+    /// The ISA they are compiled for.
+    pub isa: Isa,
     /// Lanes of its registers: weights are packed in panels of one or two of them.
     pub lanes: usize,
     /// Convolution, rows x output-channel panels.
@@ -101,7 +103,7 @@ impl Kernels {
 /// Compiles the bodies for one ISA and makes its table. `wide` and `narrow` list the tile heights
 /// (pixels) for panels of two registers and of one; the first is the tallest that fits the register file.
 macro_rules! isa_kernels {
-    ($vector:ty, $(#[$attr:meta])?, wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
+    ($isa:expr, $vector:ty, $(#[$attr:meta])?, wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
         $(#[$attr])?
         unsafe fn tile_wide<const MR: usize>(t: &$crate::cpu::kernels::conv::Tile) {
             // SAFETY: the caller keeps the contract of the function called.
@@ -167,6 +169,7 @@ macro_rules! isa_kernels {
         }
 
         pub(super) static KERNELS: $crate::cpu::kernels::Kernels = $crate::cpu::kernels::Kernels {
+            isa: $isa,
             lanes: <$vector as $crate::cpu::kernels::Vector>::LANES,
             conv,
             depthwise,
