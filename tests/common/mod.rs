@@ -1,6 +1,10 @@
 //! What several test files need.
 #![allow(dead_code)]
 
+#[cfg(unix)]
+pub mod c;
+pub mod model;
+
 use std::path::PathBuf;
 
 /// The folder with fixtures beside the project, or None (said on standard error) where it is not there.
