@@ -29,9 +29,27 @@ fn generated() -> String {
         let config = cbindgen::Config { header: None, trailer: None, ..config.clone() };
         let mut body = Vec::new();
         cbindgen::Builder::new().with_config(config).with_src(path).generate().unwrap().write(&mut body);
-        text += &short_comments(std::str::from_utf8(&body).unwrap().trim());
+        text += &short_comments(&values_with_types(std::str::from_utf8(&body).unwrap(), &source));
     }
-    text + &tail
+    text + "\n" + &tail
+}
+
+/// Constants directly behind the type that they are values of.
+fn values_with_types(code: &str, source: &str) -> String {
+    let mut blocks: Vec<&str> = code.trim().split("\n\n").collect();
+    let constants = source.lines().filter_map(|l| l.strip_prefix("pub const ")?.split_once(": "));
+    let constants: Vec<_> = constants.filter_map(|(n, r)| Some((n, r.split_once(" =")?.0))).collect();
+    for (name, kind) in constants.iter().rev() {
+        let find = |what: String| blocks.iter().position(|b| b.lines().any(|l| l.starts_with(&what)));
+        let (Some(from), Some(to)) =
+            (find(format!("#define {name} ")), find(format!("typedef uint32_t {kind};")))
+        else {
+            continue;
+        };
+        let block = blocks.remove(from);
+        blocks.insert(if from < to { to } else { to + 1 }, block);
+    }
+    blocks.join("\n\n")
 }
 
 /// Comments of one line take one line.

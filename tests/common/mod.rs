@@ -3,6 +3,7 @@
 
 #[cfg(unix)]
 pub mod c;
+pub mod capi;
 pub mod model;
 
 use std::path::PathBuf;
