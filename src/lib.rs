@@ -21,8 +21,10 @@ pub mod nets;
 #[forbid(unsafe_code)]
 pub mod pixels;
 
+pub mod capi;
 #[forbid(unsafe_code)]
 pub mod detect;
+
 #[cfg(feature = "eval")]
 #[forbid(unsafe_code)]
 pub mod eval;

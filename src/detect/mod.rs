@@ -23,6 +23,7 @@ pub mod face;
 pub mod model;
 pub mod nms;
 pub mod options;
+mod passes;
 pub mod retinaface;
 pub mod session;
 

@@ -2,6 +2,7 @@
 
 use super::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::pixels::{pyramid, PyramidLimits, PyramidPolicy, Size};
 
 /// Where the network runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -115,6 +116,11 @@ impl Options {
             return bad(format!(
                 "min_face_px {min} and max_face_px {max}: need 0 <= smallest <= largest, 0 = no limit"
             ));
+        }
+        if let Pyramid::Octaves { min, max, step } = self.pyramid {
+            // The smallest picture there is tells whether the numbers make sense.
+            let policy = PyramidPolicy::Octaves { min: min.into(), max: max.into(), step: step.into() };
+            pyramid(Size::new(1, 1), &policy, &PyramidLimits::default())?;
         }
         if self.threads > MAX_THREADS {
             return bad(format!("threads {} is more than {MAX_THREADS}", self.threads));

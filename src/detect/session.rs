@@ -9,16 +9,13 @@ use super::detector::{Map, Window};
 use super::face::{Ellipse, Face};
 use super::model::Model;
 use super::nms::{Convention, Nms};
-use super::options::{Options, Pyramid, MAX_THREADS};
+use super::options::{Options, MAX_THREADS};
+use super::passes::{input_shape, passes, Pass};
 use super::BBox;
 use crate::cpu::{Arena, Pool, View};
 use crate::error::{Error, Result};
 use crate::graph::Plan;
-use crate::pixels::{
-    fill, keep_for_faces, largest_tile, pyramid, DstRows, FaceRange, ImageView, Level, Placement,
-    PyramidLimits, PyramidPolicy, Rect, Scratch, Size, TileGrid,
-};
-use crate::shape::Shape;
+use crate::pixels::{fill, DstRows, ImageView, Placement, Rect, Scratch, Size};
 use std::ops::Range;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -41,11 +38,8 @@ pub struct Timings {
     pub merge: Duration,
 }
 
-/// One level of a prepared size.
-struct Pass {
-    level: Level,
-    grid: TileGrid,
-}
+/// Plans by window size.
+type Plans = Vec<(Size, Plan)>;
 
 /// What depends on the picture's upright size.
 struct Prepared {
@@ -61,7 +55,7 @@ pub struct Session {
     pool: Pool,
     arena: Arena,
     scratch: Vec<Scratch>,
-    plans: Vec<(Size, Plan)>,
+    plans: Plans,
     prepared: Vec<Prepared>,
     candidates: Candidates,
     nms: Nms,
@@ -158,22 +152,8 @@ impl Session {
     /// other, its threads' stacks not counted.
     pub fn workspace_bytes(&self, width: usize, height: usize) -> Result<u64> {
         let size = checked_size(width, height)?;
-        let passes = self.passes(size)?;
-        let mut plans: Vec<(Size, Plan)> = Vec::new();
-        self.plan_passes(&passes, &mut plans)?;
-        let floats = plans.iter().map(|(_, p)| p.floats()).max().unwrap_or(0);
-        let mut rows = Scratch::default();
-        scratch_widths(size, &passes).for_each(|[u, l, w]| rows.reserve(u, l, w));
-        let held = floats.div_ceil(16) * 64
-            + plans.iter().map(|(_, p)| p.bytes()).sum::<usize>()
-            + plans.capacity() * size_of::<(Size, Plan)>()
-            + passes.capacity() * size_of::<Pass>()
-            + self.pool.threads() * (rows.bytes() + size_of::<Scratch>())
-            + Candidates::bytes_for(self.options.max_candidates)
-            + Nms::bytes_for(self.options.max_candidates)
-            + self.face_capacity() * size_of::<Face>()
-            + KEPT_SIZES * size_of::<Prepared>();
-        Ok(held as u64)
+        let (passes, plans) = self.fit(size)?;
+        Ok(self.held_bytes(size, &passes, &plans))
     }
 
     /// Finds faces, best first, in pixels of the picture as given.
@@ -276,7 +256,7 @@ impl Session {
             self.prepared[i].used = self.calls;
             return Ok(i);
         }
-        let passes = self.passes(size)?;
+        let (passes, plans) = self.fit(size)?;
         if self.prepared.is_empty() {
             self.prepared.reserve_exact(KEPT_SIZES);
         }
@@ -284,15 +264,18 @@ impl Session {
             let oldest = (0..KEPT_SIZES).min_by_key(|&i| self.prepared[i].used).unwrap_or(0);
             self.prepared.swap_remove(oldest);
             let prepared = &self.prepared;
-            let in_use = |window: Size| {
-                prepared.iter().flat_map(|p| &p.passes).any(|p| windows(&p.grid).any(|w| w == window))
-            };
+            let in_use = |window: Size| prepared.iter().flat_map(|p| &p.passes).any(|p| p.has(window));
             self.plans.retain(|(window, _)| in_use(*window));
         }
-        let mut plans = std::mem::take(&mut self.plans);
-        let planned = self.plan_passes(&passes, &mut plans);
-        self.plans = plans;
-        planned?;
+        if self.plans.is_empty() {
+            self.plans = plans;
+        } else {
+            for (window, plan) in plans {
+                if self.plans.iter().all(|(size, _)| *size != window) {
+                    self.plans.push((window, plan));
+                }
+            }
+        }
         let floats = self.plans.iter().map(|(_, p)| p.floats()).max().unwrap_or(0);
         self.arena.reserve(floats);
         if self.scratch.is_empty() {
@@ -305,59 +288,52 @@ impl Session {
         Ok(self.prepared.len() - 1)
     }
 
-    /// Levels of a picture and how each is cut.
-    fn passes(&self, size: Size) -> Result<Vec<Pass>> {
-        let o = &self.options;
-        let [min, max] = self.model.config().detectable_px.map(f64::from);
-        let detectable = FaceRange { min, max };
-        let limited = o.min_face_px > 0.0 || o.max_face_px > 0.0;
-        let faces = FaceRange {
-            min: if o.min_face_px > 0.0 { o.min_face_px.into() } else { min.min(o.max_face_px.into()) },
-            max: if o.max_face_px > 0.0 { o.max_face_px.into() } else { f64::INFINITY },
-        };
-        let limits = PyramidLimits::default();
-        let levels = match o.pyramid {
-            Pyramid::Auto if !limited => pyramid(size, &PyramidPolicy::Scales(vec![1.0]), &limits)?,
-            Pyramid::Auto => pyramid(size, &PyramidPolicy::Faces { faces, detectable }, &limits)?,
-            Pyramid::Octaves { min, max, step } => {
-                let policy = PyramidPolicy::Octaves { min: min.into(), max: max.into(), step: step.into() };
-                let mut levels = pyramid(size, &policy, &limits)?;
-                if limited {
-                    keep_for_faces(&mut levels, faces, detectable)?;
+    /// Levels, tiles and plans for a picture, such that the session stays within its memory cap.
+    fn fit(&self, size: Size) -> Result<(Vec<Pass>, Plans)> {
+        let cap = self.options.memory_cap;
+        let mut budget = cap;
+        // What is not arena is known only once the tiles are: take it off and cut again. It hardly
+        // changes with the tiles, so that the second or third try fits.
+        for _ in 0..8 {
+            let passes = passes(&self.model, &self.options, size, budget).map_err(|e| match e {
+                Error::LimitExceeded(m) if budget < cap => {
+                    Error::LimitExceeded(format!("{m} ({cap}, less {} for other buffers)", cap - budget))
                 }
-                levels
+                other => other,
+            })?;
+            let mut plans = Plans::new();
+            for window in passes.iter().flat_map(Pass::windows) {
+                if plans.iter().all(|(size, _)| *size != window) {
+                    plans.push((window, Plan::new(self.model.network(), &[input_shape(window)])?));
+                }
             }
-        };
-        let mut passes = Vec::with_capacity(levels.len());
-        for level in levels {
-            passes.push(Pass { level, grid: self.grid(level.size)? });
+            let held = self.held_bytes(size, &passes, &plans);
+            if held <= cap {
+                return Ok((passes, plans));
+            }
+            budget = budget.saturating_sub(held - cap);
         }
-        Ok(passes)
+        Err(Error::LimitExceeded(format!(
+            "the buffers for {}x{} px do not fit the memory cap of {cap} bytes; raise the cap",
+            size.width, size.height
+        )))
     }
 
-    /// How a level is cut: not at all where it fits the memory cap and the tile size.
-    fn grid(&self, level: Size) -> Result<TileGrid> {
-        let reach = self.model.reach();
-        let align = reach.stride[0].max(reach.stride[1]);
-        let halo = reach.pixels[0].max(reach.pixels[1]);
-        let network = self.model.network();
-        let bytes = |s: Size| Plan::arena_bytes(network, &[input_shape(s)]).ok().map(|b| b as u64);
-        let tile = match self.options.tile_px {
-            0 => largest_tile(level, align, halo, self.options.memory_cap, bytes)?,
-            side => Size::new(side, side),
-        };
-        TileGrid::new(level, tile, align, halo)
-    }
-
-    /// Makes the plans that the passes need and `plans` lacks.
-    fn plan_passes(&self, passes: &[Pass], plans: &mut Vec<(Size, Plan)>) -> Result<()> {
-        for window in passes.iter().flat_map(|p| windows(&p.grid)) {
-            if plans.iter().all(|(size, _)| *size != window) {
-                let plan = Plan::new(self.model.network(), &[input_shape(window)])?;
-                plans.push((window, plan));
-            }
-        }
-        Ok(())
+    /// Bytes that the session holds with these passes and plans prepared.
+    fn held_bytes(&self, size: Size, passes: &Vec<Pass>, plans: &Plans) -> u64 {
+        let floats = plans.iter().map(|(_, p)| p.floats()).max().unwrap_or(0);
+        let rows = Scratch::bytes_for_widths(scratch_widths(size, passes));
+        let held = size_of::<Self>()
+            + floats.div_ceil(16) * 64
+            + plans.iter().map(|(_, p)| p.bytes()).sum::<usize>()
+            + plans.capacity() * size_of::<(Size, Plan)>()
+            + passes.capacity() * size_of::<Pass>()
+            + self.pool.threads() * (rows + size_of::<Scratch>())
+            + Candidates::bytes_for(self.options.max_candidates)
+            + Nms::bytes_for(self.options.max_candidates)
+            + self.face_capacity() * size_of::<Face>()
+            + KEPT_SIZES * size_of::<Prepared>();
+        held as u64
     }
 }
 
@@ -373,15 +349,6 @@ fn checked_size(width: usize, height: usize) -> Result<Size> {
     Ok(Size::new(width, height))
 }
 
-fn input_shape(size: Size) -> Shape {
-    Shape::new(1, 3, size.height, size.width)
-}
-
-/// Distinct window sizes of a grid: those of its corner tiles.
-fn windows(grid: &TileGrid) -> impl Iterator<Item = Size> + '_ {
-    grid.iter().map(|t| Size::new(t.window.width, t.window.height))
-}
-
 fn plan_for(plans: &[(Size, Plan)], window: Rect) -> Result<&Plan> {
     let size = Size::new(window.width, window.height);
     let found = plans.iter().find(|(s, _)| *s == size);
@@ -390,7 +357,7 @@ fn plan_for(plans: &[(Size, Plan)], window: Rect) -> Result<&Plan> {
 
 /// (upright width, level width, window width) of every pass, for the conversion's row buffers.
 fn scratch_widths(size: Size, passes: &[Pass]) -> impl Iterator<Item = [usize; 3]> + '_ {
-    passes.iter().flat_map(move |p| windows(&p.grid).map(move |w| [size.width, p.level.size.width, w.width]))
+    passes.iter().flat_map(move |p| p.windows().map(move |w| [size.width, p.level.size.width, w.width]))
 }
 
 /// The tile's own cells: to infinity where the window ends at the level's border.

@@ -173,6 +173,13 @@ impl Scratch {
         3 * floats * size_of::<f32>() + columns * size_of::<Taps>()
     }
 
+    /// Heap bytes that a scratch reserved for all of these (upright, level, window) widths holds.
+    pub fn bytes_for_widths(widths: impl Iterator<Item = [usize; 3]>) -> usize {
+        let most = |(f, c): (usize, usize), (floats, columns)| (f.max(floats), c.max(columns));
+        let (floats, columns) = widths.map(|[u, l, w]| Self::lengths(u, l, w)).fold((0, 0), most);
+        3 * floats * size_of::<f32>() + columns * size_of::<Taps>()
+    }
+
     /// (values of a row buffer, columns with taps)
     fn lengths(upright_width: usize, level_width: usize, window_width: usize) -> (usize, usize) {
         let columns = window_width.min(level_width);

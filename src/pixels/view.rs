@@ -141,8 +141,7 @@ impl<'a> ImageView<'a> {
     /// Errors: [`Error::LimitExceeded`] above [`super::rect::MAX_SIDE`] or [`super::rect::MAX_PIXELS`], else
     /// [`Error::InvalidImage`] naming the plane and the numbers.
     pub fn new(width: usize, height: usize, format: PixelFormat, planes: &[Plane<'a>]) -> Result<Self> {
-        let size = Size::new(width, height);
-        size.check("picture")?;
+        let size = Self::check_size(width, height)?;
         if planes.len() != format.planes() {
             let (need, got) = (format.planes(), planes.len());
             return Err(Error::InvalidImage(format!("{format:?} needs {need} plane(s), {got} given")));
@@ -165,6 +164,13 @@ impl<'a> ImageView<'a> {
             orientation: Orientation::UPRIGHT,
             roi: Rect::whole(size),
         })
+    }
+
+    /// The size of a picture, where it is within the caps; for those who must know before they have
+    /// the planes. Errors as [`Self::new`].
+    pub fn check_size(width: usize, height: usize) -> Result<Size> {
+        let size = Size::new(width, height);
+        size.check("picture").map(|()| size)
     }
 
     /// View over one buffer that holds all planes one after another without any padding, as video

@@ -1,6 +1,11 @@
 //! What several test files need.
 #![allow(dead_code)]
 
+#[cfg(unix)]
+pub mod c;
+pub mod capi;
+pub mod model;
+
 use std::path::PathBuf;
 
 /// The folder with fixtures beside the project, or None (said on standard error) where it is not there.

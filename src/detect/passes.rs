@@ -1,0 +1,88 @@
+//! What one picture costs: its pyramid levels and how each is cut into tiles.
+
+use super::model::Model;
+use super::options::{Options, Pyramid};
+use crate::error::{Error, Result};
+use crate::graph::Plan;
+use crate::pixels::{
+    keep_for_faces, largest_tile, pyramid, FaceRange, Level, PyramidLimits, PyramidPolicy, Size, TileGrid,
+};
+use crate::shape::Shape;
+
+/// One level of a picture.
+pub(super) struct Pass {
+    pub level: Level,
+    pub grid: TileGrid,
+}
+
+impl Pass {
+    /// Sizes of the windows, most of them many times.
+    pub fn windows(&self) -> impl Iterator<Item = Size> + '_ {
+        self.grid.iter().map(|t| t.window.size())
+    }
+
+    /// Whether a window has this size.
+    pub fn has(&self, window: Size) -> bool {
+        self.windows().any(|w| w == window)
+    }
+}
+
+/// The network's input for a window.
+pub(super) fn input_shape(window: Size) -> Shape {
+    Shape::new(1, 3, window.height, window.width)
+}
+
+/// Levels of a picture of upright size `size`, each cut so that its arena takes at most `budget` bytes.
+pub(super) fn passes(model: &Model, options: &Options, size: Size, budget: u64) -> Result<Vec<Pass>> {
+    let levels = levels(model, options, size)?;
+    let mut passes = Vec::with_capacity(levels.len());
+    for level in levels {
+        passes.push(Pass { level, grid: grid(model, options, level.size, budget)? });
+    }
+    Ok(passes)
+}
+
+fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
+    let [min, max] = model.config().detectable_px.map(f64::from);
+    let detectable = FaceRange { min, max };
+    let limited = o.min_face_px > 0.0 || o.max_face_px > 0.0;
+    let faces = FaceRange {
+        min: if o.min_face_px > 0.0 { o.min_face_px.into() } else { min.min(o.max_face_px.into()) },
+        max: if o.max_face_px > 0.0 { o.max_face_px.into() } else { f64::INFINITY },
+    };
+    let (policy, largest) = match o.pyramid {
+        Pyramid::Auto if !limited => (PyramidPolicy::Scales(vec![1.0]), 1.0),
+        Pyramid::Auto => (PyramidPolicy::Faces { faces, detectable }, min / faces.min),
+        Pyramid::Octaves { min, max, step } => {
+            let policy = PyramidPolicy::Octaves { min: min.into(), max: max.into(), step: step.into() };
+            (policy, f64::from(max).exp2())
+        }
+    };
+    let mut levels = pyramid(size, &policy, &PyramidLimits::default())?;
+    // Levels beyond the caps are left out, largest first. Their faces would be missed unnoticed.
+    if levels.first().is_none_or(|l| l.scale < largest * (1.0 - 1e-6)) {
+        return Err(Error::LimitExceeded(format!(
+            "{}x{} px enlarged {largest} times is beyond the caps of a level; raise min_face_px or lower the pyramid",
+            size.width, size.height
+        )));
+    }
+    if let (Pyramid::Octaves { .. }, true) = (o.pyramid, limited) {
+        keep_for_faces(&mut levels, faces, detectable)?;
+    }
+    Ok(levels)
+}
+
+/// How a level is cut: not at all where it fits the budget and the tile size.
+fn grid(model: &Model, options: &Options, level: Size, budget: u64) -> Result<TileGrid> {
+    let reach = model.reach();
+    let align = reach.stride[0].max(reach.stride[1]);
+    let halo = reach.pixels[0].max(reach.pixels[1]);
+    let network = model.network();
+    let bytes = |s: Size| Plan::arena_bytes(network, &[input_shape(s)]).ok().map(|b| b as u64);
+    let fits = largest_tile(level, align, halo, budget, bytes)?;
+    let tile = match options.tile_px {
+        0 => fits,
+        side => Size::new(fits.width.min(side), fits.height.min(side)),
+    };
+    TileGrid::new(level, tile, align, halo)
+}
