@@ -84,7 +84,12 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
 }
 
 /// Faces of one picture, drawn or written where asked for.
-fn one(session: &mut Session, path: &Path, args: &Args, target: Option<&Target>) -> Result<(Size, Vec<Face>)> {
+fn one(
+    session: &mut Session,
+    path: &Path,
+    args: &Args,
+    target: Option<&Target>,
+) -> Result<(Size, Vec<Face>)> {
     let picture = Picture::open(path)?;
     let view = picture.view().with_context(|| path.display().to_string())?;
     let (size, placement) = (view.upright_size(), view.placement());
@@ -156,6 +161,7 @@ impl Targets {
 fn event(path: &Path) -> Result<String> {
     let absolute = std::path::absolute(path).with_context(|| path.display().to_string())?;
     let folder = absolute.parent().and_then(Path::file_name);
-    let folder = folder.with_context(|| format!("{}: lies in no folder to name the event", path.display()))?;
+    let folder =
+        folder.with_context(|| format!("{}: lies in no folder to name the event", path.display()))?;
     Ok(folder.to_string_lossy().into_owned())
 }

@@ -16,6 +16,8 @@ const MOUTH: Colour = [255.0, 82.0, 150.0];
 
 /// Faces smaller than this (pixels) get a bare line of one pixel, so that they stay visible.
 const TINY: f32 = 24.0;
+/// On faces smaller than this, landmarks would hide the face.
+const ROOM_FOR_LANDMARKS: f32 = 36.0;
 
 /// Draws the faces, the surest on top. Coordinates are pixels of `picture`.
 pub fn faces(picture: &mut RgbImage, faces: &[Face], labels: bool) {
@@ -26,14 +28,15 @@ pub fn faces(picture: &mut RgbImage, faces: &[Face], labels: bool) {
         let colour = std::array::from_fn(|i| UNSURE[i] + (SURE[i] - UNSURE[i]) * face.score.clamp(0.0, 1.0));
         let thickness = thickness(&canvas, face.size());
         canvas.frame(&face.bbox, thickness, face.size() >= TINY, colour);
-        if face.size() >= TINY {
+        if face.size() >= ROOM_FOR_LANDMARKS {
             for (i, &point) in face.landmarks.iter().flatten().enumerate() {
                 let colour = [EYE, EYE, NOSE, MOUTH, MOUTH][i];
-                canvas.dot(point, (face.size() / 40.0).clamp(1.2, 6.0), colour);
+                canvas.dot(point, (face.size() / 40.0).clamp(1.0, 6.0), colour);
             }
         }
         if labels {
-            canvas.label(&face.bbox, thickness, face.score, colour);
+            let scale = if face.size() >= TINY { 1 + thickness.clamp(1, 5) } else { 1 };
+            canvas.label(face, thickness, scale, colour);
         }
     }
 }
@@ -105,11 +108,10 @@ impl Canvas<'_> {
     }
 
     /// The score in percent on a tab above the box, or inside where there is no room above.
-    fn label(&mut self, b: &BBox, thickness: i64, score: f32, colour: Colour) {
-        let scale = (1 + thickness / 2).min(6);
-        let text = format!("{:.0}", score * 100.0);
+    fn label(&mut self, face: &Face, thickness: i64, scale: i64, colour: Colour) {
+        let text = format!("{:.0}", face.score * 100.0);
         let (w, h) = ((4 * text.len() as i64 + 1) * scale, 7 * scale);
-        let [x1, y1, ..] = pixels(b);
+        let [x1, y1, ..] = pixels(&face.bbox);
         let left = (x1 - thickness).clamp(0, (i64::from(self.0.width()) - w).max(0));
         let above = y1 - thickness - h;
         let top = if above >= 0 { above } else { y1.max(0) };

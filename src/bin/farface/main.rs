@@ -5,10 +5,14 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
+mod convert;
 mod detect;
 mod draw;
 mod files;
+mod inspect;
 mod model;
+mod peak;
 mod picture;
 mod progress;
 mod report;
@@ -29,6 +33,9 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Detect(detect::Args),
+    Inspect(inspect::Args),
+    Bench(bench::Args),
+    Convert(convert::Args),
 }
 
 /// Whether a command did all it was asked for; what it could not do it has reported itself.
@@ -43,6 +50,9 @@ fn main() -> ExitCode {
     let mut out = BufWriter::new(std::io::stdout().lock());
     let result = match cli.command {
         Command::Detect(args) => detect::run(&args, &mut out),
+        Command::Inspect(args) => inspect::run(&args, &mut out),
+        Command::Bench(args) => bench::run(&args, &mut out),
+        Command::Convert(args) => convert::run(&args, &mut out),
     };
     match result.and_then(|outcome| Ok(out.flush().map(|()| outcome)?)) {
         Ok(Outcome::Complete) => ExitCode::SUCCESS,

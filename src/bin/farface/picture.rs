@@ -49,12 +49,17 @@ impl Picture {
             bail!("the picture has no pixels ({w}x{h})");
         }
         if pixels > MAX_PIXELS || decoder.total_bytes() > MAX_BYTES {
-            bail!("{w}x{h} px is more than this program decodes (at most {} megapixels)", MAX_PIXELS / 1_000_000);
+            bail!(
+                "{w}x{h} px is more than this program decodes (at most {} megapixels)",
+                MAX_PIXELS / 1_000_000
+            );
         }
         // Where it cannot be read, the picture is taken as it is stored.
         let orientation = decoder.orientation().unwrap_or(image::metadata::Orientation::NoTransforms);
         let image = match DynamicImage::from_decoder(decoder).map_err(describe)? {
-            kept @ (DynamicImage::ImageLuma8(_) | DynamicImage::ImageRgb8(_) | DynamicImage::ImageRgba8(_)) => kept,
+            kept @ (DynamicImage::ImageLuma8(_)
+            | DynamicImage::ImageRgb8(_)
+            | DynamicImage::ImageRgba8(_)) => kept,
             other => DynamicImage::ImageRgb8(other.into_rgb8()),
         };
         if format == image::ImageFormat::Jpeg && !jpeg_is_complete(path)? {
@@ -86,8 +91,7 @@ impl Picture {
 /// Width and height of the upright picture, without decoding it.
 pub fn upright_size(path: &Path) -> Result<(u32, u32)> {
     let size = || -> Result<(u32, u32)> {
-        let mut decoder =
-            ImageReader::open(path)?.with_guessed_format()?.into_decoder().map_err(describe)?;
+        let mut decoder = ImageReader::open(path)?.with_guessed_format()?.into_decoder().map_err(describe)?;
         let (w, h) = decoder.dimensions();
         let exif = decoder.orientation().map_or(1, |o| o.to_exif());
         Ok(if Orientation::from_exif(exif.into())?.swaps_sides() { (h, w) } else { (w, h) })
