@@ -40,3 +40,20 @@ fn s3fd_rates_are_the_reference_evaluators() {
         }
     }
 }
+
+#[cfg(feature = "cli")]
+#[test]
+fn curves_are_plotted_beside_the_reference() {
+    use farface::eval::plot::roc_svg;
+    let Some(fddb) = shared().map(|s| s.join("fixtures/fddb")) else { return };
+    let annotations = Annotations::read_folds(&fddb.join("FDDB-folds")).unwrap();
+    let detections = Detections::read(&fddb.join("s3fd_result.txt.gz")).unwrap();
+    let report = evaluate(&annotations, &detections, &PictureSizes::new(), &mut |_, _| {}).unwrap();
+    let reference = read_roc(&fddb.join("s3fd_DiscROC.txt.gz")).unwrap();
+    let curves = [("here", &report.discrete), ("reference", &reference), ("continuous", &report.continuous)];
+    let svg = roc_svg("FDDB, S3FD", &curves, 2000).unwrap();
+    assert!(svg.contains("reference  0.976") && svg.contains("here  0.975"));
+    if let Some(path) = std::env::var_os("FARFACE_PLOT") {
+        std::fs::write(path, svg).unwrap();
+    }
+}

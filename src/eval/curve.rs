@@ -24,6 +24,15 @@ pub struct PrCurve {
     pub points: Vec<PrPoint>,
 }
 
+/// AP at one IoU threshold.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct ApAtIou {
+    /// Overlap from which a detection finds a face.
+    pub iou: f64,
+    /// Average precision, 0 to 1.
+    pub ap: f64,
+}
+
 /// One operating point of a ROC.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RocPoint {
@@ -51,6 +60,18 @@ impl RocCurve {
             .map(|p| p.true_positive_rate)
             .fold(0.0, f64::max)
     }
+}
+
+/// Points after each detection, of `(score, is right)` by falling score.
+pub(super) fn curve_points(ranked: impl Iterator<Item = (f64, bool)>, faces: usize) -> Vec<PrPoint> {
+    let (mut right, mut all) = (0usize, 0usize);
+    let point = |(score, is_right): (f64, bool)| {
+        all += 1;
+        right += usize::from(is_right);
+        let recall = right as f64 / faces.max(1) as f64;
+        PrPoint { threshold: Some(score), recall, precision: right as f64 / all as f64 }
+    };
+    ranked.map(point).collect()
 }
 
 /// Best precision at each point or any later one: the monotone envelope.

@@ -34,11 +34,12 @@ const THRESHOLDS: usize = 1000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Subset {
-    /// The easiest third of the proposals' recall.
+    /// Faces that EdgeBox proposals find most readily (paper, section 3.2); the next two add those
+    /// they find less.
     Easy,
     /// Easy and more.
     Medium,
-    /// Medium and more; most faces above 10 pixels.
+    /// Medium and more: nearly every face above 10 pixels.
     Hard,
     /// Every annotated box.
     All,
@@ -155,6 +156,11 @@ impl<'a> Evaluator<'a> {
             hard: graded(Subset::Hard)?,
             all: self.curve(Subset::All, MATCH_IOU)?,
         })
+    }
+
+    /// Each picture's faces and matches.
+    pub(super) fn pictures(&self) -> impl Iterator<Item = (&[Face], &[Match])> {
+        self.gt.images.iter().zip(&self.matches).map(|(i, m)| (i.faces.as_slice(), m.as_slice()))
     }
 
     pub(super) fn check(&self, subset: Subset) -> Result<()> {
