@@ -3,11 +3,11 @@
 use crate::settings::PictureSize;
 use crate::Outcome;
 use anyhow::Result;
-use farface::detect::Model;
+use farface::detect::{Model, ModelConfig};
 use farface::graph::build::NodeKind;
 use farface::graph::{Plan, StepInfo};
 use farface::shape::Shape;
-use serde_json::{json, Value};
+use serde::Serialize;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -46,7 +46,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     let steps = Plan::describe(model.network(), &input)?;
     let arena = Plan::arena_bytes(model.network(), &input)?;
     if args.json {
-        let value = to_json(args, &model, &layers, &steps, arena);
+        let value = json(args, &model, &layers, &steps, arena);
         serde_json::to_writer_pretty(&mut *out, &value).map_err(std::io::Error::from)?;
         writeln!(out)?;
     } else {
@@ -85,7 +85,7 @@ fn to_text(
     let known = |text: &str| if text.is_empty() { "not stated".to_string() } else { text.to_string() };
     let reach = model.reach();
     let packed: usize = steps.iter().map(|s| s.weight_bytes).sum();
-    let detector = serde_json::to_value(&config.detector)?;
+    let detector = serde_json::to_string(&config.detector)?;
     let facts = [
         ("name", known(&config.name)),
         ("licence", known(&config.licence)),
@@ -98,7 +98,7 @@ fn to_text(
                 format!("{} bytes of TOML", config.recipe.len())
             },
         ),
-        ("detector", detector.to_string()),
+        ("detector", detector),
         (
             "input",
             format!("{}, mean {:?}, scale {:?}", config.input.order, config.input.mean, config.input.scale),
@@ -166,32 +166,81 @@ fn to_text(
     Ok(())
 }
 
-fn to_json(args: &Args, model: &Model, layers: &[LayerInfo], steps: &[StepInfo], arena: usize) -> Value {
-    let shape = |s: Shape| json!([s.n, s.c, s.h, s.w]);
-    let layer = |l: &LayerInfo| {
-        json!({ "name": l.name, "kind": l.kind, "output": shape(l.output),
-                "parameters": l.parameters, "multiply_adds": l.macs })
+/// The same facts in JSON; sizes are N, C, H, W.
+#[derive(Serialize)]
+struct Json<'a> {
+    file: String,
+    config: &'a ModelConfig,
+    width: usize,
+    height: usize,
+    parameters: usize,
+    multiply_adds: u64,
+    arena_bytes: usize,
+    weight_bytes: usize,
+    isa: &'static str,
+    /// Pixels to either side of an output cell: rows, columns.
+    receptive_field: [usize; 2],
+    /// Rows, columns.
+    largest_stride: [usize; 2],
+    layers: Vec<JsonLayer<'a>>,
+    steps: Vec<JsonStep<'a>>,
+}
+
+#[derive(Serialize)]
+struct JsonLayer<'a> {
+    name: &'a str,
+    kind: &'static str,
+    output: [usize; 4],
+    parameters: usize,
+    multiply_adds: u64,
+}
+
+#[derive(Serialize)]
+struct JsonStep<'a> {
+    name: &'a str,
+    kernel: &'static str,
+    output: [usize; 4],
+    weight_bytes: usize,
+    multiply_adds: u64,
+}
+
+fn json<'a>(
+    args: &Args,
+    model: &'a Model,
+    layers: &'a [LayerInfo],
+    steps: &'a [StepInfo],
+    arena: usize,
+) -> Json<'a> {
+    let shape = |s: Shape| [s.n, s.c, s.h, s.w];
+    let layer = |l: &'a LayerInfo| JsonLayer {
+        name: &l.name,
+        kind: l.kind,
+        output: shape(l.output),
+        parameters: l.parameters,
+        multiply_adds: l.macs,
     };
-    let step = |s: &StepInfo| {
-        json!({ "name": s.name, "kernel": s.kernel, "output": shape(s.output),
-                "weight_bytes": s.weight_bytes, "multiply_adds": s.macs })
+    let step = |s: &'a StepInfo| JsonStep {
+        name: &s.name,
+        kernel: s.kernel,
+        output: shape(s.output),
+        weight_bytes: s.weight_bytes,
+        multiply_adds: s.macs,
     };
-    let reach = model.reach();
-    json!({
-        "file": args.model.display().to_string(),
-        "config": model.config(),
-        "width": args.size.width,
-        "height": args.size.height,
-        "parameters": model.graph().param_count(),
-        "multiply_adds": layers.iter().map(|l| l.macs).sum::<u64>(),
-        "arena_bytes": arena,
-        "weight_bytes": steps.iter().map(|s| s.weight_bytes).sum::<usize>(),
-        "isa": farface::cpu::isa::detected().name(),
-        "receptive_field": { "rows": reach.pixels[0], "columns": reach.pixels[1] },
-        "largest_stride": { "rows": reach.stride[0], "columns": reach.stride[1] },
-        "layers": layers.iter().map(layer).collect::<Vec<_>>(),
-        "steps": steps.iter().map(step).collect::<Vec<_>>(),
-    })
+    Json {
+        file: args.model.display().to_string(),
+        config: model.config(),
+        width: args.size.width,
+        height: args.size.height,
+        parameters: model.graph().param_count(),
+        multiply_adds: layers.iter().map(|l| l.macs).sum(),
+        arena_bytes: arena,
+        weight_bytes: steps.iter().map(|s| s.weight_bytes).sum(),
+        isa: farface::cpu::isa::detected().name(),
+        receptive_field: model.reach().pixels,
+        largest_stride: model.reach().stride,
+        layers: layers.iter().map(layer).collect(),
+        steps: steps.iter().map(step).collect(),
+    }
 }
 
 /// Thousands set apart: 1,234,567.
@@ -199,7 +248,7 @@ fn group(n: u64) -> String {
     let digits = n.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);

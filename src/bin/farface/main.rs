@@ -9,6 +9,7 @@ mod bench;
 mod convert;
 mod detect;
 mod draw;
+mod eval;
 mod files;
 mod inspect;
 mod model;
@@ -35,6 +36,7 @@ enum Command {
     Detect(detect::Args),
     Inspect(inspect::Args),
     Bench(bench::Args),
+    Eval(eval::Args),
     Convert(convert::Args),
 }
 
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Detect(args) => detect::run(&args, &mut out),
         Command::Inspect(args) => inspect::run(&args, &mut out),
         Command::Bench(args) => bench::run(&args, &mut out),
+        Command::Eval(args) => eval::run(&args, &mut out),
         Command::Convert(args) => convert::run(&args, &mut out),
     };
     match result.and_then(|outcome| Ok(out.flush().map(|()| outcome)?)) {

@@ -21,9 +21,4 @@ impl ModelArg {
             ),
         }
     }
-
-    /// True where the user named a model.
-    pub fn is_named(&self) -> bool {
-        self.model.is_some()
-    }
 }

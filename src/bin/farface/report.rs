@@ -2,7 +2,7 @@
 
 use farface::detect::Face;
 use farface::pixels::Size;
-use serde_json::{json, Value};
+use serde::Serialize;
 use std::io::{Result, Write};
 use std::path::Path;
 
@@ -48,21 +48,56 @@ pub fn csv(out: &mut dyn Write, path: &Path, faces: &[Face]) -> Result<()> {
 
 /// One JSON object on one line.
 pub fn json_line(out: &mut dyn Write, path: &Path, size: Size, faces: &[Face]) -> Result<()> {
-    let faces: Vec<Value> = faces.iter().map(face).collect();
-    let name = path.display().to_string();
-    let object = json!({ "file": name, "width": size.width, "height": size.height, "faces": faces });
-    writeln!(out, "{object}")
+    let faces = faces.iter().map(JsonFace::of).collect();
+    let file = path.display().to_string();
+    let picture = JsonPicture { file, width: size.width, height: size.height, faces };
+    serde_json::to_writer(&mut *out, &picture)?;
+    writeln!(out)
 }
 
-fn face(f: &Face) -> Value {
-    let b = f.bbox;
-    let mut object =
-        json!({ "x": b.x1, "y": b.y1, "width": b.width(), "height": b.height(), "score": f.score });
-    if let Some(points) = f.landmarks {
-        object["landmarks"] = json!(points);
+#[derive(Serialize)]
+struct JsonPicture {
+    file: String,
+    width: usize,
+    height: usize,
+    faces: Vec<JsonFace>,
+}
+
+#[derive(Serialize)]
+struct JsonFace {
+    x: f32,
+    y: f32,
+    width: f32,
+    height: f32,
+    score: f32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    landmarks: Option<[[f32; 2]; 5]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ellipse: Option<JsonEllipse>,
+}
+
+#[derive(Serialize)]
+struct JsonEllipse {
+    center: [f32; 2],
+    half_axes: [f32; 2],
+    angle: f32,
+}
+
+impl JsonFace {
+    fn of(f: &Face) -> Self {
+        let b = f.bbox;
+        Self {
+            x: b.x1,
+            y: b.y1,
+            width: b.width(),
+            height: b.height(),
+            score: f.score,
+            landmarks: f.landmarks,
+            ellipse: f.ellipse.map(|e| JsonEllipse {
+                center: e.center,
+                half_axes: e.half_axes,
+                angle: e.angle,
+            }),
+        }
     }
-    if let Some(e) = f.ellipse {
-        object["ellipse"] = json!({ "center": e.center, "half_axes": e.half_axes, "angle": e.angle });
-    }
-    object
 }
