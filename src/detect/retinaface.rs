@@ -42,7 +42,7 @@ impl RetinaFaceConfig {
     pub(super) fn check(&self) -> Result<()> {
         let sane = |n: usize, most: usize| n > 0 && n <= most;
         let sizes = self.anchors.iter().flatten().chain(&self.variances).all(|v| v.is_finite() && *v > 0.0);
-        if !(sane(self.width, 256) && sane(self.channels, 1024) && self.channels % 4 == 0 && sizes) {
+        if !(sane(self.width, 256) && sane(self.channels, 1024) && self.channels.is_multiple_of(4) && sizes) {
             return Err(Error::InvalidModel(
                 "detector retinaface: width 1..256, channels a multiple of 4 up to 1024, anchors and variances above 0"
                     .into(),
