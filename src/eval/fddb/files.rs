@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::region::Region;
 use crate::eval::curve::{RocCurve, RocPoint};
-use crate::eval::lines::{read_text, Lines};
+use crate::eval::lines::{read_text, write_text, Lines};
 use crate::{Error, Result};
 
 /// Largest coordinate or size accepted, in pixels. FDDB's pictures have 450; the cap bounds the
@@ -100,7 +100,7 @@ impl Detections {
                 .expect("writing to a string");
             }
         }
-        std::fs::write(path, text).map_err(|e| Error::io(path, e))
+        write_text(path, &text)
     }
 }
 

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::Subset;
 use crate::detect::{BBox, Detection};
 use crate::eval::curve::{PrCurve, PrPoint};
-use crate::eval::lines::{read_text, Lines};
+use crate::eval::lines::{read_text, write_text, Lines};
 use crate::eval::Progress;
 use crate::{Error, Result};
 
@@ -88,7 +88,7 @@ impl Predictions {
                 writeln!(text, "{x1} {y1} {w} {h} {}", d.score).expect("writing to a string");
             }
             let file = folder.join(format!("{stem}.txt"));
-            fs::write(&file, text).map_err(|e| Error::io(&file, e))?;
+            write_text(&file, &text)?;
             progress(done + 1, self.len());
         }
         Ok(())
