@@ -41,8 +41,8 @@ pub(crate) struct Buffer {
 }
 
 /// Places buffers so that no two that live at the same time overlap: largest first, each at the
-/// lowest offset that is free during its life. Returns the arena's size.
-pub(crate) fn place(buffers: &mut [Buffer]) -> usize {
+/// lowest offset that is free during its life. Returns the arena's size, or None where that overflows.
+pub(crate) fn place(buffers: &mut [Buffer]) -> Option<usize> {
     let mut order: Vec<usize> = (0..buffers.len()).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(buffers[i].size), buffers[i].live));
     let mut placed: Vec<usize> = Vec::with_capacity(buffers.len());
@@ -56,18 +56,18 @@ pub(crate) fn place(buffers: &mut [Buffer]) -> usize {
             .map(|o| (o.offset, o.offset + o.size))
             .collect();
         busy.sort_unstable();
-        let mut offset = 0;
+        let mut offset = 0usize;
         for (from, to) in busy {
-            if offset + b.size <= from {
+            if offset.checked_add(b.size)? <= from {
                 break;
             }
             offset = offset.max(to);
         }
         buffers[i].offset = offset;
-        total = total.max(offset + b.size);
+        total = total.max(offset.checked_add(b.size)?);
         placed.push(i);
     }
-    total
+    Some(total)
 }
 
 /// Floats of alignment: a cache line.
@@ -217,7 +217,10 @@ fn layout(network: &Compiled, input_shapes: &[Shape]) -> Result<Layout> {
         buffer_of[id] = buffers.len();
         buffers.push(Buffer { size, live: live[id], offset: 0 });
     }
-    let floats = place(&mut buffers);
+    // Each tensor fits, all of them together may not: in 32 bits 2 GiB are soon reached.
+    let floats = place(&mut buffers)
+        .filter(|&n| n <= isize::MAX as usize / size_of::<f32>() - ALIGN)
+        .ok_or_else(|| Error::LimitExceeded("the network's tensors together do not fit memory".into()))?;
     let views = (0..count)
         .map(|id| {
             let (top, first) = root(id);
@@ -240,6 +243,13 @@ mod tests {
     use crate::layers::{Activation, Conv2d, Interpolation, MaxPool};
     use proptest::prelude::*;
 
+    #[test]
+    fn an_arena_that_overflows_is_none() {
+        let buffer = |live| Buffer { size: usize::MAX / 2, live, offset: 0 };
+        assert_eq!(place(&mut [buffer((0, 1)), buffer((2, 3)), buffer((4, 5))]), Some(usize::MAX / 2));
+        assert_eq!(place(&mut [buffer((0, 1)), buffer((1, 2)), buffer((1, 3))]), None);
+    }
+
     proptest! {
         #[test]
         fn no_two_live_buffers_overlap(specs in prop::collection::vec((1usize..1000, 0usize..40, 0usize..10), 1..60)) {
@@ -247,7 +257,7 @@ mod tests {
                 .iter()
                 .map(|&(size, from, length)| Buffer { size, live: (from, from + length), offset: 0 })
                 .collect();
-            let total = place(&mut buffers);
+            let total = place(&mut buffers).unwrap();
             for (i, a) in buffers.iter().enumerate() {
                 prop_assert!(a.offset + a.size <= total);
                 for b in &buffers[..i] {

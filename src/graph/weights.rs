@@ -57,7 +57,7 @@ impl Weights {
             }
             tensors.insert(name.to_string(), WeightTensor { shape: view.shape().to_vec(), data });
         }
-        Ok(Self { tensors, metadata: header.metadata().clone().unwrap_or_default() })
+        Ok(Self { tensors, metadata: header.metadata().clone().into_iter().flatten().collect() })
     }
 
     /// Writes a safetensors file in f32, whole or not at all (temporary file, then rename).
@@ -77,7 +77,7 @@ impl Weights {
                 Ok((*name, view.map_err(|e| Error::Internal(format!("tensor {name}: {e}")))?))
             })
             .collect::<Result<Vec<_>>>()?;
-        let file = safetensors::serialize(views, Some(self.metadata.clone()))
+        let file = safetensors::serialize(views, Some(self.metadata.clone().into_iter().collect()))
             .map_err(|e| Error::Internal(format!("safetensors: {e}")))?;
         let temporary = path.with_extension("tmp");
         std::fs::write(&temporary, file).map_err(|e| Error::io(&temporary, e))?;
