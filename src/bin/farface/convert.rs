@@ -110,5 +110,6 @@ fn serialise(weights: &Weights, half: bool) -> Result<Vec<u8>> {
         TensorView::new(*dtype, shape.to_vec(), bytes).map(|view| (*name, view))
     });
     let views = views.collect::<Result<Vec<_>, _>>()?;
-    Ok(safetensors::serialize(views, Some(weights.metadata.clone()))?)
+    let metadata = weights.metadata.clone().into_iter().collect();
+    Ok(safetensors::serialize(views, Some(metadata))?)
 }
