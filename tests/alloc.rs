@@ -1,4 +1,4 @@
-//! Memory promises: what a session takes, and that detecting takes nothing.
+//! What a session takes, that detecting takes nothing, that idle threads sleep.
 //!
 //! The allocator counts for all threads, so this is a plain program without the test harness, whose
 //! own threads would be counted too.
@@ -84,6 +84,8 @@ fn cases(base: farface_session_options) -> Vec<(&'static str, farface_session_op
 fn main() {
     sessions_take_what_they_say_and_detection_takes_nothing();
     everything_is_given_back();
+    #[cfg(target_os = "linux")]
+    threads_sleep_between_calls();
 }
 
 fn sessions_take_what_they_say_and_detection_takes_nothing() {
@@ -166,4 +168,34 @@ fn everything_is_given_back() {
     let held = HELD.load(SeqCst);
     cycle();
     assert_eq!(HELD.load(SeqCst), held, "bytes lost in a cycle of load, detect, destroy");
+}
+
+/// Processor time of all threads so far, in the kernel's ticks of 10 ms.
+#[cfg(target_os = "linux")]
+fn ticks() -> u64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    // Behind the name stand state, ppid, ...: utime and stime are 14 and 15 of proc(5).
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[cfg(target_os = "linux")]
+fn threads_sleep_between_calls() {
+    let model = capi::model(5);
+    let mut options = capi::options(&model);
+    options.threads = 2;
+    let session = capi::session(&model, &options);
+    let picture = Picture::rgb(640, 480, 1);
+    let (mut count, before) = (0, ticks());
+    for _ in 0..3 {
+        // SAFETY: live handles and places.
+        unsafe { farface_detect(session.0, &picture.view(), std::ptr::null_mut(), 0, &mut count) };
+    }
+    assert!(ticks() > before, "detecting takes time, or the clock stands still");
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let before = ticks();
+    std::thread::sleep(std::time::Duration::from_millis(400));
+    let used = ticks() - before;
+    println!("idle: {used} ticks in 400 ms");
+    assert!(used <= 1, "{used} ticks of 10 ms in 400 ms without a call");
 }

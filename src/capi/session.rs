@@ -232,3 +232,52 @@ pub(super) unsafe fn enter<R>(
     leave.1 = IDLE;
     result
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capi::status::*;
+    use crate::detect::config::DetectorConfig;
+    use crate::detect::detector::Detector;
+    use crate::detect::{Model, ModelConfig};
+    use crate::graph::weights::{WeightTensor, Weights};
+
+    /// A session of a network whose parameters are all 1.
+    fn session() -> farface_session {
+        let config = ModelConfig::retinaface_mobile025();
+        let DetectorConfig::Retinaface(detector) = &config.detector;
+        let ones =
+            |shape: &[usize]| WeightTensor { shape: shape.to_vec(), data: vec![1.0; shape.iter().product()] };
+        let tensors = detector.graph().params.iter().map(|p| (p.name.clone(), ones(&p.shape))).collect();
+        let metadata = [(crate::detect::config::METADATA_KEY.into(), config.to_json().unwrap())].into();
+        let model = Model::from_weights(&Weights { tensors, metadata }).unwrap();
+        let session = UnsafeCell::new(Session::new(&model).unwrap());
+        farface_session { state: AtomicU8::new(IDLE), session }
+    }
+
+    #[test]
+    fn a_panic_breaks_the_session_and_is_told_from_then_on() {
+        let handle = session();
+        // SAFETY: a live session here and below.
+        let status = guard(|| unsafe { enter(&handle, |_| -> Result<()> { panic!("half way") }) });
+        assert_eq!(status, FARFACE_ERROR_INTERNAL);
+        // SAFETY: as above.
+        let status = guard(|| unsafe { enter(&handle, |_| Ok(())) });
+        assert_eq!(status, FARFACE_ERROR_INTERNAL);
+    }
+
+    #[test]
+    fn an_error_leaves_the_session_usable_and_a_call_inside_a_call_is_refused() {
+        let handle = session();
+        // SAFETY: as above; the inner call is refused before it touches the session.
+        let status = guard(|| unsafe {
+            enter(&handle, |_| {
+                assert_eq!(guard(|| enter(&handle, |_| Ok(()))), FARFACE_ERROR_BUSY);
+                Err::<(), _>(Error::Unsupported("this".into()).into())
+            })
+        });
+        assert_eq!(status, FARFACE_ERROR_UNSUPPORTED);
+        // SAFETY: as above.
+        assert_eq!(guard(|| unsafe { enter(&handle, |_| Ok(())) }), FARFACE_OK);
+    }
+}

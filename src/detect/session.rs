@@ -373,10 +373,20 @@ fn owned(window: Rect, owned: Rect, level: Size) -> Window {
     }
 }
 
-/// Whether a face is of a size asked for.
+/// Whether a face is of a size asked for, and a face at all: weights can be anything, and so can
+/// what they make of a picture.
 fn wanted(face: &Face, (min, max): (f32, f32)) -> bool {
+    let b = face.bbox;
+    let finite = |values: &[f32]| values.iter().all(|v| v.is_finite());
+    let sane = finite(&[b.x1, b.y1, b.width(), b.height()])
+        && b.width() > 0.0
+        && b.height() > 0.0
+        && face.landmarks.is_none_or(|points| finite(points.as_flattened()))
+        && face
+            .ellipse
+            .is_none_or(|e| finite(&[e.center[0], e.center[1], e.half_axes[0], e.half_axes[1], e.angle]));
     let size = face.size();
-    size >= min && (max == 0.0 || size <= max)
+    sane && size >= min && (max == 0.0 || size <= max)
 }
 
 /// The face in pixels of the picture as stored.

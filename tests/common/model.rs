@@ -36,9 +36,15 @@ pub fn weights(seed: u64) -> Weights {
     let DetectorConfig::Retinaface(detector) = &config.detector else { unreachable!("built above") };
     let mut noise = Noise::new(seed);
     let mut values = |p: &Param| -> Vec<f32> {
+        // Pixels span 255 values, and boxes and points should stay near their anchors.
+        let gain = match p.name.as_str() {
+            "body.stage1.0.0.weight" => 0.03,
+            name if name.starts_with("BboxHead") || name.starts_with("LandmarkHead") => 0.5,
+            _ => 1.5,
+        };
         (0..p.len())
             .map(|_| match p.role {
-                ParamRole::Weight { fan_in } => noise.value() * (3.0 / fan_in as f32).sqrt() * 1.5,
+                ParamRole::Weight { fan_in } => noise.value() * (3.0 / fan_in as f32).sqrt() * gain,
                 ParamRole::NormScale | ParamRole::NormVariance => 1.0 + 0.25 * noise.value(),
                 _ => 0.1 * noise.value(),
             })
