@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::region::Region;
 use crate::eval::curve::{RocCurve, RocPoint};
 use crate::eval::lines::{read_text, write_text, Lines};
-use crate::{Error, Result};
+use crate::Result;
 
 /// Largest coordinate or size accepted, in pixels. FDDB's pictures have 450; the cap bounds the
 /// masks where a picture's size must be guessed from its detections.
@@ -202,6 +202,7 @@ fn within_limit(lines: &Lines, values: &[f64]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Error;
 
     fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
