@@ -35,7 +35,7 @@ pub fn faces(picture: &mut RgbImage, faces: &[Face], labels: bool) {
             }
         }
         if labels {
-            let scale = if face.size() >= TINY { 1 + thickness.clamp(1, 5) } else { 1 };
+            let scale = if face.size() >= TINY { (2 + (thickness - 1) / 2).min(6) } else { 1 };
             canvas.label(face, thickness, scale, colour);
         }
     }
@@ -109,7 +109,7 @@ impl Canvas<'_> {
 
     /// The score in percent on a tab above the box, or inside where there is no room above.
     fn label(&mut self, face: &Face, thickness: i64, scale: i64, colour: Colour) {
-        let text = format!("{:.0}", face.score * 100.0);
+        let text = format!("{:.0}", (face.score * 100.0).floor());
         let (w, h) = ((4 * text.len() as i64 + 1) * scale, 7 * scale);
         let [x1, y1, ..] = pixels(&face.bbox);
         let left = (x1 - thickness).clamp(0, (i64::from(self.0.width()) - w).max(0));

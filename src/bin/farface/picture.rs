@@ -5,7 +5,7 @@ use farface::detect::{BBox, Ellipse, Face};
 use farface::pixels::{ImageView, Orientation, PixelFormat, Placement};
 use image::{DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage};
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 /// Most pixels of a picture: small files can announce far more than memory holds.
@@ -62,7 +62,7 @@ impl Picture {
             | DynamicImage::ImageRgba8(_)) => kept,
             other => DynamicImage::ImageRgb8(other.into_rgb8()),
         };
-        if format == image::ImageFormat::Jpeg && !jpeg_is_complete(path)? {
+        if format == image::ImageFormat::Jpeg && !jpeg_is_complete(&std::fs::read(path)?) {
             bail!("the JPEG file is truncated");
         }
         Ok(Self { image, orientation })
@@ -110,16 +110,21 @@ fn describe(error: ImageError) -> anyhow::Error {
     }
 }
 
-/// Whether a JPEG file has its end marker; the decoder fills up what is missing with grey.
-fn jpeg_is_complete(path: &Path) -> Result<bool> {
-    /// Some cameras append data of their own, but not much of it.
-    const TAIL: u64 = 1 << 16;
-    let mut file = File::open(path)?;
-    let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(TAIL)))?;
-    let mut tail = Vec::new();
-    file.read_to_end(&mut tail)?;
-    Ok(tail.windows(2).any(|w| w == [0xFF, 0xD9]))
+/// Whether the scans of a JPEG file reach their end marker; the decoder fills up what is missing
+/// with grey.
+fn jpeg_is_complete(file: &[u8]) -> bool {
+    /// Start of the first scan. A thumbnail, which has markers of its own, lies before it.
+    const SCAN: u8 = 0xDA;
+    let mut at = 2;
+    while let Some(&[0xFF, marker, high, low]) = file.get(at..at + 4) {
+        if marker == SCAN {
+            // Within a scan, 0xFF bytes of data are followed by 0.
+            return file[at..].windows(2).any(|w| w == [0xFF, 0xD9]);
+        }
+        // Any number of 0xFF may fill the space before a marker.
+        at += if marker == 0xFF { 1 } else { 2 + usize::from(u16::from_be_bytes([high, low])) };
+    }
+    false
 }
 
 /// The face in pixels of the upright picture, which the program reports and draws in.
@@ -155,4 +160,22 @@ pub fn find(path: &Path) -> Result<PathBuf> {
     });
     let found = appended.into_iter().chain(others).find(|p| p.is_file());
     found.with_context(|| format!("{}: no such picture ({FORMATS})", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::jpeg_is_complete;
+
+    #[test]
+    fn the_end_marker_counts_only_behind_the_first_scan() {
+        let mut file = vec![0xFF, 0xD8];
+        file.extend([0xFF, 0xE1, 0, 8, 0xFF, 0xD8, 9, 9, 0xFF, 0xD9]); // a thumbnail with its own end
+        file.extend([0xFF, 0xFF, 0xFF, 0xDA, 0, 4, 1, 2, 7, 0xFF, 0x00, 7]); // filled up, then a scan
+        assert!(!jpeg_is_complete(&file));
+        file.extend([0xFF, 0xD9, 1, 2, 3]);
+        assert!(jpeg_is_complete(&file));
+        for n in 0..file.len() - 3 {
+            assert!(!jpeg_is_complete(&file[..n]), "{n}");
+        }
+    }
 }
