@@ -34,11 +34,6 @@ impl BBox {
         self.y2 - self.y1
     }
 
-    /// Whether all corners are finite numbers.
-    pub fn is_finite(&self) -> bool {
-        [self.x1, self.y1, self.x2, self.y2].iter().all(|v| v.is_finite())
-    }
-
     /// Area, 0 for an inverted box.
     pub fn area(&self) -> f32 {
         self.width().max(0.0) * self.height().max(0.0)

@@ -204,7 +204,7 @@ impl Session {
                 detector.decode(maps, &window, self.options.score_threshold, &mut |face| {
                     if face.score > candidates.floor() {
                         let face = face.placed(offset, to_upright);
-                        if face.bbox.is_finite() && wanted(&face, limits) {
+                        if wanted(&face, limits) {
                             candidates.push(face);
                         }
                     }
