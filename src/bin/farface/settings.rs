@@ -1,5 +1,6 @@
 //! Command-line settings of a session.
 
+use farface::detect::options::MAX_THREADS;
 use farface::detect::{Model, Options, Pyramid};
 
 /// Settings of the detection; what is not given is the model's own.
@@ -24,16 +25,17 @@ pub struct Settings {
     /// Longest side of a tile, pixels; 0 = as large as memory allows
     #[arg(long, value_name = "PX")]
     tile: Option<usize>,
-    /// Threads; 0 = one a core
+    /// Threads; 0 = one a core, which is the default but for `bench`, where it is 1
     #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    threads: Option<usize>,
     /// Most faces in a picture, best first; 0 = no limit
     #[arg(long, value_name = "N")]
     max_faces: Option<usize>,
 }
 
 impl Settings {
-    /// The model's options with these settings; `threads` where the user gave none.
+    /// The model's options with these settings; `threads` where the user gave none. There, 0 has
+    /// become the number of cores.
     pub fn options(&self, model: &Model, threads: usize) -> Options {
         let base = Options::for_model(model.config());
         Options {
@@ -43,7 +45,10 @@ impl Settings {
             max_face_px: self.max_face.unwrap_or(base.max_face_px),
             pyramid: self.pyramid.unwrap_or(base.pyramid),
             tile_px: self.tile.unwrap_or(base.tile_px),
-            threads: self.threads.unwrap_or(threads),
+            threads: match self.threads.unwrap_or(threads) {
+                0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS),
+                n => n,
+            },
             max_faces: self.max_faces.unwrap_or(base.max_faces),
             ..base
         }

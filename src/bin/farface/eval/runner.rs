@@ -47,10 +47,7 @@ impl RunArgs {
         if self.settings.threshold.is_none() {
             options.score_threshold = model.config().eval_score_threshold;
         }
-        let sessions = match options.threads {
-            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
-            n => n,
-        };
+        let sessions = options.threads;
         options.threads = 1;
         let bar = progress::bar(paths.len(), "detecting");
         let found = parallel(&model, &options, sessions.min(paths.len()), &paths, &bar);
