@@ -3,8 +3,6 @@
 #![cfg(feature = "cli")]
 
 mod common;
-#[path = "common/random_model.rs"]
-mod random_model;
 
 use image::codecs::png::PngEncoder;
 use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageFormat, Rgb, RgbImage};
@@ -18,7 +16,7 @@ struct Bench(tempfile::TempDir);
 impl Bench {
     fn new() -> Self {
         let bench = Self(tempfile::tempdir().unwrap());
-        random_model::retinaface().save(bench.path("m.safetensors")).unwrap();
+        common::model::weights(1).save(bench.path("m.safetensors")).unwrap();
         bench
     }
 
@@ -323,7 +321,7 @@ fn an_output_folder_that_cannot_be_made_is_an_error() {
 fn a_bad_model_is_named_with_its_reason() {
     let bench = Bench::new();
     bench.picture("a.png", 64, 48);
-    let good = random_model::retinaface();
+    let good = common::model::weights(1);
     let error = |name: &str| bench.error(&["detect", "a.png", "-m", name]);
     let (class, head) = ("ClassHead.1.conv1x1.bias", "ssh1.conv3X3.0.weight");
 
@@ -468,7 +466,7 @@ fn bench_times_parts_and_steps() {
 fn convert_makes_models_of_public_weights_and_refuses_others() {
     let bench = Bench::new();
     bench.picture("a.png", 160, 120);
-    let mut public = random_model::retinaface();
+    let mut public = common::model::weights(1);
     public.metadata.clear();
     public.save(bench.path("public.safetensors")).unwrap();
     let args = ["convert", "public.safetensors", "out.safetensors", "--licence", "MIT", "--name", "mine"];

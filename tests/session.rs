@@ -2,23 +2,12 @@
 
 mod common;
 
-use farface::detect::config::METADATA_KEY;
-use farface::detect::detector::Detector;
-use farface::detect::retinaface::RetinaFaceConfig;
-use farface::detect::{Face, Model, ModelConfig, Options, Pyramid, Session};
-use farface::graph::Weights;
+use farface::detect::{Face, Model, Options, Pyramid, Session};
 use farface::pixels::{ImageView, Orientation, PixelFormat, Rect};
 
-/// RetinaFace with seeded random weights, narrow so that tests are quick. It fires everywhere, which is what
-/// comparing whole result lists wants.
+/// Random weights fire everywhere, which is what comparing whole result lists wants.
 fn model() -> Model {
-    let detector = RetinaFaceConfig { width: 4, channels: 16, ..RetinaFaceConfig::mobile025() };
-    let mut config = ModelConfig::retinaface_mobile025();
-    config.input.scale = [0.02; 3]; // keeps the random network's outputs near 1
-    let mut weights = Weights::random(&detector.graph(), 7);
-    config.detector = farface::detect::config::DetectorConfig::Retinaface(detector);
-    weights.metadata.insert(METADATA_KEY.into(), config.to_json().unwrap());
-    Model::from_weights(&weights).unwrap()
+    Model::from_weights(&common::model::weights(7)).unwrap()
 }
 
 /// Everything the network says: no suppression, no threshold, room for all.

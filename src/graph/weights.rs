@@ -79,9 +79,14 @@ impl Weights {
             .collect::<Result<Vec<_>>>()?;
         let file = safetensors::serialize(views, Some(self.metadata.clone().into_iter().collect()))
             .map_err(|e| Error::Internal(format!("safetensors: {e}")))?;
-        let temporary = path.with_extension("tmp");
-        std::fs::write(&temporary, file).map_err(|e| Error::io(&temporary, e))?;
-        std::fs::rename(&temporary, path).map_err(|e| Error::io(path, e))
+        // A name of our own beside the target: the rename is atomic and touches nobody's file.
+        let mut name = path.file_name().unwrap_or_default().to_os_string();
+        name.push(format!(".{}.part", std::process::id()));
+        let part = path.with_file_name(name);
+        std::fs::write(&part, file).and_then(|()| std::fs::rename(&part, path)).map_err(|e| {
+            let _ = std::fs::remove_file(&part);
+            Error::io(path, e)
+        })
     }
 
     /// Adds or replaces a tensor; `data` fills `shape` (PyTorch's order).
