@@ -21,7 +21,8 @@ cd "$root"
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 abi=$(sed -n 's/^#define FARFACE_ABI_VERSION \([0-9]*\)/\1/p' include/farface.h)
 
-${CARGO:-cargo} build --release --lib "$@"
+# Without the crate type for Rust programs, the whole library is optimised as one.
+${CARGO:-cargo} rustc --release --lib --crate-type staticlib,cdylib "$@"
 built=${CARGO_TARGET_DIR:-target}/release
 
 work=$(mktemp -d)
@@ -39,7 +40,9 @@ Linux)
     # shellcheck disable=SC2046 # one option a name
     ${LD:-ld} -r --force-group-allocation $(sed 's/^/-u /' "$work/names") \
         "$built/libfarface.a" -o "$work/farface.o"
-    ${OBJCOPY:-objcopy} --strip-debug --keep-global-symbols="$work/names" "$work/farface.o"
+    # The standard library brings intermediate code along, on which some tools of other versions choke.
+    ${OBJCOPY:-objcopy} --strip-debug --remove-section=.llvmbc --remove-section=.llvmcmd \
+        --keep-global-symbols="$work/names" "$work/farface.o"
     rm -f "$out/$libdir/libfarface.a"
     ${AR:-ar} crs "$out/$libdir/libfarface.a" "$work/farface.o"
     install -m 755 "$built/libfarface.so" "$out/$libdir/libfarface.so.$version"
