@@ -263,11 +263,41 @@ farface_status farface_model_parameter_count(const farface_model *model, uint64_
 /** Which scales of the picture are searched: one of the FARFACE_PYRAMID_ values. */
 typedef uint32_t farface_pyramid;
 
+/**
+ * The picture as it is; with `min_face_px` or `max_face_px`, the fewest and smallest levels on
+ * which all faces between them are found.
+ */
+#define FARFACE_PYRAMID_AUTO 0
+
+/**
+ * Levels at scales 2^e for e = `pyramid_max`, `pyramid_max - pyramid_step`, ... `pyramid_min`.
+ * Levels that cannot hold a face between `min_face_px` and `max_face_px` are left out.
+ */
+#define FARFACE_PYRAMID_OCTAVES 1
+
 /** Arithmetic of the network: one of the FARFACE_PRECISION_ values. */
 typedef uint32_t farface_precision;
 
+/** The model's own. */
+#define FARFACE_PRECISION_AUTO 0
+
+/** Single precision. */
+#define FARFACE_PRECISION_F32 1
+
 /** Where the network may run: one of the FARFACE_DEVICE_POLICY_ values. */
 typedef uint32_t farface_device_policy;
+
+/** The best device there is; farface_session_device() tells which it was. */
+#define FARFACE_DEVICE_POLICY_AUTO 0
+
+/** The CPU. */
+#define FARFACE_DEVICE_POLICY_CPU 1
+
+/** CUDA device `cuda_index` where it can be had, else the CPU; farface_session_device() tells. */
+#define FARFACE_DEVICE_POLICY_PREFER_CUDA 2
+
+/** CUDA device `cuda_index`, or FARFACE_ERROR_UNSUPPORTED. */
+#define FARFACE_DEVICE_POLICY_REQUIRE_CUDA 3
 
 /** Settings of a session. */
 typedef struct {
@@ -317,36 +347,6 @@ typedef struct {
     /** Zero. */
     uint32_t reserved;
 } farface_session_options;
-
-/**
- * The picture as it is; with `min_face_px` or `max_face_px`, the fewest and smallest levels on
- * which all faces between them are found.
- */
-#define FARFACE_PYRAMID_AUTO 0
-
-/**
- * Levels at scales 2^e for e = `pyramid_max`, `pyramid_max - pyramid_step`, ... `pyramid_min`.
- * Levels that cannot hold a face between `min_face_px` and `max_face_px` are left out.
- */
-#define FARFACE_PYRAMID_OCTAVES 1
-
-/** The model's own. */
-#define FARFACE_PRECISION_AUTO 0
-
-/** Single precision. */
-#define FARFACE_PRECISION_F32 1
-
-/** The best device there is; farface_session_device() tells which it was. */
-#define FARFACE_DEVICE_POLICY_AUTO 0
-
-/** The CPU. */
-#define FARFACE_DEVICE_POLICY_CPU 1
-
-/** CUDA device `cuda_index` where it can be had, else the CPU; farface_session_device() tells. */
-#define FARFACE_DEVICE_POLICY_PREFER_CUDA 2
-
-/** CUDA device `cuda_index`, or FARFACE_ERROR_UNSUPPORTED. */
-#define FARFACE_DEVICE_POLICY_REQUIRE_CUDA 3
 
 /**
  * Fills `options` with the model's own settings, one thread and the limits stated above.
@@ -471,14 +471,62 @@ farface_status farface_session_workspace_bytes(const farface_session *session,
 /** How pixels lie in memory: one of the FARFACE_FORMAT_ values. */
 typedef uint32_t farface_format;
 
+/** One plane, 1 byte a pixel. */
+#define FARFACE_FORMAT_GRAY8 1
+
+/** One plane, 3 bytes a pixel: red, green, blue. */
+#define FARFACE_FORMAT_RGB8 2
+
+/** One plane, 3 bytes a pixel: blue, green, red. */
+#define FARFACE_FORMAT_BGR8 3
+
+/** One plane, 4 bytes a pixel: red, green, blue, alpha, which is ignored. */
+#define FARFACE_FORMAT_RGBA8 4
+
+/** One plane, 4 bytes a pixel: blue, green, red, alpha, which is ignored. */
+#define FARFACE_FORMAT_BGRA8 5
+
+/** Three planes (red, green, blue) of native-endian float in 0 to 255; any alignment will do. */
+#define FARFACE_FORMAT_RGB_PLANAR_F32 6
+
+/** 4:2:0. Plane 0: luma; plane 1: interleaved Cb, Cr at half size, rounded up. */
+#define FARFACE_FORMAT_NV12 7
+
+/** 4:2:0. Plane 0: luma; plane 1: interleaved Cr, Cb at half size, rounded up. */
+#define FARFACE_FORMAT_NV21 8
+
+/** 4:2:0. Planes luma, Cb, Cr; chroma at half size, rounded up. */
+#define FARFACE_FORMAT_I420 9
+
+/** 4:2:2 in one plane: Y0, Cb, Y1, Cr for every two pixels; rows of whole pairs. */
+#define FARFACE_FORMAT_YUYV 10
+
 /** Which standard a YUV picture was made with: one of the FARFACE_MATRIX_ values. */
 typedef uint32_t farface_matrix;
+
+/** ITU-R BT.601: standard definition, JPEG, most webcams. */
+#define FARFACE_MATRIX_BT601 0
+
+/** ITU-R BT.709: high definition. */
+#define FARFACE_MATRIX_BT709 1
 
 /** Which byte values a YUV picture uses: one of the FARFACE_RANGE_ values. */
 typedef uint32_t farface_range;
 
+/** Luma 16 to 235, chroma 16 to 240: video. */
+#define FARFACE_RANGE_LIMITED 0
+
+/** Both 0 to 255: JPEG. */
+#define FARFACE_RANGE_FULL 1
+
 /** Whose memory the planes are in: one of the FARFACE_MEMORY_ values. */
 typedef uint32_t farface_memory;
+
+/** The CPU's. */
+#define FARFACE_MEMORY_HOST 0
+
+/** That of the session's CUDA device; FARFACE_ERROR_UNSUPPORTED with a CPU session. */
+#define FARFACE_MEMORY_CUDA 1
 
 /** One plane of a picture. */
 typedef struct {
@@ -533,54 +581,6 @@ typedef struct {
     /** Zero. */
     uint32_t reserved[4];
 } farface_image;
-
-/** One plane, 1 byte a pixel. */
-#define FARFACE_FORMAT_GRAY8 1
-
-/** One plane, 3 bytes a pixel: red, green, blue. */
-#define FARFACE_FORMAT_RGB8 2
-
-/** One plane, 3 bytes a pixel: blue, green, red. */
-#define FARFACE_FORMAT_BGR8 3
-
-/** One plane, 4 bytes a pixel: red, green, blue, alpha, which is ignored. */
-#define FARFACE_FORMAT_RGBA8 4
-
-/** One plane, 4 bytes a pixel: blue, green, red, alpha, which is ignored. */
-#define FARFACE_FORMAT_BGRA8 5
-
-/** Three planes (red, green, blue) of native-endian float in 0 to 255; any alignment will do. */
-#define FARFACE_FORMAT_RGB_PLANAR_F32 6
-
-/** 4:2:0. Plane 0: luma; plane 1: interleaved Cb, Cr at half size, rounded up. */
-#define FARFACE_FORMAT_NV12 7
-
-/** 4:2:0. Plane 0: luma; plane 1: interleaved Cr, Cb at half size, rounded up. */
-#define FARFACE_FORMAT_NV21 8
-
-/** 4:2:0. Planes luma, Cb, Cr; chroma at half size, rounded up. */
-#define FARFACE_FORMAT_I420 9
-
-/** 4:2:2 in one plane: Y0, Cb, Y1, Cr for every two pixels; rows of whole pairs. */
-#define FARFACE_FORMAT_YUYV 10
-
-/** ITU-R BT.601: standard definition, JPEG, most webcams. */
-#define FARFACE_MATRIX_BT601 0
-
-/** ITU-R BT.709: high definition. */
-#define FARFACE_MATRIX_BT709 1
-
-/** Luma 16 to 235, chroma 16 to 240: video. */
-#define FARFACE_RANGE_LIMITED 0
-
-/** Both 0 to 255: JPEG. */
-#define FARFACE_RANGE_FULL 1
-
-/** The CPU's. */
-#define FARFACE_MEMORY_HOST 0
-
-/** That of the session's CUDA device; FARFACE_ERROR_UNSUPPORTED with a CPU session. */
-#define FARFACE_MEMORY_CUDA 1
 
 /* -------------------------------------------------------------------------------------------- */
 /*
@@ -695,6 +695,7 @@ farface_status farface_session_wait(farface_session *session,
                                     farface_face *faces,
                                     size_t capacity,
                                     size_t *count);
+
 #ifdef __cplusplus
 }
 #endif

@@ -11,6 +11,9 @@ pub mod error;
 pub mod shape;
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod gpu;
+#[forbid(unsafe_code)]
 pub mod layers;
 
 #[forbid(unsafe_code)]

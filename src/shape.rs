@@ -79,8 +79,9 @@ pub fn conv_transpose_out(
     pad_end: usize,
     output_padding: usize,
 ) -> Option<usize> {
-    let full = input.checked_sub(1)? * stride + dilation * kernel.checked_sub(1)? + output_padding + 1;
-    full.checked_sub(pad_begin + pad_end).filter(|&n| n > 0)
+    let window = dilation.checked_mul(kernel.checked_sub(1)?)?.checked_add(output_padding)?.checked_add(1)?;
+    let full = input.checked_sub(1)?.checked_mul(stride)?.checked_add(window)?;
+    full.checked_sub(pad_begin.checked_add(pad_end)?).filter(|&n| n > 0)
 }
 
 /// Dense channels-last tensor, owned. The currency of the reference layers and of weights; the
@@ -147,6 +148,14 @@ mod tests {
         assert_eq!(conv_out(5, 3, 1, 8, 8, 8), Some(5));
         assert_eq!(conv_out(1, 3, 1, 1, 0, 0), None);
         assert_eq!(conv_transpose_out(10, 4, 2, 1, 1, 1, 0), Some(20));
+    }
+
+    #[test]
+    fn lengths_that_overflow_are_none() {
+        assert_eq!(conv_out(usize::MAX, 3, 1, 1, 1, 1), None);
+        assert_eq!(conv_out(9, usize::MAX, 1, 2, 0, 0), None);
+        assert_eq!(conv_transpose_out(usize::MAX, 4, 2, 1, 1, 1, 0), None);
+        assert_eq!(conv_transpose_out(9, 4, 2, 1, usize::MAX, 1, 0), None);
     }
 
     #[test]

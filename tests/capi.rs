@@ -404,6 +404,7 @@ fn a_batch_is_that_many_pictures_and_a_bad_one_spoils_no_other() {
     // Without statuses, without room, without pictures.
     views[2].rotation = 90;
     let (s, v) = (session.0, views.as_ptr());
+    // SAFETY: the arrays hold an entry for each picture asked for.
     unsafe {
         let status = farface_detect_batch(s, v, 4, null_mut(), 0, counts.as_mut_ptr(), null_mut());
         assert_eq!(status, FARFACE_ERROR_BUFFER_TOO_SMALL);

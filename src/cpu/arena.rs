@@ -1,6 +1,6 @@
 //! One block of memory a session, and the views of tensors in it.
 
-use crate::shape::Shape;
+use crate::shape::{Shape, Tensor};
 
 /// A tensor inside the arena: channels-last, with a border of zeros (halo) around every image so
 /// that convolutions need no edge cases, and a pixel stride that may exceed the channels so that
@@ -69,7 +69,7 @@ impl View {
             return false;
         }
         let same_grid = (self.pixel, self.row, self.image) == (other.pixel, other.row, other.image);
-        if same_grid && self.row % self.pixel == 0 && self.image % self.pixel == 0 {
+        if same_grid && self.row.is_multiple_of(self.pixel) && self.image.is_multiple_of(self.pixel) {
             // Every float of a view lies in its channels' residue classes modulo the pixel stride:
             // disjoint arcs on that circle cannot share a float.
             let arc = (other.begin() + self.pixel - self.begin() % self.pixel) % self.pixel;
@@ -122,6 +122,28 @@ impl Arena {
     /// All values.
     pub fn floats(&self) -> &[f32] {
         bytemuck::cast_slice(&self.lines)
+    }
+
+    /// Writes a tensor where `view` stands; panics where the shapes differ or the view lies outside.
+    pub fn write(&mut self, view: &View, tensor: &Tensor) {
+        assert_eq!(view.shape, tensor.shape, "tensor does not fit the view");
+        let s = view.shape;
+        let floats = self.floats_mut();
+        for (i, pixel) in tensor.data.chunks_exact(s.c.max(1)).enumerate() {
+            let at = view.at(i / (s.h * s.w), i / s.w % s.h, i % s.w);
+            floats[at..at + s.c].copy_from_slice(pixel);
+        }
+    }
+
+    /// A dense copy of what stands in `view`; panics where the view lies outside.
+    pub fn read(&self, view: &View) -> Tensor {
+        let mut tensor = Tensor::zeros(view.shape);
+        let s = view.shape;
+        for (i, pixel) in tensor.data.chunks_exact_mut(s.c.max(1)).enumerate() {
+            let at = view.at(i / (s.h * s.w), i / s.w % s.h, i % s.w);
+            pixel.copy_from_slice(&self.floats()[at..at + s.c]);
+        }
+        tensor
     }
 
     /// All values, writable.

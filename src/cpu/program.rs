@@ -212,6 +212,11 @@ impl Program {
         Ok(Self { steps: checked, inputs, floats, kernels: Kernels::of(isa) })
     }
 
+    /// The ISA whose kernels run.
+    pub fn isa(&self) -> Isa {
+        self.kernels.isa
+    }
+
     /// Floats the arena must hold.
     pub fn floats(&self) -> usize {
         self.floats

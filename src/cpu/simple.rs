@@ -306,8 +306,8 @@ impl RoiAlignOp {
             let b = unsafe { std::slice::from_raw_parts(base.add(boxes.at(r, 0, 0)), 5) };
             let n = b[0] as usize;
             let [x1, y1, x2, y2] = [b[1], b[2], b[3], b[4]].map(|v| v * self.spatial_scale - offset);
-            let least = if self.aligned { 0.0 } else { 1.0 };
-            let size = [(y2 - y1).max(least), (x2 - x1).max(least)];
+            // Without `aligned`, a box is at least one cell wide and high; with it, a box may be inside out.
+            let size = [y2 - y1, x2 - x1].map(|v| if self.aligned { v } else { v.max(1.0) });
             let bin: [f32; 2] = std::array::from_fn(|a| size[a] / self.output[a] as f32);
             let samples: [usize; 2] = std::array::from_fn(|a| match self.sampling_ratio {
                 0 => (bin[a].ceil() as usize).min(MAX_SAMPLES),

@@ -44,7 +44,9 @@ pub struct Team<'a> {
 impl Team<'_> {
     /// This thread's share of `0..units`, contiguous and fixed by index alone.
     pub fn share(&self, units: usize) -> std::ops::Range<usize> {
-        units * self.index / self.threads..units * (self.index + 1) / self.threads
+        // In u64: rows times threads may not fit 32 bits.
+        let cut = |index: usize| (units as u64 * index as u64 / self.threads as u64) as usize;
+        cut(self.index)..cut(self.index + 1)
     }
 
     /// Waits until every thread of the job is here. Panics where another thread of the job has.
@@ -221,6 +223,18 @@ mod tests {
                 assert_eq!(second.into_inner(), 100);
             }
         }
+    }
+
+    #[test]
+    fn shares_are_whole_where_units_times_threads_do_not_fit_32_bits() {
+        let (units, threads) = (u32::MAX as usize, 64);
+        let mut next = 0;
+        for index in 0..threads {
+            let share = Team { index, threads, shared: None }.share(units);
+            assert_eq!((share.start, share.len().abs_diff(units / threads) <= 1), (next, true));
+            next = share.end;
+        }
+        assert_eq!(next, units);
     }
 
     #[test]

@@ -4,8 +4,8 @@ use super::config::{DetectorConfig, ModelConfig};
 use super::detector::Detector;
 use crate::cpu::isa;
 use crate::error::{Error, Result};
-use crate::graph::build::Reach;
-use crate::graph::{Compiled, Graph, Weights};
+
+use crate::graph::{Compiled, Graph, Reach, Weights};
 use crate::pixels::Normalization;
 use std::path::Path;
 use std::sync::Arc;

@@ -126,9 +126,7 @@ impl Options {
             return bad(format!("threads {} is more than {MAX_THREADS}", self.threads));
         }
         if let DevicePolicy::RequireCuda(n) = self.device {
-            return Err(Error::Unsupported(format!(
-                "CUDA device {n} is required, but this build has no CUDA backend; use the CPU policy"
-            )));
+            return Err(no_cuda(n));
         }
         Ok(())
     }
@@ -140,4 +138,17 @@ impl Options {
             n => n,
         }
     }
+}
+
+/// Why CUDA device `n` cannot be had.
+fn no_cuda(n: u32) -> Error {
+    #[cfg(feature = "cuda")]
+    if let Some(Error::Unsupported(missing)) =
+        crate::gpu::probe::Library::ALL.iter().find_map(|library| library.require().err())
+    {
+        return Error::Unsupported(format!("CUDA device {n} is required, but {missing}"));
+    }
+    Error::Unsupported(format!(
+        "CUDA device {n} is required, but this version runs on the CPU alone; use the CPU policy"
+    ))
 }

@@ -62,7 +62,7 @@ fn slope_of(layer: Option<&Layer>) -> Option<f32> {
     }
 }
 
-/// Readers of every node; an output is a reader of its own kind.
+/// Readers of every node, those alone that an output needs; an output is a reader of its own kind.
 struct Uses {
     readers: Vec<Vec<NodeId>>,
     is_output: Vec<bool>,
@@ -72,10 +72,12 @@ impl Uses {
     fn of(graph: &Graph) -> Self {
         let mut readers = vec![Vec::new(); graph.nodes.len()];
         let mut is_output = vec![false; graph.nodes.len()];
-        for (i, node) in graph.nodes.iter().enumerate() {
-            node.value_inputs().iter().for_each(|x| readers[x.0].push(NodeId(i)));
-        }
         graph.outputs.iter().for_each(|(_, id)| is_output[id.0] = true);
+        for (i, node) in graph.nodes.iter().enumerate().rev() {
+            if is_output[i] || !readers[i].is_empty() {
+                node.value_inputs().iter().for_each(|x| readers[x.0].push(NodeId(i)));
+            }
+        }
         Self { readers, is_output }
     }
 
@@ -174,9 +176,10 @@ fn follow(
             }
             _ => break,
         }
-        // An activation after a sum ends the chain; so does a sum after an activation.
-        absorbed[chain.last.0] = true;
+        // Taken, so that no other chain starts there or takes it too (a sum of two convolutions).
+        absorbed[next.0] = true;
         chain.last = next;
+        // An activation after a sum ends the chain; so does a sum after an activation.
         if chain.add.is_some() && activated {
             break;
         }
@@ -195,7 +198,14 @@ fn static_size(graph: &Graph, id: NodeId) -> Option<[usize; 2]> {
             let s = c.out_shape(crate::shape::Shape::new(1, c.in_channels, h, w)).ok()?;
             Some([s.h, s.w])
         }
-        Layer::BatchNorm(_) | Layer::Activation(_) | Layer::Add(_) => static_size(graph, node.inputs[0]),
+        Layer::MaxPool(p) => {
+            let [h, w] = static_size(graph, node.inputs[0])?;
+            let s = p.out_shape(crate::shape::Shape::new(1, 1, h, w)).ok()?;
+            Some([s.h, s.w])
+        }
+        Layer::BatchNorm(_) | Layer::Activation(_) | Layer::Add(_) | Layer::Concat(_) => {
+            static_size(graph, node.inputs[0])
+        }
         _ => None,
     }
 }
@@ -214,6 +224,7 @@ impl Compiled {
                 continue;
             }
             if let Some(affine) = Affine::of(&graph, id, weights)? {
+                absorbed[i] = true;
                 let chain = follow(&graph, weights, &uses, &mut absorbed, id, affine)?;
                 chains.insert(chain.last, chain);
             }
@@ -229,13 +240,15 @@ impl Compiled {
         let mut value_of: HashMap<NodeId, ValueId> = HashMap::new();
         for (i, node) in graph.nodes.iter().enumerate() {
             let id = NodeId(i);
-            if absorbed[i] || !(uses.read(id) || matches!(node.kind, NodeKind::Input { .. })) {
+            let chain = chains.remove(&id);
+            let inside = absorbed[i] && chain.is_none();
+            if inside || !(uses.read(id) || matches!(node.kind, NodeKind::Input { .. })) {
                 continue;
             }
             let value = c.value(id);
             value_of.insert(id, value);
             let read = |id: &NodeId| value_of[id];
-            match (&node.kind, chains.remove(&id)) {
+            match (&node.kind, chain) {
                 (NodeKind::Input { .. }, _) => c.inputs.push(value),
                 (_, Some(chain)) => {
                     let start = &graph.nodes[chain.start.0];
@@ -300,6 +313,11 @@ impl Compiled {
         }
     }
 
+    /// Every step's layer name and kernel, in the order of `Plan::run_timed`'s times.
+    pub fn listing(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        self.steps.iter().map(|s| (self.graph.nodes[s.node.0].name.as_str(), s.op.name()))
+    }
+
     /// Bytes of packed weights.
     pub fn weight_bytes(&self) -> usize {
         self.steps.iter().map(|s| s.op.bytes()).sum()
@@ -337,9 +355,14 @@ fn lower_chain(graph: &Graph, isa: Isa, chain: &Chain) -> Result<Op> {
         Some(Layer::ConvTranspose2d(c)) => Ok(conv_transpose2d::cpu::lower(c, weight, bias)),
         Some(Layer::BatchNorm(b)) => Ok(batchnorm::cpu::lower(b, isa, weight, bias, chain.slope)),
         Some(Layer::Linear(l)) => {
-            let size = static_size(graph, node.inputs[0]).ok_or_else(|| {
-                Error::InvalidModel(format!("layer {}: linear needs an input of fixed size", node.name))
-            })?;
+            let size = static_size(graph, node.inputs[0])
+                .filter(|[h, w]| channels(graph, node.inputs[0]) * h * w == l.in_features)
+                .ok_or_else(|| {
+                    let (name, features) = (&node.name, l.in_features);
+                    Error::InvalidModel(format!(
+                        "layer {name}: linear needs a map of fixed size, {features} values"
+                    ))
+                })?;
             Ok(linear::cpu::lower(l, isa, size, weight, bias, chain.slope, chain.residual))
         }
         _ => Err(Error::Internal(format!("layer {} starts no chain", node.name))),

@@ -2,12 +2,17 @@
 //! in an arena, run.
 
 pub mod build;
+pub mod exec;
 mod fold;
 pub mod fuse;
+pub mod init;
 pub mod plan;
+pub mod reach;
 pub mod weights;
 
 pub use build::{Builder, Graph, NodeId};
+pub use exec::run_reference;
 pub use fuse::Compiled;
 pub use plan::{Plan, StepInfo};
+pub use reach::Reach;
 pub use weights::Weights;

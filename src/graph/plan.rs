@@ -4,7 +4,7 @@ use super::fuse::{Compiled, ValueId};
 use crate::cpu::program::StepSpec;
 use crate::cpu::{Arena, Pool, Program, View};
 use crate::error::{Error, Result};
-use crate::shape::Shape;
+use crate::shape::{Shape, Tensor};
 use std::time::Duration;
 
 /// A compiled network for one set of input shapes.
@@ -41,8 +41,8 @@ pub(crate) struct Buffer {
 }
 
 /// Places buffers so that no two that live at the same time overlap: largest first, each at the
-/// lowest offset that is free during its life. Returns the arena's size.
-pub(crate) fn place(buffers: &mut [Buffer]) -> usize {
+/// lowest offset that is free during its life. Returns the arena's size, or None where that overflows.
+pub(crate) fn place(buffers: &mut [Buffer]) -> Option<usize> {
     let mut order: Vec<usize> = (0..buffers.len()).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(buffers[i].size), buffers[i].live));
     let mut placed: Vec<usize> = Vec::with_capacity(buffers.len());
@@ -56,18 +56,18 @@ pub(crate) fn place(buffers: &mut [Buffer]) -> usize {
             .map(|o| (o.offset, o.offset + o.size))
             .collect();
         busy.sort_unstable();
-        let mut offset = 0;
+        let mut offset = 0usize;
         for (from, to) in busy {
-            if offset + b.size <= from {
+            if offset.checked_add(b.size)? <= from {
                 break;
             }
             offset = offset.max(to);
         }
         buffers[i].offset = offset;
-        total = total.max(offset + b.size);
+        total = total.max(offset.checked_add(b.size)?);
         placed.push(i);
     }
-    total
+    Some(total)
 }
 
 /// Floats of alignment: a cache line.
@@ -145,6 +145,22 @@ impl Plan {
         self.program.run_timed(arena, pool, Some(times));
     }
 
+    /// Writes `inputs` into the arena (grown where too small), runs, and copies the outputs out, in the
+    /// graph's order. For tests and tools; a session writes its inputs in place.
+    pub fn run_tensors(&self, arena: &mut Arena, pool: &mut Pool, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        let shapes =
+            |it: &mut dyn Iterator<Item = Shape>| it.map(|s| s.to_string()).collect::<Vec<_>>().join(", ");
+        let planned = shapes(&mut self.inputs.iter().map(|v| v.shape));
+        let given = shapes(&mut inputs.iter().map(|t| t.shape));
+        if planned != given {
+            return Err(Error::InvalidArgument(format!("planned for inputs {planned}, got {given}")));
+        }
+        arena.reserve(self.floats());
+        self.inputs.iter().zip(inputs).for_each(|(view, tensor)| arena.write(view, tensor));
+        self.run(arena, pool);
+        Ok(self.outputs.iter().map(|view| arena.read(view)).collect())
+    }
+
     /// Number of steps, the length of `run_timed`'s `times`.
     pub fn steps(&self) -> usize {
         self.program.len()
@@ -201,7 +217,10 @@ fn layout(network: &Compiled, input_shapes: &[Shape]) -> Result<Layout> {
         buffer_of[id] = buffers.len();
         buffers.push(Buffer { size, live: live[id], offset: 0 });
     }
-    let floats = place(&mut buffers);
+    // Each tensor fits, all of them together may not: in 32 bits 2 GiB are soon reached.
+    let floats = place(&mut buffers)
+        .filter(|&n| n <= isize::MAX as usize / size_of::<f32>() - ALIGN)
+        .ok_or_else(|| Error::LimitExceeded("the network's tensors together do not fit memory".into()))?;
     let views = (0..count)
         .map(|id| {
             let (top, first) = root(id);
@@ -219,7 +238,17 @@ fn layout(network: &Compiled, input_shapes: &[Shape]) -> Result<Layout> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::Isa;
+    use crate::graph::{Builder, Graph, NodeId, Weights};
+    use crate::layers::{Activation, Conv2d, Interpolation, MaxPool};
     use proptest::prelude::*;
+
+    #[test]
+    fn an_arena_that_overflows_is_none() {
+        let buffer = |live| Buffer { size: usize::MAX / 2, live, offset: 0 };
+        assert_eq!(place(&mut [buffer((0, 1)), buffer((2, 3)), buffer((4, 5))]), Some(usize::MAX / 2));
+        assert_eq!(place(&mut [buffer((0, 1)), buffer((1, 2)), buffer((1, 3))]), None);
+    }
 
     proptest! {
         #[test]
@@ -228,7 +257,7 @@ mod tests {
                 .iter()
                 .map(|&(size, from, length)| Buffer { size, live: (from, from + length), offset: 0 })
                 .collect();
-            let total = place(&mut buffers);
+            let total = place(&mut buffers).unwrap();
             for (i, a) in buffers.iter().enumerate() {
                 prop_assert!(a.offset + a.size <= total);
                 for b in &buffers[..i] {
@@ -238,5 +267,127 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Residual blocks, a pyramid whose levels are concatenated in and out of place, two inputs.
+    fn residual_pyramid() -> Graph {
+        let mut b = Builder::new();
+        let (image, prior) = (b.input("image", 3), b.input("prior", 2));
+        let conv = |b: &mut Builder, name: &str, x: NodeId, c: Conv2d| {
+            let y = b.conv(name, x, c);
+            let y = b.batchnorm(&format!("{name}.bn"), y, c.out_channels);
+            b.relu(y)
+        };
+        let mut x = conv(&mut b, "stem", image, Conv2d::new(3, 8, 7).stride(2));
+        x = b.max_pool(x, MaxPool::new(3, 2, 1));
+        let mut levels = Vec::new();
+        for (i, co) in [16, 24, 32].into_iter().enumerate() {
+            let ci = [8, 16, 24][i];
+            let y = conv(&mut b, &format!("{i}.1"), x, Conv2d::new(ci, co, 3).stride(2));
+            let y = b.conv(&format!("{i}.2"), y, Conv2d::new(co, co, 5));
+            let short = b.conv(&format!("{i}.down"), x, Conv2d::new(ci, co, 1).stride(2));
+            let sum = b.add(y, short);
+            x = b.relu(sum);
+            levels.push((x, co));
+        }
+        let mut top = None;
+        for (i, &(level, c)) in levels.iter().enumerate().rev() {
+            let lateral = b.conv(&format!("lateral{i}"), level, Conv2d::new(c, 12, 1));
+            let merged = match top {
+                Some(top) => {
+                    let up = b.upsample_to(top, Interpolation::Nearest, lateral);
+                    b.add(lateral, up)
+                }
+                None => lateral,
+            };
+            top = Some(merged);
+            let near = conv(&mut b, &format!("near{i}"), merged, Conv2d::new(12, 6, 3));
+            let far = conv(&mut b, &format!("far{i}"), near, Conv2d::new(6, 5, 3).dilation(3));
+            let prior = b.upsample_to(prior, Interpolation::Bilinear, lateral);
+            let all = b.concat(&[near, far, prior, merged]);
+            let all = b.activation(all, Activation::LeakyRelu(0.1));
+            let y = b.conv(&format!("head{i}"), all, Conv2d::new(25, 4, 3));
+            b.output(&format!("head{i}"), y);
+        }
+        b.output("features", levels[0].0);
+        b.finish()
+    }
+
+    /// Start of every pixel of a view, those of its halo (as far as `halo`) included.
+    fn pixels(view: &View, halo: [usize; 4]) -> Vec<usize> {
+        let [t, l, b, r] = halo;
+        let (h, w) = (view.shape.h + b, view.shape.w + r);
+        let first = view.offset - t * view.row - l * view.pixel;
+        let row = |n: usize, y: usize| first + n * view.image + y * view.row;
+        (0..view.shape.n)
+            .flat_map(|n| (0..h + t).map(move |y| row(n, y)))
+            .flat_map(|at| (0..w + l).map(move |x| at + x * view.pixel))
+            .collect()
+    }
+
+    /// Plays a plan with names instead of numbers: every float remembers the tensor that was last
+    /// written there. If two tensors that are live together overlapped, one would read the other.
+    #[test]
+    fn every_float_that_is_read_was_last_written_by_the_tensor_meant() {
+        let graph = residual_pyramid();
+        let network = Compiled::new(&graph, &Weights::random(&graph, 1), Isa::Generic).unwrap();
+        for (n, h, w) in [(1, 64, 96), (2, 37, 51), (1, 9, 130)] {
+            let Layout { views, floats } =
+                layout(&network, &[Shape::new(n, 3, h, w), Shape::new(n, 2, 5, 4)]).unwrap();
+            let mut owner = vec![usize::MAX; floats];
+            let top = |mut id: usize| {
+                while let Some((parent, _)) = network.values[id].parent {
+                    id = parent.0;
+                }
+                id
+            };
+            let write = |owner: &mut [usize], id: usize| {
+                for at in pixels(&views[id], views[id].halo) {
+                    owner[at..at + views[id].shape.c].fill(top(id));
+                }
+            };
+            let holds = |owner: &[usize], id: usize, halo: [usize; 4]| {
+                let c = views[id].shape.c;
+                pixels(&views[id], halo).iter().all(|&at| owner[at..at + c].iter().all(|&o| o == top(id)))
+            };
+            network.inputs.iter().for_each(|v| write(&mut owner, v.0));
+            for (i, step) in network.steps.iter().enumerate() {
+                let inputs_hold = |owner: &[usize]| {
+                    step.inputs
+                        .iter()
+                        .enumerate()
+                        .all(|(k, input)| holds(owner, input.0, if k == 0 { step.op.halo() } else { [0; 4] }))
+                };
+                assert!(inputs_hold(&owner), "step {i} ({}) reads another tensor", step.op.name());
+                write(&mut owner, step.output.0);
+                assert!(inputs_hold(&owner), "step {i} ({}) writes over its input", step.op.name());
+            }
+            for (v, (name, _)) in network.outputs.iter().zip(&graph.outputs) {
+                assert!(holds(&owner, v.0, [0; 4]), "output {name} was overwritten");
+            }
+            // And memory is used again: all tensors side by side would take half as much again.
+            let apart: usize = (0..views.len())
+                .filter(|&id| network.values[id].parent.is_none())
+                .filter_map(|id| View::footprint(views[id].shape, views[id].halo))
+                .sum();
+            assert!(floats * 3 < apart * 2, "{floats} of {apart} floats");
+        }
+    }
+
+    #[test]
+    fn inputs_of_other_sizes_are_refused() {
+        let graph = residual_pyramid();
+        let network = Compiled::new(&graph, &Weights::random(&graph, 1), Isa::Generic).unwrap();
+        let shapes = [Shape::new(1, 3, 40, 40), Shape::new(1, 2, 2, 2)];
+        let plan = Plan::new(&network, &shapes).unwrap();
+        assert_eq!(plan.floats() * 4, Plan::arena_bytes(&network, &shapes).unwrap());
+        let (mut arena, mut pool) = (Arena::default(), Pool::new(1).unwrap());
+        let other = Tensor::zeros(Shape::new(1, 3, 40, 41));
+        assert!(plan.run_tensors(&mut arena, &mut pool, &[other]).is_err());
+        assert!(Plan::new(&network, &shapes[..1]).is_err());
+        assert!(Plan::new(&network, &[Shape::new(1, 4, 40, 40), shapes[1]]).is_err());
+        assert!(Plan::new(&network, &[Shape::new(1, 3, 0, 40), shapes[1]]).is_err());
+        let huge = Shape::new(1, 3, usize::MAX / 8, 9);
+        assert!(Plan::new(&network, &[huge, shapes[1]]).is_err());
     }
 }

@@ -57,7 +57,7 @@ impl Weights {
             }
             tensors.insert(name.to_string(), WeightTensor { shape: view.shape().to_vec(), data });
         }
-        Ok(Self { tensors, metadata: header.metadata().clone().unwrap_or_default() })
+        Ok(Self { tensors, metadata: header.metadata().clone().into_iter().flatten().collect() })
     }
 
     /// Writes a safetensors file in f32, whole or not at all (temporary file, then rename).
@@ -77,11 +77,22 @@ impl Weights {
                 Ok((*name, view.map_err(|e| Error::Internal(format!("tensor {name}: {e}")))?))
             })
             .collect::<Result<Vec<_>>>()?;
-        let file = safetensors::serialize(views, Some(self.metadata.clone()))
+        let file = safetensors::serialize(views, Some(self.metadata.clone().into_iter().collect()))
             .map_err(|e| Error::Internal(format!("safetensors: {e}")))?;
-        let temporary = path.with_extension("tmp");
-        std::fs::write(&temporary, file).map_err(|e| Error::io(&temporary, e))?;
-        std::fs::rename(&temporary, path).map_err(|e| Error::io(path, e))
+        // A name of our own beside the target: the rename is atomic and touches nobody's file.
+        let mut name = path.file_name().unwrap_or_default().to_os_string();
+        name.push(format!(".{}.part", std::process::id()));
+        let part = path.with_file_name(name);
+        std::fs::write(&part, file).and_then(|()| std::fs::rename(&part, path)).map_err(|e| {
+            let _ = std::fs::remove_file(&part);
+            Error::io(path, e)
+        })
+    }
+
+    /// Adds or replaces a tensor; `data` fills `shape` (PyTorch's order).
+    pub fn insert(&mut self, name: &str, shape: &[usize], data: Vec<f32>) {
+        assert_eq!(shape.iter().product::<usize>(), data.len(), "{name}: data does not fill {shape:?}");
+        self.tensors.insert(name.to_string(), WeightTensor { shape: shape.to_vec(), data });
     }
 
     /// The tensor for a parameter, its shape checked.

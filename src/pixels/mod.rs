@@ -34,13 +34,17 @@
 pub mod convert;
 pub mod placement;
 pub mod pyramid;
+pub mod rect;
 pub mod resize;
+mod sample;
 pub mod tiles;
 pub mod view;
+mod yuv;
 
 pub use convert::{ChannelOrder, Normalization};
 pub use placement::{Orientation, Placement, Rotation};
 pub use pyramid::{keep_for_faces, pyramid, FaceRange, Level, PyramidLimits, PyramidPolicy};
+pub use rect::{Rect, Size, MAX_PIXELS, MAX_SIDE};
 pub use resize::{fill, DstRows, Scratch};
 pub use tiles::{largest_tile, Tile, TileGrid};
-pub use view::{ColorMatrix, ColorRange, ImageView, PixelFormat, Plane, Rect, Size};
+pub use view::{ColorMatrix, ColorRange, ImageView, PixelFormat, Plane};

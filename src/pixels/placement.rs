@@ -1,6 +1,6 @@
 //! Orientation of a stored picture, and the way back from upright coordinates to stored ones.
 
-use super::view::Rect;
+use super::rect::Rect;
 use crate::error::{Error, Result};
 
 /// Clockwise rotation by quarter turns.

@@ -1,6 +1,6 @@
 //! Image pyramid: which scales of a picture the detector sees.
 
-use super::view::{Size, MAX_PIXELS, MAX_SIDE};
+use super::rect::{Size, MAX_PIXELS, MAX_SIDE};
 use crate::error::{Error, Result};
 
 /// Most levels a pyramid may have; more is a mistaken step.

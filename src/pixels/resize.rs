@@ -7,8 +7,10 @@
 //! its position in the level, never from the window, so a window equals that part of the level bit
 //! for bit. Rows are combined first, then columns: shrinking thus touches each source value once.
 
-use super::convert::{row_floats, Lanes, Normalization, Normalizer, RowReader, Sample};
-use super::view::{ImageView, Rect, Size};
+use super::convert::{row_floats, Normalization, Normalizer, RowReader};
+use super::rect::{Rect, Size};
+use super::sample::{array, array_mut, Lanes, Sample};
+use super::view::ImageView;
 use crate::error::{Error, Result};
 use std::ops::Range;
 
@@ -139,7 +141,7 @@ pub struct Scratch {
 
 impl Scratch {
     /// Scratch for windows up to `window_width` of levels `level_width` wide over an upright picture
-    /// `upright_width` wide (pixels, each at least 1), of any format and height.
+    /// `upright_width` wide (pixels, each 1 to [`super::rect::MAX_SIDE`]), of any format and height.
     pub fn for_width(upright_width: usize, level_width: usize, window_width: usize) -> Self {
         let mut scratch = Self::default();
         scratch.reserve(upright_width, level_width, window_width);
@@ -264,7 +266,7 @@ impl<'a> Pass<'a> {
         let x = Axis::new(upright.width, level.width);
         let y = Axis::new(upright.height, level.height);
         scratch.reserve(upright.width, level.width, columns.len());
-        let reader = RowReader::new(view);
+        let reader = RowReader::new(view, norm.order);
         let normalizer = Normalizer::new(norm, reader.order());
         let span = x.span(columns.clone());
         let floats = row_floats(span.len());
@@ -296,34 +298,51 @@ impl<'a> Pass<'a> {
             }
             return;
         }
-        let weights = |k: u32| match k {
+        let row: &[f32] = if taps.len == 1 && !self.reader.holds_rows_of_bytes() {
+            self.cache.get(&self.reader, first, &self.span)
+        } else {
+            self.combine(&taps);
+            self.sum
+        };
+        let (taps, normalizer) = (self.taps, &self.normalizer);
+        match (self.x.is_identity(), normalizer.swaps(), self.x.averages()) {
+            (true, ..) => normalizer.row(&row[..values], out, pixel_stride),
+            (_, false, false) => columns::<false, false>(row, taps, normalizer, out, pixel_stride),
+            (_, false, true) => columns::<false, true>(row, taps, normalizer, out, pixel_stride),
+            (_, true, false) => columns::<true, false>(row, taps, normalizer, out, pixel_stride),
+            (_, true, true) => columns::<true, true>(row, taps, normalizer, out, pixel_stride),
+        }
+    }
+
+    /// Weighted sum of the upright rows of `taps` into `sum`, by pairs, an odd one first.
+    fn combine(&mut self, taps: &Taps) {
+        let Self { reader, cache, span, sum, .. } = self;
+        let sum = &mut sum[..3 * span.len()];
+        let weight = |k: u32| match k {
             0 => taps.head,
             k if k + 1 == taps.len => taps.tail,
             _ => taps.body,
         };
-        let direct = self.reader.holds_rows_of_bytes();
-        let combined: &[f32] = if taps.len == 1 && !direct {
-            self.cache.get(&self.reader, first, &self.span)
-        } else {
-            for k in 0..taps.len {
-                let source = first + k as usize;
-                let sum = &mut self.sum[..values];
-                match self.reader.bytes(source, &self.span) {
-                    Some(bytes) => accumulate(sum, bytes, weights(k), k == 0),
-                    None => {
-                        let row = self.cache.get(&self.reader, source, &self.span);
-                        accumulate(sum, &row[..values], weights(k), k == 0);
-                    }
+        let mut k = 0;
+        while k < taps.len {
+            let y = (taps.first + k) as usize;
+            if k == 0 && taps.len % 2 == 1 {
+                match reader.bytes(y, span) {
+                    Some(row) => weigh(sum, row, weight(k)),
+                    None => weigh(sum, cache.get(reader, y, span), weight(k)),
+                }
+                k += 1;
+                continue;
+            }
+            let weights = [weight(k), weight(k + 1)];
+            match (reader.bytes(y, span), reader.bytes(y + 1, span)) {
+                (Some(a), Some(b)) => weigh_pair(sum, a, b, weights, k == 0),
+                _ => {
+                    let [a, b] = cache.pair(reader, y, span);
+                    weigh_pair(sum, a, b, weights, k == 0);
                 }
             }
-            self.sum
-        };
-        if self.x.is_identity() {
-            self.normalizer.row(&combined[..values], out, pixel_stride);
-        } else if self.normalizer.swaps() {
-            columns::<true>(combined, self.taps, self.x.averages(), &self.normalizer, out, pixel_stride);
-        } else {
-            columns::<false>(combined, self.taps, self.x.averages(), &self.normalizer, out, pixel_stride);
+            k += 2;
         }
     }
 }
@@ -336,7 +355,21 @@ struct RowCache<'a> {
 }
 
 impl RowCache<'_> {
+    /// Upright row `y`, columns `span`, three values a pixel and the spare one.
     fn get(&mut self, reader: &RowReader<'_>, y: usize, span: &Range<usize>) -> &[f32] {
+        let slot = self.slot(reader, y, span);
+        self.rows[slot]
+    }
+
+    /// Upright rows `y` and `y + 1`.
+    fn pair(&mut self, reader: &RowReader<'_>, y: usize, span: &Range<usize>) -> [&[f32]; 2] {
+        let a = self.slot(reader, y, span);
+        let b = self.slot(reader, y + 1, span);
+        [self.rows[a], self.rows[b]]
+    }
+
+    /// Where row `y` is held: never where the row asked for before it is.
+    fn slot(&mut self, reader: &RowReader<'_>, y: usize, span: &Range<usize>) -> usize {
         let slot = match self.held.iter().position(|&h| h == Some(y)) {
             Some(slot) => slot,
             None => {
@@ -347,48 +380,67 @@ impl RowCache<'_> {
             }
         };
         self.last = slot;
-        self.rows[slot]
+        slot
     }
 }
 
-/// `sum = weight * row`, or `sum += weight * row` for all rows but the first.
-fn accumulate<S: Sample>(sum: &mut [f32], row: &[S], weight: f32, first: bool) {
+/// `sum = weight * row`.
+fn weigh<S: Sample>(sum: &mut [f32], row: &[S], weight: f32) {
+    for (s, v) in sum.iter_mut().zip(row) {
+        *s = weight * v.value();
+    }
+}
+
+/// `sum += weights[0] * a + weights[1] * b`, or `=` for the first rows.
+fn weigh_pair<S: Sample>(sum: &mut [f32], a: &[S], b: &[S], weights: [f32; 2], first: bool) {
+    let [wa, wb] = weights;
+    let rows = sum.iter_mut().zip(a.iter().zip(b));
     if first {
-        for (s, v) in sum.iter_mut().zip(row) {
-            *s = weight * v.value();
+        for (s, (a, b)) in rows {
+            *s = wa * a.value() + wb * b.value();
         }
     } else {
-        for (s, v) in sum.iter_mut().zip(row) {
-            *s += weight * v.value();
+        for (s, (a, b)) in rows {
+            *s += wa * a.value() + wb * b.value();
         }
     }
 }
 
-/// Resamples a row along x and normalises it into `out`.
-fn columns<const SWAP: bool>(
+/// Resamples a row along x and normalises it into `out`. `AVERAGE`: there are taps between the first
+/// and the last.
+fn columns<const SWAP: bool, const AVERAGE: bool>(
     row: &[f32],
     taps: &[Taps],
-    averages: bool,
     normalizer: &Normalizer,
     out: &mut [f32],
     pixel_stride: usize,
 ) {
     // Four lanes are read for every pixel; the fourth is the next pixel's or the spare value.
-    let at = |pixel: usize| -> Lanes { std::array::from_fn(|i| row[3 * pixel..3 * pixel + 4][i]) };
-    let weighted = |w: f32, p: Lanes| -> Lanes { p.map(|v| w * v) };
-    let add = |a: Lanes, b: Lanes| -> Lanes { std::array::from_fn(|i| a[i] + b[i]) };
-    for (o, t) in out.chunks_mut(pixel_stride).zip(taps) {
+    let at = |pixel: usize| -> &Lanes { array(row, 3 * pixel) };
+    let pixel = |t: &Taps| -> Lanes {
         let (first, last) = (t.first as usize, (t.first + t.len) as usize - 1);
-        let mut v = weighted(t.head, at(first));
-        if averages {
+        let mut v = at(first).map(|v| t.head * v);
+        if AVERAGE {
             for middle in first + 1..last {
-                v = add(v, weighted(t.body, at(middle)));
+                let m = at(middle);
+                v = std::array::from_fn(|i| v[i] + t.body * m[i]);
             }
         }
-        if t.len > 1 {
-            v = add(v, weighted(t.tail, at(last)));
+        // A single tap is taken twice, the second time with weight 0.
+        let z = at(last);
+        normalizer.lanes::<SWAP>(std::array::from_fn(|i| v[i] + t.tail * z[i]))
+    };
+    if pixel_stride == 3 {
+        // Whole vectors out as well, but for the last: the next pixel overwrites the fourth lane.
+        let Some((last, others)) = taps.split_last() else { return };
+        for (i, t) in others.iter().enumerate() {
+            *array_mut(out, 3 * i) = pixel(t);
         }
-        o[..3].copy_from_slice(&normalizer.pixel::<SWAP>(v)[..3]);
+        out[3 * others.len()..][..3].copy_from_slice(&pixel(last)[..3]);
+    } else {
+        for (o, t) in out.chunks_mut(pixel_stride).zip(taps) {
+            o[..3].copy_from_slice(&pixel(t)[..3]);
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 //! the whole level, provided that its origin keeps the phase of every stride (`align`) and that at
 //! the level's border it ends where the level ends, so that the same zero padding follows.
 
-use super::view::{Rect, Size};
+use super::rect::{Rect, Size};
 use crate::error::{Error, Result};
 
 /// One tile, in level pixels.

@@ -4,94 +4,17 @@
 //! y down, pixel (i, j) covering the square i..i+1, j..j+1:
 //! - *stored*: pixels of the given picture as it lies in memory (row 0 first, whatever the stride's sign);
 //! - *upright*: the region of interest alone, mirrored and rotated as [`Orientation`] says;
-//! - *level*: the upright region resized to one pyramid level ([`super::pyramid`]).
+//! - *level*: the upright region resized to one pyramid level ([`super::pyramid()`]).
 
 use super::placement::{Orientation, Placement};
+use super::rect::{Rect, Size};
 use crate::error::{Error, Result};
 use std::fmt;
 
-/// Longest side of a picture or pyramid level, in pixels: f32 coordinates stay exact up to it.
-pub const MAX_SIDE: usize = 1 << 24;
-
-/// Most pixels of a picture or pyramid level.
-pub const MAX_PIXELS: u64 = 1 << 31;
-
-/// Width and height in pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Size {
-    /// Columns.
-    pub width: usize,
-    /// Rows.
-    pub height: usize,
-}
-
-impl Size {
-    /// Size from width and height in pixels.
-    pub const fn new(width: usize, height: usize) -> Self {
-        Self { width, height }
-    }
-
-    /// Number of pixels. u64: sides up to [`MAX_SIDE`] cannot overflow it on any machine.
-    pub const fn pixels(&self) -> u64 {
-        (self.width as u64).saturating_mul(self.height as u64)
-    }
-
-    /// Error unless both sides are in 1..=[`MAX_SIDE`] and the area within [`MAX_PIXELS`]; `what`
-    /// names the thing measured.
-    pub(super) fn check(&self, what: &str) -> Result<()> {
-        let Size { width, height } = *self;
-        if width == 0 || height == 0 {
-            return Err(Error::InvalidImage(format!(
-                "{what} is {width}x{height} px; both sides must be at least 1"
-            )));
-        }
-        if width > MAX_SIDE || height > MAX_SIDE || self.pixels() > MAX_PIXELS {
-            return Err(Error::LimitExceeded(format!(
-                "{what} is {width}x{height} px; at most {MAX_SIDE} px a side and {MAX_PIXELS} px in all"
-            )));
-        }
-        Ok(())
-    }
-}
-
-/// Axis-parallel rectangle of whole pixels: columns x..x+width, rows y..y+height.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Rect {
-    /// First column.
-    pub x: usize,
-    /// First row.
-    pub y: usize,
-    /// Columns.
-    pub width: usize,
-    /// Rows.
-    pub height: usize,
-}
-
-impl Rect {
-    /// Rectangle from its top left corner and its size, in pixels.
-    pub const fn new(x: usize, y: usize, width: usize, height: usize) -> Self {
-        Self { x, y, width, height }
-    }
-
-    /// The rectangle that covers all of `size`.
-    pub const fn whole(size: Size) -> Self {
-        Self::new(0, 0, size.width, size.height)
-    }
-
-    /// Width and height.
-    pub const fn size(&self) -> Size {
-        Size::new(self.width, self.height)
-    }
-
-    /// True where the rectangle lies inside `size`; false also where its end overflows.
-    pub fn fits(&self, size: Size) -> bool {
-        let end_x = self.x.checked_add(self.width);
-        let end_y = self.y.checked_add(self.height);
-        end_x.is_some_and(|x| x <= size.width) && end_y.is_some_and(|y| y <= size.height)
-    }
-}
-
 /// How pixels lie in memory.
+///
+/// YUV formats become RGB in f32, clamped to 0..=255 but not rounded. Chroma is replicated, not
+/// interpolated: the pixels that share a chroma sample all take it as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PixelFormat {
     /// One plane, 1 byte a pixel; the network gets the value in all three channels.
@@ -201,6 +124,9 @@ pub struct ImageView<'a> {
     size: Size,
     format: PixelFormat,
     planes: [Plane<'a>; 3],
+    /// Rows of each plane and bytes of one of its rows: reading columns asks for them at every pixel.
+    rows: [usize; 3],
+    row_bytes: [usize; 3],
     matrix: ColorMatrix,
     range: ColorRange,
     orientation: Orientation,
@@ -212,7 +138,7 @@ impl<'a> ImageView<'a> {
     /// [`PixelFormat::planes`]. Colours default to BT.601 limited range (YUV formats alone heed
     /// them), the orientation to upright, the region of interest to the whole picture.
     ///
-    /// Errors: [`Error::LimitExceeded`] above [`MAX_SIDE`] or [`MAX_PIXELS`], else
+    /// Errors: [`Error::LimitExceeded`] above [`super::rect::MAX_SIDE`] or [`super::rect::MAX_PIXELS`], else
     /// [`Error::InvalidImage`] naming the plane and the numbers.
     pub fn new(width: usize, height: usize, format: PixelFormat, planes: &[Plane<'a>]) -> Result<Self> {
         let size = Self::check_size(width, height)?;
@@ -221,14 +147,18 @@ impl<'a> ImageView<'a> {
             return Err(Error::InvalidImage(format!("{format:?} needs {need} plane(s), {got} given")));
         }
         let mut held = [Plane::new(&[], 0); 3];
+        let (mut rows, mut row_bytes) = ([0; 3], [0; 3]);
         for (index, plane) in planes.iter().enumerate() {
-            check_plane(index, plane, size, format)?;
+            row_bytes[index] = check_plane(index, plane, size, format)?;
+            rows[index] = format.rows(index, height);
             held[index] = *plane;
         }
         Ok(Self {
             size,
             format,
             planes: held,
+            rows,
+            row_bytes,
             matrix: ColorMatrix::default(),
             range: ColorRange::default(),
             orientation: Orientation::UPRIGHT,
@@ -349,8 +279,7 @@ impl<'a> ImageView<'a> {
     /// Row `y` (0 = top, below [`PixelFormat::rows`]) of plane `plane`, without its padding.
     #[inline]
     pub fn row(&self, plane: usize, y: usize) -> &'a [u8] {
-        let rows = self.format.rows(plane, self.size.height);
-        let bytes = self.format.row_bytes(plane, self.size.width).expect("checked by new");
+        let (rows, bytes) = (self.rows[plane], self.row_bytes[plane]);
         assert!(y < rows, "row {y} of {rows}");
         let Plane { data, stride } = self.planes[plane];
         let nth = if stride < 0 { rows - 1 - y } else { y };
@@ -359,7 +288,8 @@ impl<'a> ImageView<'a> {
     }
 }
 
-fn check_plane(index: usize, plane: &Plane<'_>, size: Size, format: PixelFormat) -> Result<()> {
+/// Bytes of one row of the plane, all of whose rows lie inside its data.
+fn check_plane(index: usize, plane: &Plane<'_>, size: Size, format: PixelFormat) -> Result<usize> {
     let Size { width, height } = size;
     let what = || format!("plane {index} of {width}x{height} px {format:?}");
     let overflow = || Error::InvalidImage(format!("{}: stride {} overflows memory", what(), plane.stride));
@@ -383,11 +313,12 @@ fn check_plane(index: usize, plane: &Plane<'_>, size: Size, format: PixelFormat)
             plane.data.len()
         )));
     }
-    Ok(())
+    Ok(row_bytes)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::rect::MAX_SIDE;
     use super::*;
 
     fn message(result: Result<ImageView<'_>>) -> String {

@@ -148,6 +148,20 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
     }
 }
 
+/// Repeats `$body` with `$m` = 0, 1, ... below `$count` (at most 14) as straight code: accumulators
+/// must be indexed by constants to stay in registers, and loops over them are not always unrolled.
+macro_rules! unroll {
+    ($m:ident < $count:expr, $body:block) => {
+        unroll!(@ $m, $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13)
+    };
+    (@ $m:ident, $count:expr, $body:block, $($i:literal)+) => {
+        $(if $i < $count {
+            let $m = $i;
+            $body
+        })+
+    };
+}
+
 /// MR pixels x NR registers of channels, all taps, then bias, residual, activation, store.
 #[inline(always)]
 pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NR: usize>(t: &Tile) {
@@ -157,57 +171,64 @@ pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NR: usize>(t: &Tile)
         let mut acc = [[V::splat(0.0); NR]; MR];
         for r in 0..NR {
             let bias = V::load(t.bias.add(r * lanes));
-            for row in acc.iter_mut() {
-                row[r] = bias;
-            }
+            unroll!(m < MR, { acc[m][r] = bias });
         }
+        // Every third pixel has a pointer, its two neighbours are reached by the index register: more
+        // pointers than that would be spilled and reloaded for every value.
+        let stride = t.in_pixel;
         let mut w = t.weights;
         for &tap in t.taps {
             let a = t.input.add(tap);
-            for k in 0..t.run {
-                let mut wk = [V::splat(0.0); NR];
-                for r in 0..NR {
-                    wk[r] = V::load(w.add(r * lanes));
-                }
+            let mut p: [*const f32; 5] = std::array::from_fn(|i| a.wrapping_add(3 * i * stride));
+            for _ in 0..t.run {
+                let wk: [V; NR] = std::array::from_fn(|r| V::load(w.add(r * lanes)));
                 w = w.add(NR * lanes);
-                for m in 0..MR {
-                    let v = V::splat(*a.add(m * t.in_pixel + k));
+                unroll!(m < MR, {
+                    let v = V::splat(*p[m / 3].add(m % 3 * stride));
                     for r in 0..NR {
                         acc[m][r] = acc[m][r].mul_add(v, wk[r]);
                     }
+                });
+                for p in p.iter_mut() {
+                    *p = p.wrapping_add(1);
                 }
             }
         }
-        let full = t.channels >= NR * lanes;
         let slope = V::splat(t.slope);
-        for m in 0..MR {
-            let mut v = acc[m];
-            let out = t.output.add(m * t.out_pixel);
-            if t.residual != Residual::None {
-                let column =
-                    if t.add_columns.is_null() { t.x + m } else { *t.add_columns.add(t.x + m) as usize };
-                let add = t.add.add(column * t.add_pixel);
+        if t.residual == Residual::None && t.channels >= NR * lanes {
+            unroll!(m < MR, {
+                let out = t.output.add(m * t.out_pixel);
                 for r in 0..NR {
-                    let b = V::load_upto(add.wrapping_add(r * lanes), t.channels.saturating_sub(r * lanes));
-                    v[r] = match t.residual {
-                        Residual::BeforeActivation => activate(v[r].add(b), slope),
-                        _ => activate(v[r], slope).add(b),
-                    };
+                    activate(acc[m][r], slope).store(out.add(r * lanes));
                 }
-            } else {
-                for r in 0..NR {
-                    v[r] = activate(v[r], slope);
+            });
+            return;
+        }
+        unroll!(m < MR, { finish::<V, NR>(t, m, acc[m], slope) });
+    }
+}
+
+/// Residual, activation and partial store of pixel `m`.
+#[inline(always)]
+unsafe fn finish<V: Vector, const NR: usize>(t: &Tile, m: usize, acc: [V; NR], slope: V) {
+    // SAFETY: the contract of `block`.
+    unsafe {
+        let lanes = V::LANES;
+        let out = t.output.add(m * t.out_pixel);
+        let column = if t.add_columns.is_null() { t.x + m } else { *t.add_columns.add(t.x + m) as usize };
+        let add = t.add.wrapping_add(column * t.add_pixel);
+        for r in 0..NR {
+            let n = t.channels.saturating_sub(r * lanes);
+            let v = match t.residual {
+                Residual::None => activate(acc[r], slope),
+                Residual::BeforeActivation => {
+                    activate(acc[r].add(V::load_upto(add.wrapping_add(r * lanes), n)), slope)
                 }
-            }
-            if full {
-                for r in 0..NR {
-                    v[r].store(out.add(r * lanes));
+                Residual::AfterActivation => {
+                    activate(acc[r], slope).add(V::load_upto(add.wrapping_add(r * lanes), n))
                 }
-            } else {
-                for r in 0..NR {
-                    v[r].store_upto(out.wrapping_add(r * lanes), t.channels.saturating_sub(r * lanes));
-                }
-            }
+            };
+            v.store_upto(out.wrapping_add(r * lanes), n);
         }
     }
 }

@@ -42,61 +42,64 @@ const RUN: usize = 4;
 /// asked for, and no other thread writes what is read here or touches what is written.
 #[inline(always)]
 pub(crate) unsafe fn rows<V: Vector>(a: &DepthwiseArgs, rows: Range<usize>) {
-    let dense_taps = a.tap_pixel != 0 && a.kernel == [3, 3];
+    // Stride in taps, where the window is 3x3 and the stride a whole number of taps.
+    let step = if a.kernel == [3, 3] && a.tap_pixel > 0 { a.in_pixel / a.tap_pixel } else { 0 };
+    let step = if step * a.tap_pixel == a.in_pixel { step } else { 0 };
     for y in rows {
         let mut c = 0;
-        while c < a.channels {
-            let lanes = (a.channels - c).min(V::LANES);
-            // SAFETY: the caller's contract; channels c .. c + lanes exist.
-            unsafe {
-                match (dense_taps, a.in_pixel / a.tap_pixel.max(1)) {
-                    (true, 1) if a.in_pixel == a.tap_pixel => row_3x3::<V, 1, { RUN + 2 }>(a, y, c, lanes),
-                    (true, 2) if a.in_pixel == 2 * a.tap_pixel => {
-                        row_3x3::<V, 2, { 2 * RUN + 1 }>(a, y, c, lanes)
-                    }
-                    _ => row_any::<V>(a, y, c, lanes),
+        // SAFETY: the caller's contract; channels c .. c + LANES, and the rest at the end, exist.
+        unsafe {
+            while c + V::LANES <= a.channels {
+                match step {
+                    1 => row_3x3::<V, 1, { RUN + 2 }, true>(a, y, c),
+                    2 => row_3x3::<V, 2, { 2 * RUN + 1 }, true>(a, y, c),
+                    _ => row_any::<V>(a, y, c, V::LANES),
+                }
+                c += V::LANES;
+            }
+            if c < a.channels {
+                match step {
+                    1 => row_3x3::<V, 1, { RUN + 2 }, false>(a, y, c),
+                    2 => row_3x3::<V, 2, { 2 * RUN + 1 }, false>(a, y, c),
+                    _ => row_any::<V>(a, y, c, a.channels - c),
                 }
             }
-            c += V::LANES;
         }
     }
 }
 
-/// A row of a 3x3 kernel, taps `S` to the stride; `SPAN` = columns of input under RUN pixels.
+/// A row of a 3x3 kernel, taps `S` to the stride; `SPAN` = columns of input under RUN pixels. `FULL`:
+/// all lanes are channels, known to the compiler so that no access needs a choice.
 #[inline(always)]
-unsafe fn row_3x3<V: Vector, const S: usize, const SPAN: usize>(
+unsafe fn row_3x3<V: Vector, const S: usize, const SPAN: usize, const FULL: bool>(
     a: &DepthwiseArgs,
     y: usize,
     c: usize,
-    lanes: usize,
 ) {
+    let lanes = a.channels - c;
     // SAFETY: the contract of `rows`.
     unsafe {
+        let load = |p: *const f32| if FULL { V::load(p) } else { V::load_first(p, lanes) };
+        let store = |v: V, p: *mut f32| if FULL { v.store(p) } else { v.store_first(p, lanes) };
         let input = a.input.add(y * a.in_row + c);
         let output = a.output.add(y * a.out_row + c);
-        let mut w = [V::splat(0.0); 9];
-        for (i, w) in w.iter_mut().enumerate() {
-            *w = V::load_upto(a.weights.add(i * a.channels + c), lanes);
-        }
-        let bias = V::load_upto(a.bias.add(c), lanes);
+        let w: [V; 9] = std::array::from_fn(|i| load(a.weights.add(i * a.channels + c)));
+        let bias = load(a.bias.add(c));
         let slope = V::splat(a.slope);
         let mut x = 0;
         while x + RUN <= a.width {
             let mut acc = [bias; RUN];
             for ky in 0..3 {
                 let p = input.add(x * a.in_pixel + ky * a.tap_row);
-                let mut column = [bias; SPAN];
-                for (i, v) in column.iter_mut().enumerate() {
-                    *v = V::load_upto(p.add(i * a.tap_pixel), lanes);
-                }
+                let column: [V; SPAN] = std::array::from_fn(|i| load(p.add(i * a.tap_pixel)));
                 for kx in 0..3 {
-                    for (i, acc) in acc.iter_mut().enumerate() {
-                        *acc = acc.mul_add(column[i * S + kx], w[ky * 3 + kx]);
+                    for i in 0..RUN {
+                        acc[i] = acc[i].mul_add(column[i * S + kx], w[ky * 3 + kx]);
                     }
                 }
             }
-            for (i, acc) in acc.iter().enumerate() {
-                activate(*acc, slope).store_upto(output.add((x + i) * a.out_pixel), lanes);
+            for i in 0..RUN {
+                store(activate(acc[i], slope), output.add((x + i) * a.out_pixel));
             }
             x += RUN;
         }
@@ -105,11 +108,10 @@ unsafe fn row_3x3<V: Vector, const S: usize, const SPAN: usize>(
             let mut acc = bias;
             for ky in 0..3 {
                 for kx in 0..3 {
-                    let v = V::load_upto(p.add(ky * a.tap_row + kx * a.tap_pixel), lanes);
-                    acc = acc.mul_add(v, w[ky * 3 + kx]);
+                    acc = acc.mul_add(load(p.add(ky * a.tap_row + kx * a.tap_pixel)), w[ky * 3 + kx]);
                 }
             }
-            activate(acc, slope).store_upto(output.add(x * a.out_pixel), lanes);
+            store(activate(acc, slope), output.add(x * a.out_pixel));
             x += 1;
         }
     }

@@ -43,6 +43,7 @@ pub(crate) trait Vector: Copy {
     /// Loads `n` lanes, `n <= LANES`.
     #[inline(always)]
     unsafe fn load_upto(p: *const f32, n: usize) -> Self {
+        // SAFETY: the contract is the same, for `n` lanes.
         unsafe {
             if n >= Self::LANES {
                 Self::load(p)
@@ -55,6 +56,7 @@ pub(crate) trait Vector: Copy {
     /// Stores `n` lanes, `n <= LANES`.
     #[inline(always)]
     unsafe fn store_upto(self, p: *mut f32, n: usize) {
+        // SAFETY: the contract is the same, for `n` lanes.
         unsafe {
             if n >= Self::LANES {
                 self.store(p)
@@ -67,6 +69,8 @@ pub(crate) trait Vector: Copy {
 
 /// The kernels of one ISA.
 pub(crate) struct Kernels {
+    /// The ISA they are compiled for.
+    pub isa: Isa,
     /// Lanes of its registers: weights are packed in panels of one or two of them.
     pub lanes: usize,
     /// Convolution, rows x output-channel panels.
@@ -99,14 +103,16 @@ impl Kernels {
 /// Compiles the bodies for one ISA and makes its table. `wide` and `narrow` list the tile heights
 /// (pixels) for panels of two registers and of one; the first is the tallest that fits the register file.
 macro_rules! isa_kernels {
-    ($vector:ty, $(#[$attr:meta])?, wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
+    ($isa:expr, $vector:ty, $(#[$attr:meta])?, wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
         $(#[$attr])?
         unsafe fn tile_wide<const MR: usize>(t: &$crate::cpu::kernels::conv::Tile) {
+            // SAFETY: the caller keeps the contract of the function called.
             unsafe { $crate::cpu::kernels::conv::tile::<$vector, MR, 2>(t) }
         }
 
         $(#[$attr])?
         unsafe fn tile_narrow<const MR: usize>(t: &$crate::cpu::kernels::conv::Tile) {
+            // SAFETY: the caller keeps the contract of the function called.
             unsafe { $crate::cpu::kernels::conv::tile::<$vector, MR, 1>(t) }
         }
 
@@ -117,6 +123,7 @@ macro_rules! isa_kernels {
             const LANES: usize = <$vector as $crate::cpu::kernels::Vector>::LANES;
             #[inline(always)]
             unsafe fn run(pixels: usize, wide: bool, t: &$crate::cpu::kernels::conv::Tile) {
+                // SAFETY: the caller keeps the contract of the function called.
                 unsafe {
                     match (wide, pixels) {
                         $((true, $wide) => tile_wide::<$wide>(t),)+
@@ -133,30 +140,36 @@ macro_rules! isa_kernels {
             rows: std::ops::Range<usize>,
             panels: std::ops::Range<usize>,
         ) {
+            // SAFETY: the caller keeps the contract of the function called.
             unsafe { $crate::cpu::kernels::conv::block::<Tiles>(a, rows, panels) }
         }
 
         $(#[$attr])?
         unsafe fn depthwise(a: &$crate::cpu::kernels::depthwise::DepthwiseArgs, rows: std::ops::Range<usize>) {
+            // SAFETY: the caller keeps the contract of the function called.
             unsafe { $crate::cpu::kernels::depthwise::rows::<$vector>(a, rows) }
         }
 
         $(#[$attr])?
         unsafe fn max_pool(a: &$crate::cpu::kernels::simple::PoolArgs, rows: std::ops::Range<usize>) {
+            // SAFETY: the caller keeps the contract of the function called.
             unsafe { $crate::cpu::kernels::simple::max_pool::<$vector>(a, rows) }
         }
 
         $(#[$attr])?
         unsafe fn resize(a: &$crate::cpu::kernels::simple::ResizeArgs, rows: std::ops::Range<usize>) {
+            // SAFETY: the caller keeps the contract of the function called.
             unsafe { $crate::cpu::kernels::simple::resize::<$vector>(a, rows) }
         }
 
         $(#[$attr])?
         unsafe fn add_or_copy(a: &$crate::cpu::kernels::simple::RowArgs, rows: std::ops::Range<usize>) {
+            // SAFETY: the caller keeps the contract of the function called.
             unsafe { $crate::cpu::kernels::simple::add_or_copy::<$vector>(a, rows) }
         }
 
         pub(super) static KERNELS: $crate::cpu::kernels::Kernels = $crate::cpu::kernels::Kernels {
+            isa: $isa,
             lanes: <$vector as $crate::cpu::kernels::Vector>::LANES,
             conv,
             depthwise,

@@ -22,11 +22,14 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// Output shape: the input's. Softmax wants channels in whole runs.
+    /// Output shape: the input's. Softmax wants channels in whole runs, leaky ReLU a slope in 0..1.
     pub fn out_shape(&self, x: Shape) -> Result<Shape> {
         match self {
             Activation::Softmax(k) if *k == 0 || !x.c.is_multiple_of(*k) => {
                 Err(Error::InvalidModel(format!("softmax over runs of {k} channels does not divide {x}")))
+            }
+            Activation::LeakyRelu(slope) if !(0.0..1.0).contains(slope) => {
+                Err(Error::InvalidModel(format!("leaky ReLU takes a slope from 0 to below 1, got {slope}")))
             }
             _ => Ok(x),
         }

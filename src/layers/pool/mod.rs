@@ -26,9 +26,15 @@ impl MaxPool {
         Self { kernel: [kernel; 2], stride: [stride; 2], padding: [padding; 4] }
     }
 
-    /// Output shape.
+    /// Output shape; every window holds at least one value that is not padding.
     pub fn out_shape(&self, x: Shape) -> Result<Shape> {
         let [t, l, b, r] = self.padding;
+        if t.max(b) >= self.kernel[0] || l.max(r) >= self.kernel[1] {
+            return Err(Error::InvalidModel(format!(
+                "pool padding {:?} must be less than the kernel {:?}",
+                self.padding, self.kernel
+            )));
+        }
         let h = conv_out(x.h, self.kernel[0], self.stride[0], 1, t, b);
         let w = conv_out(x.w, self.kernel[1], self.stride[1], 1, l, r);
         match (h, w) {
@@ -41,7 +47,7 @@ impl MaxPool {
     ///
     /// `x` N x C x H x W. Returns N x C x OH x OW.
     pub fn forward<T: Real>(&self, x: &Tensor<T>) -> Result<Tensor<T>> {
-        let out = self.check(x.shape)?;
+        let out = self.out_shape(x.shape)?;
         let window = self.sliding_over(x.shape);
         let mut y = Tensor::zeros(out);
         for (n, c, oy, ox) in indices(out) {
@@ -59,7 +65,7 @@ impl MaxPool {
     /// `x`, `dx` N x C x H x W; `dy` N x C x OH x OW.
     #[cfg(feature = "train")]
     pub fn backward<T: Real>(&self, x: &Tensor<T>, dy: &Tensor<T>, dx: &mut Tensor<T>) -> Result<()> {
-        let out = self.check(x.shape)?;
+        let out = self.out_shape(x.shape)?;
         expect_shape("max_pool dy", dy.shape, out)?;
         expect_shape("max_pool dx", dx.shape, x.shape)?;
         let window = self.sliding_over(x.shape);
@@ -69,18 +75,6 @@ impl MaxPool {
             }
         }
         Ok(())
-    }
-
-    /// Output shape, where every window holds at least one value that is not padding.
-    fn check(&self, x: Shape) -> Result<Shape> {
-        let [t, l, b, r] = self.padding;
-        if t.max(b) >= self.kernel[0] || l.max(r) >= self.kernel[1] {
-            return Err(Error::InvalidModel(format!(
-                "pool padding {:?} must be less than the kernel {:?}",
-                self.padding, self.kernel
-            )));
-        }
-        self.out_shape(x)
     }
 
     fn sliding_over(&self, x: Shape) -> Window {

@@ -40,7 +40,10 @@ impl Upsample {
     /// Output shape; `SizeOfSecond` takes two inputs, `Factor` one.
     pub fn out_shape(&self, inputs: &[Shape]) -> Result<Shape> {
         match (self.to, inputs) {
-            (UpsampleTo::Factor([fy, fx]), [x]) => Ok(Shape { h: x.h * fy, w: x.w * fx, ..*x }),
+            (UpsampleTo::Factor([fy, fx]), [x]) => {
+                // A size beyond usize stays one: too large for whoever allocates it.
+                Ok(Shape { h: x.h.saturating_mul(fy), w: x.w.saturating_mul(fx), ..*x })
+            }
             (UpsampleTo::SizeOfSecond, [x, like]) => Ok(Shape { h: like.h, w: like.w, ..*x }),
             _ => Err(Error::InvalidModel(format!("upsample {:?} got {} inputs", self.to, inputs.len()))),
         }

@@ -1,2 +1,0 @@
-//! farface command line.
-fn main() {}

@@ -1,0 +1,78 @@
+//! The `farface` program: `detect`, `inspect`, `bench`, `eval`, `convert`.
+//!
+//! Results go to standard output, progress and errors to standard error. Exit code 0: all went
+//! well; 1: something failed, named on a line that starts with `error:`; 2: wrong usage.
+
+#![forbid(unsafe_code)]
+
+mod bench;
+mod convert;
+mod detect;
+mod draw;
+mod eval;
+mod files;
+mod inspect;
+mod model;
+mod peak;
+mod picture;
+mod progress;
+mod report;
+mod settings;
+
+use clap::{Parser, Subcommand};
+use std::io::{BufWriter, ErrorKind, Write};
+use std::process::ExitCode;
+
+/// Finds faces in pictures, the far and tiny ones too.
+#[derive(Parser)]
+#[command(name = "farface", version, arg_required_else_help = true, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Detect(detect::Args),
+    Inspect(inspect::Args),
+    Bench(bench::Args),
+    Eval(eval::Args),
+    Convert(convert::Args),
+}
+
+/// Whether a command did all it was asked for; what it could not do it has reported itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Complete,
+    Partial,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let mut out = BufWriter::new(std::io::stdout().lock());
+    let result = match cli.command {
+        Command::Detect(args) => detect::run(&args, &mut out),
+        Command::Inspect(args) => inspect::run(&args, &mut out),
+        Command::Bench(args) => bench::run(&args, &mut out),
+        Command::Eval(args) => eval::run(&args, &mut out),
+        Command::Convert(args) => convert::run(&args, &mut out),
+    };
+    match result.and_then(|outcome| Ok(out.flush().map(|()| outcome)?)) {
+        Ok(Outcome::Complete) => ExitCode::SUCCESS,
+        Ok(Outcome::Partial) => ExitCode::from(1),
+        // The reader of a pipe has seen enough.
+        Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => {
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            report_error(&e);
+            ExitCode::from(1)
+        }
+    }
+}
+
+/// One line with the error and its causes.
+fn report_error(error: &anyhow::Error) {
+    // `{:#}` joins the causes with ": ".
+    eprintln!("error: {}", format!("{error:#}").replace('\n', " "));
+}

@@ -1,0 +1,119 @@
+//! Command-line settings of a session.
+
+use farface::detect::options::MAX_THREADS;
+use farface::detect::{Model, Options, Pyramid};
+
+/// Settings of the detection; what is not given is the model's own.
+#[derive(clap::Args, Default)]
+#[command(next_help_heading = "Detection settings")]
+pub struct Settings {
+    /// Lowest score of a face, 0 to 1
+    #[arg(long, value_name = "SCORE")]
+    pub threshold: Option<f32>,
+    /// Of two boxes that overlap by more than this (IoU, 0 to 1) the weaker goes
+    #[arg(long, value_name = "IOU")]
+    nms: Option<f32>,
+    /// Smallest face wanted: longer side in pixels of the picture; chooses the scales searched
+    #[arg(long, value_name = "PX")]
+    min_face: Option<f32>,
+    /// Largest face wanted: longer side in pixels of the picture; chooses the scales searched
+    #[arg(long, value_name = "PX")]
+    max_face: Option<f32>,
+    /// Scales searched: one factor (2 = doubled), or octaves MIN:MAX:STEP (-2:1:1 = 1/4, 1/2, 1, 2)
+    #[arg(long, value_name = "SCALES", value_parser = parse_pyramid, allow_hyphen_values = true)]
+    pyramid: Option<Pyramid>,
+    /// Longest side of a tile, pixels; 0 = as large as memory allows
+    #[arg(long, value_name = "PX")]
+    tile: Option<usize>,
+    /// Threads; 0 = one a core, which is the default but for `bench`, where it is 1
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Most faces in a picture, best first; 0 = no limit
+    #[arg(long, value_name = "N")]
+    max_faces: Option<usize>,
+}
+
+impl Settings {
+    /// The model's options with these settings; `threads` where the user gave none. There, 0 has
+    /// become the number of cores.
+    pub fn options(&self, model: &Model, threads: usize) -> Options {
+        let base = Options::for_model(model.config());
+        Options {
+            score_threshold: self.threshold.unwrap_or(base.score_threshold),
+            nms_iou: self.nms.unwrap_or(base.nms_iou),
+            min_face_px: self.min_face.unwrap_or(base.min_face_px),
+            max_face_px: self.max_face.unwrap_or(base.max_face_px),
+            pyramid: self.pyramid.unwrap_or(base.pyramid),
+            tile_px: self.tile.unwrap_or(base.tile_px),
+            threads: match self.threads.unwrap_or(threads) {
+                0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS),
+                n => n,
+            },
+            max_faces: self.max_faces.unwrap_or(base.max_faces),
+            ..base
+        }
+    }
+}
+
+fn parse_pyramid(text: &str) -> Result<Pyramid, String> {
+    let numbers: Option<Vec<f32>> =
+        text.split(':').map(|n| n.parse().ok().filter(|v: &f32| v.is_finite())).collect();
+    match numbers.as_deref() {
+        Some(&[scale]) if scale > 0.0 => {
+            let exponent = scale.log2();
+            Ok(Pyramid::Octaves { min: exponent, max: exponent, step: 1.0 })
+        }
+        Some(&[min, max, step]) if min <= max && step > 0.0 => Ok(Pyramid::Octaves { min, max, step }),
+        _ => Err("expected a factor above 0, or MIN:MAX:STEP with MIN <= MAX and STEP above 0".into()),
+    }
+}
+
+/// Width and height as `640x480`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PictureSize {
+    pub width: usize,
+    pub height: usize,
+}
+
+impl std::str::FromStr for PictureSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let side = |s: &str| s.parse().ok().filter(|&n| n > 0);
+        let parse = || {
+            let (width, height) = text.split_once(['x', 'X'])?;
+            Some(Self { width: side(width)?, height: side(height)? })
+        };
+        parse().ok_or_else(|| "expected WIDTHxHEIGHT in pixels, such as 640x480".into())
+    }
+}
+
+impl std::fmt::Display for PictureSize {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}x{}", self.width, self.height)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pyramids_are_a_factor_or_octaves() {
+        let octaves = |min, max, step| Ok(Pyramid::Octaves { min, max, step });
+        assert_eq!(parse_pyramid("2"), octaves(1.0, 1.0, 1.0));
+        assert_eq!(parse_pyramid("0.5"), octaves(-1.0, -1.0, 1.0));
+        assert_eq!(parse_pyramid("-2:1:0.5"), octaves(-2.0, 1.0, 0.5));
+        for wrong in ["", "0", "-1", "nan", "inf", "1:2", "1:0:1", "0:1:0", "0:1:1:1", "a:b:c"] {
+            assert!(parse_pyramid(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_two_positive_numbers() {
+        assert_eq!("640x480".parse(), Ok(PictureSize { width: 640, height: 480 }));
+        for wrong in ["640", "0x480", "640x", "x", "-1x5", "1x2x3"] {
+            assert!(wrong.parse::<PictureSize>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Parameters before training, from a seed: the same values on every platform.
+
+use super::build::{Graph, Param, ParamRole};
+use super::weights::Weights;
+
+/// Pseudo-random numbers: SplitMix64 (Steele, Lea and Flood 2014). Only integer arithmetic and
+/// exactly rounded float operations, hence the same sequence everywhere; not for secrets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rng(u64);
+
+impl Rng {
+    /// Generator for a seed; any seed is good.
+    pub const fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// Next 64 bits.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in `0..n`; `n` > 0. (The bias of the multiply method is below n / 2^64.)
+    pub fn below(&mut self, n: usize) -> usize {
+        assert!(n > 0, "no number lies below 0");
+        ((u128::from(self.bits()) * n as u128) >> 64) as usize
+    }
+
+    /// Uniform in 0 <= v < 1, on a grid of 2^-24.
+    pub fn uniform(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1u64 << 24) as f32
+    }
+
+    /// Uniform in `low <= v < high` (up to rounding).
+    pub fn range(&mut self, low: f32, high: f32) -> f32 {
+        low + (high - low) * self.uniform()
+    }
+
+    /// Approximately normal with mean 0 and variance 1: the sum of twelve uniforms, less 6. Tails end
+    /// at 6; unlike Box-Muller it needs no logarithm, which platforms round differently.
+    pub fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
+    }
+}
+
+impl Weights {
+    /// Values for every parameter of `graph`, for tests and benchmarks: He-scaled normal weights
+    /// (He et al. 2015, equation 10: variance 2 / fan-in), small biases, and batch normalisations as
+    /// a trained network has them, no statistic trivial. A parameter's values depend on its name and
+    /// the seed alone.
+    pub fn random(graph: &Graph, seed: u64) -> Self {
+        let mut weights = Self::default();
+        for p in &graph.params {
+            let mut rng = Rng::new(seed ^ hash(&p.name));
+            let data = (0..p.len()).map(|_| random_value(p, &mut rng)).collect();
+            weights.insert(&p.name, &p.shape, data);
+        }
+        weights
+    }
+}
+
+fn random_value(p: &Param, rng: &mut Rng) -> f32 {
+    match p.role {
+        ParamRole::Weight { fan_in } => rng.normal() * (2.0 / fan_in.max(1) as f32).sqrt(),
+        ParamRole::Bias | ParamRole::NormShift | ParamRole::NormMean => 0.1 * rng.normal(),
+        ParamRole::NormScale | ParamRole::NormVariance => rng.range(0.5, 1.5),
+    }
+}
+
+/// FNV-1a.
+fn hash(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::Builder;
+    use crate::layers::Conv2d;
+
+    #[test]
+    fn the_sequence_is_splitmix64() {
+        // The first values of the published reference implementation for seed 1234567.
+        let mut rng = Rng::new(1234567);
+        assert_eq!([rng.bits(), rng.bits()], [6457827717110365317, 3203168211198807973]);
+    }
+
+    #[test]
+    fn normal_values_have_unit_variance() {
+        let mut rng = Rng::new(7);
+        let values: Vec<f64> = (0..20_000).map(|_| rng.normal().into()).collect();
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / values.len() as f64;
+        assert!(mean.abs() < 0.03 && (variance - 1.0).abs() < 0.03, "mean {mean}, variance {variance}");
+        assert!((0..1000).all(|_| rng.below(3) < 3 && (0.0..1.0).contains(&rng.uniform())));
+    }
+
+    #[test]
+    fn values_depend_on_name_and_seed_alone() {
+        let net = |names: &[&str]| {
+            let mut b = Builder::new();
+            let x = b.input("x", 8);
+            names.iter().for_each(|n| {
+                let y = b.conv(n, x, Conv2d::new(8, 8, 3));
+                b.output(n, y);
+            });
+            b.finish()
+        };
+        let both = Weights::random(&net(&["a", "b"]), 1);
+        let one = Weights::random(&net(&["b"]), 1);
+        assert_eq!(both.tensors["b.weight"], one.tensors["b.weight"]);
+        assert_ne!(both.tensors["a.weight"], both.tensors["b.weight"]);
+        assert_ne!(one, Weights::random(&net(&["b"]), 2));
+    }
+}

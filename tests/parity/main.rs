@@ -1,0 +1,8 @@
+//! The compiled engine against the plain-loop reference: every kernel, on every instruction set that
+//! this machine has, on one, two and three threads.
+
+mod fusion;
+mod kernels;
+mod random;
+mod retinaface;
+mod support;
