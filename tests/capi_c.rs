@@ -111,6 +111,14 @@ fn every_function_in_many_orders_from_c() {
     }
 }
 
+#[test]
+fn the_cxx_wrapper_owns_throws_and_grows() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = common::model::file(folder.path(), 1);
+    let program = build(&source("tests/c/wrapper.cpp"), folder.path(), Link::Static);
+    assert_eq!(run(Command::new(program).arg(&model)), "clean\n");
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn detection_on_one_thread_makes_no_system_call() {
