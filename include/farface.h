@@ -112,9 +112,9 @@ uint32_t farface_abi_version(void);
  * the argument at fault. Where a function fails, what it should have written is not written,
  * unless its comment says otherwise; handles asked for are set to NULL.
  *
- * A bug inside the library is caught at this border and returned as FARFACE_ERROR_INTERNAL. The
- * one exception is a system that refuses memory: the process is then aborted, as most systems do
- * by themselves. The memory cap of a session keeps far from that.
+ * A bug inside the library is caught at this border, told on the standard error and returned as
+ * FARFACE_ERROR_INTERNAL. The one exception is a system that refuses memory: the process is then
+ * aborted, as most systems do by themselves. The memory cap of a session keeps far from that.
  */
 
 /** Result of a call: FARFACE_OK or one of the FARFACE_ERROR_ codes. Later versions may add codes. */
