@@ -120,6 +120,7 @@ check_target() {
     echo "== $target: tests on $emulator"
     cargo test --release "${checked[@]}" --no-default-features --target "$target" "${tests[@]}" 2>&1 | tee "$log"
     passed=$(awk '/^test result:/ { n += $4 } END { print n + 0 }' "$log")
+    [ "$passed" -gt 0 ] || die "$target: no test ran"
     summary+=("$target: libfarface.a and libfarface.so built, $passed tests passed in $((SECONDS - start)) s")
 }
 

@@ -57,7 +57,7 @@
  * - Pictures and model files may come from anywhere: all sizes, offsets and products are checked
  *   before use.
  * - The environment variable FARFACE_ISA (generic, neon, avx2, avx512) lowers the instruction set;
- *   nothing else of the environment is read.
+ *   nothing else of the environment is read (but the report of a bug heeds RUST_BACKTRACE).
  *
  * Sections: Version, Status and errors, Models, Options, Sessions, Pictures, Detection.
  *
@@ -418,9 +418,9 @@ farface_status farface_session_get_options(const farface_session *session,
 
 /**
  * Changes the session's settings, from the next call on. Fields behind `options->struct_size`
- * keep their values. Scores, overlaps and limits cost nothing; face sizes, pyramid, tiles and
- * memory cap give up what was prepared, and the numbers of candidates, faces and threads some of
- * it: warm up again where the next call must not take memory.
+ * keep their values. Scores and overlaps cost nothing. Face sizes, pyramid, tiles, memory cap and
+ * the numbers of candidates, faces and threads give up all that was prepared: warm up again where
+ * the next call must not take memory.
  *
  * Errors: as farface_session_create(); the settings then stay as they were.
  */
@@ -555,8 +555,9 @@ typedef struct {
 /**
  * A picture in the caller's memory.
  *
- * The bytes read are, in each plane, those of the pixels alone: the last row needs no padding
- * behind it. The caller keeps them in place and unchanged during the call.
+ * Of each plane, the bytes from the first row to the last pixel of the last one must be there,
+ * gaps between rows included; the last row needs no padding behind it. The caller keeps all of
+ * them in place and unchanged during the call.
  */
 typedef struct {
     /** Columns of the picture as stored; at most 2^24 a side and 2^31 pixels in all. */
@@ -663,7 +664,7 @@ farface_status farface_detect(farface_session *session,
  *
  * A picture that fails does not keep the others from being searched. The result is FARFACE_OK
  * where all went well, else the status of the first picture that did not, whose message
- * farface_last_error() has.
+ * farface_last_error() has. Where the session cannot be entered at all, every status is the result.
  *
  * Ownership and threads as with farface_detect().
  * Errors: those of the pictures; FARFACE_ERROR_INVALID_ARGUMENT where an array is NULL: no picture

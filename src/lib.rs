@@ -33,3 +33,7 @@ pub mod detect;
 pub mod eval;
 
 pub use error::{Error, Result};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,24 +1,13 @@
 //! The reference evaluator's FDDB figures for S3FD's detections.
 #![cfg(feature = "eval")]
 
-use std::path::{Path, PathBuf};
+mod common;
 
 use farface::eval::fddb::{evaluate, read_roc, Annotations, Detections, PictureSizes};
 
-/// The data that does not travel with the repository, or None where this machine lacks it.
-fn shared() -> Option<PathBuf> {
-    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
-    let path = std::env::var_os("FARFACE_SHARED").map_or(default, PathBuf::from);
-    if path.is_dir() {
-        return Some(path);
-    }
-    eprintln!("skipped: ../shared not found");
-    None
-}
-
 #[test]
 fn s3fd_rates_are_the_reference_evaluators() {
-    let Some(fddb) = shared().map(|s| s.join("fixtures/fddb")) else { return };
+    let Some(fddb) = common::shared().map(|s| s.join("fixtures/fddb")) else { return };
     let annotations = Annotations::read_folds(&fddb.join("FDDB-folds")).unwrap();
     assert_eq!((annotations.by_image.len(), annotations.faces()), (2845, 5171));
     let detections = Detections::read(&fddb.join("s3fd_result.txt.gz")).unwrap();
@@ -45,7 +34,7 @@ fn s3fd_rates_are_the_reference_evaluators() {
 #[test]
 fn curves_are_plotted_beside_the_reference() {
     use farface::eval::plot::roc_svg;
-    let Some(fddb) = shared().map(|s| s.join("fixtures/fddb")) else { return };
+    let Some(fddb) = common::shared().map(|s| s.join("fixtures/fddb")) else { return };
     let annotations = Annotations::read_folds(&fddb.join("FDDB-folds")).unwrap();
     let detections = Detections::read(&fddb.join("s3fd_result.txt.gz")).unwrap();
     let report = evaluate(&annotations, &detections, &PictureSizes::new(), &mut |_, _| {}).unwrap();

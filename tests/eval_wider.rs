@@ -1,7 +1,9 @@
 //! Published WIDER FACE figures of a real detector's result files, to four digits.
 #![cfg(feature = "eval")]
 
-use std::path::{Path, PathBuf};
+mod common;
+
+use std::path::Path;
 use std::process::Command;
 
 use farface::eval::coco;
@@ -10,17 +12,6 @@ use farface::eval::diagnose::diagnose;
 use farface::eval::wider::{read_published_curves, Evaluator, GroundTruth, Predictions, Report, Subset};
 #[cfg(feature = "cli")]
 use farface::eval::{plot::precision_recall_svg, PrCurve};
-
-/// The data that does not travel with the repository, or None where this machine lacks it.
-fn shared() -> Option<PathBuf> {
-    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
-    let path = std::env::var_os("FARFACE_SHARED").map_or(default, PathBuf::from);
-    if path.is_dir() {
-        return Some(path);
-    }
-    eprintln!("skipped: ../shared not found");
-    None
-}
 
 /// RetinaFace-mobile0.25's published result files for the 3,226 validation pictures.
 fn published_results(shared: &Path) -> Predictions {
@@ -45,7 +36,7 @@ fn assert_close(measured: [f64; 4], published: [f64; 4], tolerance: f64) {
 
 #[test]
 fn published_files_score_as_published() {
-    let Some(shared) = shared() else { return };
+    let Some(shared) = common::shared() else { return };
     let predictions = published_results(&shared);
     assert_eq!(predictions.len(), 3226);
     let gt = GroundTruth::from_mat(&shared.join("fixtures/wider")).unwrap();
@@ -62,7 +53,7 @@ fn published_files_score_as_published() {
 
 #[test]
 fn text_and_mat_annotations_agree() {
-    let Some(shared) = shared() else { return };
+    let Some(shared) = common::shared() else { return };
     let mat = GroundTruth::from_mat(&shared.join("fixtures/wider")).unwrap();
     let text = GroundTruth::from_text(&shared.join("fixtures/wider/wider_face_val_bbx_gt.txt.gz")).unwrap();
     assert!(mat.graded && !text.graded);
@@ -78,7 +69,7 @@ fn text_and_mat_annotations_agree() {
 
 #[test]
 fn a_subset_of_pictures_is_scored_alone() {
-    let Some(shared) = shared() else { return };
+    let Some(shared) = common::shared() else { return };
     let gt = GroundTruth::from_mat(&shared.join("fixtures/wider")).unwrap();
     let mut listed = GroundTruth::default();
     for list in ["wider_train_bbx_gt.txt", "wider_dev_bbx_gt.txt"] {
@@ -93,7 +84,7 @@ fn a_subset_of_pictures_is_scored_alone() {
 
 #[test]
 fn published_curves_enclose_their_stated_area() {
-    let Some(shared) = shared() else { return };
+    let Some(shared) = common::shared() else { return };
     let curves = shared.join("fixtures/wider/published-curves.json");
     for subset in [Subset::Easy, Subset::Medium, Subset::Hard] {
         let curves = read_published_curves(&curves, subset).unwrap();
@@ -108,7 +99,7 @@ fn published_curves_enclose_their_stated_area() {
 
 #[test]
 fn diagnosis_and_coco_figures_agree_with_the_protocol() {
-    let Some(shared) = shared() else { return };
+    let Some(shared) = common::shared() else { return };
     let gt = GroundTruth::from_mat(&shared.join("fixtures/wider")).unwrap();
     let predictions = published_results(&shared);
     let evaluator = Evaluator::new(&gt, &predictions, &mut |_, _| {});
@@ -139,7 +130,7 @@ fn diagnosis_and_coco_figures_agree_with_the_protocol() {
 #[cfg(feature = "cli")]
 #[test]
 fn curves_are_plotted_beside_the_published_ones() {
-    let Some(shared) = shared() else { return };
+    let Some(shared) = common::shared() else { return };
     let gt = GroundTruth::from_mat(&shared.join("fixtures/wider")).unwrap();
     let predictions = published_results(&shared);
     let curve = Evaluator::new(&gt, &predictions, &mut |_, _| {}).curve(Subset::Hard, 0.5).unwrap();

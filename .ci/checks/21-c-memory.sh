@@ -24,14 +24,17 @@ build lifetimes-asan tests/c/lifetimes.c -fsanitize=address,undefined -fno-sanit
 export FARFACE_ISA=avx2
 checker="valgrind --quiet --leak-check=full --show-leak-kinds=all --errors-for-leak-kinds=all --error-exitcode=9"
 "$work/detect" "$work/model.safetensors" "$work/picture.ppm" > "$work/wanted"
+[ -s "$work/wanted" ] || { echo "no face found"; exit 1; }
 $checker "$work/detect" "$work/model.safetensors" "$work/picture.ppm" > "$work/found"
 cmp "$work/wanted" "$work/found"
 $checker "$work/lifetimes" "$work/model.safetensors"
 echo "valgrind: clean"
 unset FARFACE_ISA
+"$work/detect" "$work/model.safetensors" "$work/picture.ppm" > "$work/wanted"
 
 export ASAN_OPTIONS=detect_leaks=1
 "$work/detect-asan" "$work/model.safetensors" "$work/picture.ppm" > "$work/found"
+cmp "$work/wanted" "$work/found"
 "$work/lifetimes-asan" "$work/model.safetensors"
 echo "AddressSanitizer: clean"
 

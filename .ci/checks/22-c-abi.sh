@@ -5,7 +5,8 @@ set -eu
 cd "$(dirname "$0")/../.."
 . .ci/c-common.sh
 
-tag=$(git describe --tags --abbrev=0 --match 'v[0-9]*' 2> /dev/null || true)
+git rev-parse HEAD > /dev/null
+tag=$(git tag --merged HEAD --sort=-v:refname --list 'v[0-9]*' | head -n 1)
 if [ -z "$tag" ]; then
     echo "no release tag yet: nothing to compare with"
     exit 0

@@ -12,6 +12,10 @@ set -eu
 
 [ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 prefix=$1
+case $prefix in
+/*) ;;
+*) echo "PREFIX must be absolute: $prefix" >&2; exit 2 ;;
+esac
 shift
 [ $# -gt 0 ] || set -- --no-default-features
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -23,7 +27,14 @@ abi=$(sed -n 's/^#define FARFACE_ABI_VERSION \([0-9]*\)/\1/p' include/farface.h)
 
 # Without the crate type for Rust programs, the whole library is optimised as one.
 ${CARGO:-cargo} rustc --release --lib --crate-type staticlib,cdylib "$@"
-built=${CARGO_TARGET_DIR:-target}/release
+triple=${CARGO_BUILD_TARGET:-}
+previous=
+for option in "$@"; do
+    if [ "$previous" = --target ]; then triple=$option; fi
+    case $option in --target=*) triple=${option#*=} ;; esac
+    previous=$option
+done
+built=${CARGO_TARGET_DIR:-target}/${triple:+$triple/}release
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -124,7 +124,7 @@ pub unsafe extern "C" fn farface_detect(
 ///
 /// A picture that fails does not keep the others from being searched. The result is FARFACE_OK
 /// where all went well, else the status of the first picture that did not, whose message
-/// farface_last_error() has.
+/// farface_last_error() has. Where the session cannot be entered at all, every status is the result.
 ///
 /// Ownership and threads as with farface_detect().
 /// Errors: those of the pictures; FARFACE_ERROR_INVALID_ARGUMENT where an array is NULL: no picture
@@ -159,9 +159,11 @@ pub unsafe extern "C" fn farface_detect_batch(
                 statuses.set(i, FARFACE_ERROR_INTERNAL); // until it was searched
             }
         }
+        let mut entered = false;
         // SAFETY: the caller's promise about `session`.
-        unsafe {
+        let result = unsafe {
             enter(session, |s| {
+                entered = true;
                 let mut first = Ok(());
                 for i in 0..image_count {
                     let part = faces.part(i * capacity, capacity);
@@ -173,7 +175,11 @@ pub unsafe extern "C" fn farface_detect_batch(
                 }
                 first
             })
+        };
+        if let (Err(failure), false) = (&result, entered) {
+            (0..statuses.len()).for_each(|i| statuses.set(i, failure.status()));
         }
+        result
     })
 }
 
@@ -189,7 +195,8 @@ pub unsafe extern "C" fn farface_detect_async(
 ) -> farface_status {
     guard(|| {
         let _ = cuda_stream; // NULL is CUDA's default stream
-                             // SAFETY: the caller's promise about `session`, `image` and its planes.
+
+        // SAFETY: the caller's promise about `session`, `image` and its planes.
         unsafe {
             enter(session, |s| {
                 view(image)?;

@@ -92,8 +92,9 @@ pub struct farface_rect {
 
 /// A picture in the caller's memory.
 ///
-/// The bytes read are, in each plane, those of the pixels alone: the last row needs no padding
-/// behind it. The caller keeps them in place and unchanged during the call.
+/// Of each plane, the bytes from the first row to the last pixel of the last one must be there,
+/// gaps between rows included; the last row needs no padding behind it. The caller keeps all of
+/// them in place and unchanged during the call.
 #[allow(non_camel_case_types)]
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]

@@ -3,7 +3,7 @@
 //! Every file but `guard` is one section of `include/farface.h`, in the order of [`SECTIONS`]: its
 //! module text is the section's introduction, its comments are the header's. Names are C's.
 //!
-//! Every entry goes through `guard::guard`, which catches panics and remembers the message of an
+//! Every entry that can fail goes through `guard::guard`, which catches panics and remembers the message of an
 //! error. Pointers are checked for NULL and alignment before use; that they point to what their
 //! type says is the caller's promise, which each function's comment states.
 

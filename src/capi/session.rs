@@ -110,9 +110,9 @@ pub unsafe extern "C" fn farface_session_get_options(
 }
 
 /// Changes the session's settings, from the next call on. Fields behind `options->struct_size`
-/// keep their values. Scores, overlaps and limits cost nothing; face sizes, pyramid, tiles and
-/// memory cap give up what was prepared, and the numbers of candidates, faces and threads some of
-/// it: warm up again where the next call must not take memory.
+/// keep their values. Scores and overlaps cost nothing. Face sizes, pyramid, tiles, memory cap and
+/// the numbers of candidates, faces and threads give up all that was prepared: warm up again where
+/// the next call must not take memory.
 ///
 /// Errors: as farface_session_create(); the settings then stay as they were.
 #[no_mangle]

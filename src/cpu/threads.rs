@@ -9,6 +9,8 @@ use std::thread::JoinHandle;
 
 /// Spins before a worker sleeps between jobs: some tens of microseconds.
 const SPINS_BEFORE_SLEEP: u32 = 4_000;
+/// Stack of a worker in bytes; stated, or the standard library would look for it in the environment.
+const STACK: usize = 2 << 20;
 /// Spins at a barrier before the thread offers its core to others.
 const SPINS_BEFORE_YIELD: u32 = 1_000;
 
@@ -100,7 +102,7 @@ impl Pool {
         let mut pool = Self { shared: Some(shared.clone()), workers: Vec::with_capacity(threads - 1) };
         for index in 1..threads {
             let shared = shared.clone();
-            let builder = std::thread::Builder::new().name(format!("farface-{index}"));
+            let builder = std::thread::Builder::new().name(format!("farface-{index}")).stack_size(STACK);
             pool.workers.push(builder.spawn(move || work(&shared, index))?);
         }
         Ok(pool)

@@ -10,9 +10,6 @@ use crate::pixels::Normalization;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Largest model file that is read: 2 GiB.
-pub const MAX_FILE_BYTES: u64 = 2 << 30;
-
 /// A model; cloning shares it.
 #[derive(Clone)]
 pub struct Model(Arc<Inner>);
@@ -28,18 +25,9 @@ struct Inner {
 
 impl Model {
     /// Loads a safetensors model file. Errors name the file and the tensor; a file above
-    /// [`MAX_FILE_BYTES`] is refused unread.
+    /// [`MAX_FILE_BYTES`](crate::graph::weights::MAX_FILE_BYTES) is refused unread.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let file = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
-        if !file.is_file() {
-            // A device or pipe may never end.
-            return Err(Error::InvalidModel(format!("{}: not a regular file", path.display())));
-        }
-        if file.len() > MAX_FILE_BYTES {
-            let (name, bytes) = (path.display(), file.len());
-            return Err(Error::LimitExceeded(format!("{name}: {bytes} bytes, at most {MAX_FILE_BYTES}")));
-        }
         Self::from_weights(&Weights::load(path)?).map_err(|e| match e {
             Error::InvalidModel(m) => Error::InvalidModel(format!("{}: {m}", path.display())),
             other => other,

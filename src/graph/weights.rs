@@ -6,6 +6,9 @@ use safetensors::tensor::{Dtype, SafeTensors};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+/// Largest model file that is read: 2 GiB.
+pub const MAX_FILE_BYTES: u64 = 2 << 30;
+
 /// One tensor: size in PyTorch's order, values as f32.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WeightTensor {
@@ -28,6 +31,15 @@ impl Weights {
     /// Reads a safetensors file; errors name the file.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        let file = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if !file.is_file() {
+            // A device or pipe may never end.
+            return Err(Error::InvalidModel(format!("{}: not a regular file", path.display())));
+        }
+        if file.len() > MAX_FILE_BYTES {
+            let (name, bytes) = (path.display(), file.len());
+            return Err(Error::LimitExceeded(format!("{name}: {bytes} bytes, at most {MAX_FILE_BYTES}")));
+        }
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
         Self::from_bytes(&bytes).map_err(|e| match e {
             Error::InvalidModel(m) => Error::InvalidModel(format!("{}: {m}", path.display())),
@@ -38,6 +50,10 @@ impl Weights {
     /// Reads safetensors from memory. F32, F16, BF16 and F64 become f32; integer tensors (such as
     /// PyTorch's `num_batches_tracked`) are passed over. A value that is not finite is an error.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        if bytes.len() as u64 > MAX_FILE_BYTES {
+            let n = bytes.len();
+            return Err(Error::LimitExceeded(format!("model of {n} bytes, at most {MAX_FILE_BYTES}")));
+        }
         let (_, header) = SafeTensors::read_metadata(bytes)
             .map_err(|e| Error::InvalidModel(format!("not a complete safetensors file: {e}")))?;
         let file = SafeTensors::deserialize(bytes)

@@ -72,7 +72,7 @@ def run(engines, commands, rounds, inner):
     workers, times, means = {}, {e: [] for e in engines}, {}
     for e in engines:
         w = subprocess.Popen(commands[e], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL, text=True, bufsize=1)
+                             text=True, bufsize=1)
         for line in w.stdout:
             if line.startswith("ready"):
                 means[e] = json.loads(line.split(None, 2)[2])
@@ -83,7 +83,7 @@ def run(engines, commands, rounds, inner):
     ours = means[engines[0]]
     for e in engines[1:]:
         for i, (a, b) in enumerate(zip(ours, means[e], strict=True)):
-            if abs(a - b) > 1e-3 * max(abs(b), 1e-3):
+            if not abs(a - b) <= 1e-3 * max(abs(b), 1e-3):
                 sys.exit(f"error: output {i} differs: {engines[0]} {a}, {e} {b}")
     for _ in range(rounds):
         for e, w in workers.items():

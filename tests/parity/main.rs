@@ -1,6 +1,8 @@
 //! The compiled engine against the plain-loop reference: every kernel, on every instruction set that
 //! this machine has, on one, two and three threads.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod fusion;
 mod kernels;
 mod random;

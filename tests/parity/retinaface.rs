@@ -26,13 +26,7 @@ fn retinaface() -> Graph {
 
 /// Folder of the published weights, or None (said aloud) where it is not there.
 fn fixture() -> Option<PathBuf> {
-    let shared = std::env::var_os("FARFACE_SHARED")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")), PathBuf::from);
-    let folder = shared.join("fixtures/retinaface-mobile025");
-    if !folder.exists() {
-        println!("skipped: ../shared not found");
-        return None;
-    }
+    let folder = crate::common::shared()?.join("fixtures/retinaface-mobile025");
     Some(folder)
 }
 

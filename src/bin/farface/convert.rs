@@ -80,8 +80,8 @@ fn refuse_checkpoints(path: &Path) -> Result<()> {
     let mut start = [0; 4];
     let mut file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
     let n = file.read(&mut start).with_context(|| path.display().to_string())?;
-    // A zip archive, or a pickle of protocol 2 and later.
-    if start[..n].starts_with(b"PK") || start[..n].starts_with(&[0x80, 2]) {
+    // A zip archive, or torch.save's old format; as a header's length either would be above 60 MB.
+    if matches!(&start[..n], b"PK\x03\x04" | [0x80, 2, 0x8a, 0x0a]) {
         bail!(
             "{}: this is a PyTorch checkpoint; save its state_dict with safetensors.torch.save_file first",
             path.display()

@@ -41,7 +41,7 @@ pub struct Args {
     #[arg(long, short, value_name = "DIR")]
     output: Option<PathBuf>,
     /// Write the score in percent on every box drawn
-    #[arg(long)]
+    #[arg(long, requires = "output")]
     labels: bool,
     /// Print a JSON object a picture, one a line
     #[arg(long, group = "format")]
