@@ -113,8 +113,9 @@ uint32_t farface_abi_version(void);
  * unless its comment says otherwise; handles asked for are set to NULL.
  *
  * A bug inside the library is caught at this border, told on the standard error and returned as
- * FARFACE_ERROR_INTERNAL. The one exception is a system that refuses memory: the process is then
- * aborted, as most systems do by themselves. The memory cap of a session keeps far from that.
+ * FARFACE_ERROR_INTERNAL. A system that refuses the memory of a picture's maps is
+ * FARFACE_ERROR_LIMIT_EXCEEDED; one that refuses even the small buffers beside them aborts the
+ * process, as most systems do by themselves. The memory cap of a session keeps far from both.
  */
 
 /** Result of a call: FARFACE_OK or one of the FARFACE_ERROR_ codes. Later versions may add codes. */

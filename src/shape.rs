@@ -65,7 +65,7 @@ pub fn conv_out(
 ) -> Option<usize> {
     let window = dilation.checked_mul(kernel.checked_sub(1)?)?.checked_add(1)?;
     let padded = input.checked_add(pad_begin)?.checked_add(pad_end)?;
-    Some(padded.checked_sub(window)? / stride + 1)
+    Some(padded.checked_sub(window)?.checked_div(stride)? + 1)
 }
 
 /// Output length of a transposed convolution along one axis:

@@ -84,6 +84,30 @@ fn threads_do_not_change_a_bit() {
 }
 
 #[test]
+fn threads_and_limits_may_change_between_calls() {
+    let model = model();
+    let pixels = picture(97, 83);
+    let view = rgb(&pixels, 97, 83);
+    let mut session = Session::with_options(&model, all(&model)).unwrap();
+    let one = session.detect(&view).unwrap().to_vec();
+    for threads in [2, 1, 3] {
+        session.set_options(Options { threads, ..all(&model) }).unwrap();
+        assert_eq!(one, session.detect(&view).unwrap(), "{threads} threads");
+    }
+    session.set_options(Options { max_faces: 5, max_candidates: 40, ..all(&model) }).unwrap();
+    assert_eq!(one[..5], *session.detect(&view).unwrap());
+}
+
+#[test]
+fn levels_that_no_wanted_face_fits_do_not_count_against_the_caps() {
+    let model = model();
+    let pyramid = Pyramid::Octaves { min: -4.0, max: 2.0, step: 1.0 };
+    let options = Options { pyramid, min_face_px: 2000.0, ..Options::for_model(model.config()) };
+    let session = Session::with_options(&model, options).unwrap();
+    assert!(session.workspace_bytes(20_000, 20_000).is_ok());
+}
+
+#[test]
 fn a_stored_picture_and_its_orientation_give_the_upright_boxes_back() {
     let model = model();
     let (w, h) = (160, 96);

@@ -1,5 +1,6 @@
 //! One block of memory a session, and the views of tensors in it.
 
+use crate::error::{Error, Result};
 use crate::shape::{Shape, Tensor};
 
 /// A tensor inside the arena: channels-last, with a border of zeros (halo) around every image so
@@ -94,19 +95,23 @@ impl Arena {
     /// Aligned copy of `values`, zero-filled to whole lines (packed weights).
     pub fn from_slice(values: &[f32]) -> Self {
         let mut arena = Self::default();
-        arena.reserve(values.len());
+        arena.lines.resize(values.len().div_ceil(16), Line([0.0; 16]));
         arena.floats_mut()[..values.len()].copy_from_slice(values);
         arena
     }
 
-    /// Grows to at least `floats`; never shrinks.
-    pub fn reserve(&mut self, floats: usize) {
+    /// Grows to at least `floats`; never shrinks. An error where the system refuses the memory.
+    pub fn reserve(&mut self, floats: usize) -> Result<()> {
         let lines = floats.div_ceil(16);
         if lines > self.lines.len() {
             // A larger plan needs none of the old contents: free first, so that the peak is the new size.
             self.lines = Vec::new();
-            self.lines = vec![Line([0.0; 16]); lines];
+            let no_memory =
+                |_| Error::LimitExceeded(format!("the system has no {} bytes of memory to give", lines * 64));
+            self.lines.try_reserve_exact(lines).map_err(no_memory)?;
+            self.lines.resize(lines, Line([0.0; 16]));
         }
+        Ok(())
     }
 
     /// Frees everything.

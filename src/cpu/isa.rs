@@ -3,7 +3,8 @@
 use std::sync::OnceLock;
 
 /// Instruction sets that kernels exist for, weakest first. An `Isa` other than [`Isa::Generic`] is
-/// only handed out by [`detected`] and [`Isa::supported`], so holding one is proof that this CPU runs it.
+/// only handed out by [`detected`] and [`Isa::supported`] (no other crate can write one down), so holding one is
+/// proof that this CPU runs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Isa {
@@ -11,12 +12,15 @@ pub enum Isa {
     Generic,
     /// AArch64 Advanced SIMD.
     #[cfg(target_arch = "aarch64")]
+    #[non_exhaustive]
     Neon,
     /// AVX2 with FMA.
     #[cfg(target_arch = "x86_64")]
+    #[non_exhaustive]
     Avx2,
     /// AVX-512F.
     #[cfg(target_arch = "x86_64")]
+    #[non_exhaustive]
     Avx512,
 }
 

@@ -5,11 +5,11 @@ pub mod arena;
 pub(crate) mod conv;
 pub mod isa;
 mod kernels;
-pub mod program;
+pub(crate) mod program;
 pub(crate) mod simple;
 pub mod threads;
 
 pub use arena::{Arena, View};
 pub use isa::Isa;
-pub use program::{Op, Program};
+pub(crate) use program::{Op, Program};
 pub use threads::Pool;

@@ -124,7 +124,10 @@ impl Op {
             Kind::Resize { .. } => (s.n, s.c) == (out.n, out.c),
             Kind::Add { .. } => inputs.len() <= 2 && inputs.iter().all(|v| v.shape == out),
             Kind::Crop { corner } => {
-                (s.n, s.c) == (out.n, out.c) && corner[0] + out.h <= s.h && corner[1] + out.w <= s.w
+                let fits = |from: usize, size: usize, all: usize| {
+                    from.checked_add(size).is_some_and(|end| end <= all)
+                };
+                (s.n, s.c) == (out.n, out.c) && fits(corner[0], out.h, s.h) && fits(corner[1], out.w, s.w)
             }
             Kind::Sigmoid => s == out,
             Kind::Softmax(k) => s == out && *k > 0 && s.c % k == 0,
@@ -212,11 +215,6 @@ impl Program {
         Ok(Self { steps: checked, inputs, floats, kernels: Kernels::of(isa) })
     }
 
-    /// The ISA whose kernels run.
-    pub fn isa(&self) -> Isa {
-        self.kernels.isa
-    }
-
     /// Floats the arena must hold.
     pub fn floats(&self) -> usize {
         self.floats
@@ -238,11 +236,6 @@ impl Program {
     /// Number of steps.
     pub fn len(&self) -> usize {
         self.steps.len()
-    }
-
-    /// True without steps.
-    pub fn is_empty(&self) -> bool {
-        self.steps.is_empty()
     }
 
     /// Runs all steps on all threads of the pool.

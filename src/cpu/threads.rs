@@ -1,6 +1,6 @@
 //! A small pool for one caller at a time: the caller and its workers run the same function side by
-//! side and meet at barriers. Work is split statically, so there is no queue and no lock in the
-//! hot path. Workers spin for a moment between jobs and then sleep until the next.
+//! side and meet at barriers. Work is split statically, so there is no queue and no lock between
+//! the steps of a job. Workers spin for a moment between jobs and then sleep until the next.
 
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
@@ -152,6 +152,25 @@ impl Pool {
     }
 }
 
+/// Hands one item to every thread: `items` of at least as many as there are threads.
+struct Items<T>(*mut T);
+// SAFETY: each thread takes the item of its own index alone, and the items may change threads.
+unsafe impl<T: Send> Sync for Items<T> {}
+
+impl Pool {
+    /// Runs `job` on every thread with an item of its own.
+    pub fn run_each<T: Send>(&mut self, items: &mut [T], job: impl Fn(&Team, &mut T) + Sync) {
+        assert!(items.len() >= self.threads(), "an item for every thread");
+        let items = Items(items.as_mut_ptr());
+        self.run(&|team| {
+            let items = &items;
+            // SAFETY: there are as many items as threads, an index is one thread's alone, and the
+            // borrow of `items` outlives the run.
+            job(team, unsafe { &mut *items.0.add(team.index) });
+        });
+    }
+}
+
 fn run_guarded(shared: &Shared, index: usize, job: &(dyn Fn(&Team) + Sync)) -> std::thread::Result<()> {
     let team = Team { index, threads: shared.threads, shared: Some(shared) };
     let result = catch_unwind(AssertUnwindSafe(|| job(&team)));
@@ -182,7 +201,10 @@ fn work(shared: &Shared, index: usize) {
         seen = shared.epoch.load(Ordering::Acquire);
         if let Some(Job(job)) = job {
             // SAFETY: Pool::run waits for `running` to reach 0 before the job's borrow ends.
-            let _ = run_guarded(shared, index, unsafe { &*job });
+            if let Err(panic) = run_guarded(shared, index, unsafe { &*job }) {
+                // Its drop could panic again, and then nobody would count this thread down.
+                std::mem::forget(panic);
+            }
         }
         shared.running.fetch_sub(1, Ordering::AcqRel);
     }

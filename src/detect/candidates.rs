@@ -4,7 +4,7 @@ use super::face::Face;
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
-/// A candidate and when it came, which breaks ties of the score.
+/// A candidate and when it came, which breaks the last ties.
 #[derive(Clone, Copy)]
 pub(crate) struct Ranked {
     pub face: Face,
@@ -14,7 +14,16 @@ pub(crate) struct Ranked {
 // "Greater" is worse, so that the heap's top is the first to go and ascending order is best first.
 impl Ord for Ranked {
     fn cmp(&self, other: &Self) -> Ordering {
-        other.face.score.total_cmp(&self.face.score).then(self.order.cmp(&other.order))
+        // Equal scores by place, which does not depend on how the picture was cut into tiles.
+        let place = |r: &Self| [r.face.bbox.y1, r.face.bbox.x1, r.face.bbox.y2, r.face.bbox.x2];
+        let (a, b) = (place(self), place(other));
+        let places = a.iter().zip(&b).map(|(a, b)| a.total_cmp(b));
+        other
+            .face
+            .score
+            .total_cmp(&self.face.score)
+            .then_with(|| places.fold(Ordering::Equal, Ordering::then))
+            .then(self.order.cmp(&other.order))
     }
 }
 impl PartialOrd for Ranked {

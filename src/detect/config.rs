@@ -167,8 +167,9 @@ impl ModelConfig {
         if !(unit(self.score_threshold) && unit(self.eval_score_threshold) && unit(self.nms_iou)) {
             return bad("thresholds must lie in 0..1");
         }
-        if self.max_candidates == 0 || self.max_candidates > 1_000_000 {
-            return bad("max_candidates must lie in 1..1000000");
+        // Work grows with their square where all boxes stay: a file must not ask for hours.
+        if self.max_candidates == 0 || self.max_candidates > 50_000 {
+            return bad("max_candidates must lie in 1..50000");
         }
         let [min, max] = self.detectable_px;
         if !(min > 0.0 && max >= min && max.is_finite()) {

@@ -180,7 +180,7 @@ impl Cell {
 
     fn bucket(&self, buckets: usize, dx: i64, dy: i64) -> usize {
         let mut h = self.octave as u64;
-        for v in [self.x + dx, self.y + dy] {
+        for v in [self.x.wrapping_add(dx), self.y.wrapping_add(dy)] {
             h = (h ^ v as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             h ^= h >> 29;
         }

@@ -54,8 +54,16 @@ fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
         Pyramid::Auto if !limited => (PyramidPolicy::Scales(vec![1.0]), 1.0),
         Pyramid::Auto => (PyramidPolicy::Faces { faces, detectable }, min / faces.min),
         Pyramid::Octaves { min, max, step } => {
-            let policy = PyramidPolicy::Octaves { min: min.into(), max: max.into(), step: step.into() };
-            (policy, f64::from(max).exp2())
+            let [min, mut max, step] = [min, max, step].map(f64::from);
+            // Levels on which even the smallest face wanted is too large are not asked for at all.
+            let most = if limited { detectable.max / faces.min * (1.0 + 1e-9) } else { f64::INFINITY };
+            while max.exp2() > most && max >= min && step > 0.0 {
+                max -= step;
+            }
+            if max < min && limited {
+                return Ok(Vec::new());
+            }
+            (PyramidPolicy::Octaves { min, max, step }, max.exp2())
         }
     };
     let mut levels = pyramid(size, &policy, &PyramidLimits::default())?;
@@ -78,6 +86,17 @@ fn grid(model: &Model, options: &Options, level: Size, budget: u64) -> Result<Ti
     let align = reach.stride[0].max(reach.stride[1]);
     let halo = reach.pixels[0].max(reach.pixels[1]);
     let network = model.network();
+    if halo == usize::MAX {
+        // An output sees the whole picture: it cannot be cut.
+        let need = Plan::arena_bytes(network, &[input_shape(level)])? as u64;
+        if need > budget {
+            return Err(Error::LimitExceeded(format!(
+                "{}x{} px need {need} bytes and this network's pictures cannot be cut; raise the memory cap",
+                level.width, level.height
+            )));
+        }
+        return TileGrid::new(level, level, 1, 0);
+    }
     let bytes = |s: Size| Plan::arena_bytes(network, &[input_shape(s)]).ok().map(|b| b as u64);
     let fits = largest_tile(level, align, halo, budget, bytes)?;
     let tile = match options.tile_px {

@@ -17,7 +17,6 @@ use crate::error::{Error, Result};
 use crate::graph::Plan;
 use crate::pixels::{fill, DstRows, ImageView, Placement, Rect, Scratch, Size};
 use std::ops::Range;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Picture sizes whose preparation is kept.
@@ -106,15 +105,24 @@ impl Session {
     /// Changes the settings. What was prepared or warmed up is given up where the change concerns it.
     pub fn set_options(&mut self, options: Options) -> Result<()> {
         options.check()?;
-        if options.thread_count() != self.pool.threads() {
+        let threads = options.thread_count() != self.pool.threads();
+        if threads {
             self.pool = new_pool(&options)?;
-            self.scratch = Vec::new();
         }
+        let buffers_of = |o: &Options| (o.max_candidates, o.max_faces);
         let plan_of = |o: &Options| (o.min_face_px, o.max_face_px, o.pyramid, o.tile_px, o.memory_cap);
-        if plan_of(&options) != plan_of(&self.options) {
+        let buffers = buffers_of(&options) != buffers_of(&self.options);
+        if buffers {
+            self.candidates = Candidates::default();
+            self.nms = Nms::default();
+            self.faces = Vec::new();
+        }
+        // Every one of these counts against the memory cap, and so do the rows of each thread.
+        if buffers || threads || plan_of(&options) != plan_of(&self.options) {
             self.prepared.clear();
             self.plans.clear();
             self.arena.clear();
+            self.scratch = Vec::new();
         }
         self.options = options;
         Ok(())
@@ -202,7 +210,7 @@ impl Session {
                 let candidates = &mut self.candidates;
                 let maps = &maps[..outputs.len()];
                 detector.decode(maps, &window, self.options.score_threshold, &mut |face| {
-                    if face.score > candidates.floor() {
+                    if face.score >= candidates.floor() {
                         let face = face.placed(offset, to_upright);
                         if wanted(&face, limits) {
                             candidates.push(face);
@@ -247,16 +255,16 @@ impl Session {
     /// Index of what is prepared for this size; prepares it where it is not.
     fn prepare(&mut self, size: Size) -> Result<usize> {
         self.calls += 1;
-        self.candidates.reserve(self.options.max_candidates);
-        self.nms.reserve(self.options.max_candidates);
-        if self.faces.capacity() < self.face_capacity() {
-            self.faces = Vec::with_capacity(self.face_capacity());
-        }
         if let Some(i) = self.prepared.iter().position(|p| p.size == size) {
             self.prepared[i].used = self.calls;
             return Ok(i);
         }
         let (passes, plans) = self.fit(size)?;
+        self.candidates.reserve(self.options.max_candidates);
+        self.nms.reserve(self.options.max_candidates);
+        if self.faces.capacity() < self.face_capacity() {
+            self.faces = Vec::with_capacity(self.face_capacity());
+        }
         if self.prepared.is_empty() {
             self.prepared.reserve_exact(KEPT_SIZES);
         }
@@ -277,7 +285,7 @@ impl Session {
             }
         }
         let floats = self.plans.iter().map(|(_, p)| p.floats()).max().unwrap_or(0);
-        self.arena.reserve(floats);
+        self.arena.reserve(floats)?;
         if self.scratch.is_empty() {
             self.scratch = (0..self.pool.threads()).map(|_| Scratch::default()).collect();
         }
@@ -422,34 +430,33 @@ fn fill_input(
     pool: &mut Pool,
     scratch: &mut [Scratch],
 ) -> Result<()> {
-    type Share<'a> = (Range<usize>, &'a mut [f32], &'a mut Scratch);
+    struct Share<'a> {
+        rows: Range<usize>,
+        data: &'a mut [f32],
+        scratch: Option<&'a mut Scratch>,
+        result: Result<()>,
+    }
     let threads = pool.threads();
     let height = window.height;
     let mut rest = &mut arena.floats_mut()[input.offset..];
     let mut scratches = scratch.iter_mut();
     let mut done = 0;
-    let shares: [Mutex<Option<Share>>; MAX_THREADS] = std::array::from_fn(|i| {
-        if i >= threads {
-            return Mutex::new(None);
-        }
-        let end = height * (i + 1) / threads;
+    // On the stack; the entries past the threads stay empty.
+    let mut shares: [Share; MAX_THREADS] = std::array::from_fn(|i| {
+        let end = height * (i + 1).min(threads) / threads;
         let rows = std::mem::replace(&mut done, end)..end;
         let floats = (rows.len() * input.row).min(rest.len());
-        let (mine, others) = std::mem::take(&mut rest).split_at_mut(floats);
+        let (data, others) = std::mem::take(&mut rest).split_at_mut(floats);
         rest = others;
-        Mutex::new(scratches.next().map(|s| (rows, mine, s)))
+        Share { rows, data, scratch: scratches.next(), result: Ok(()) }
     });
-    let failure = Mutex::new(None);
-    pool.run(&|team| {
-        let share = shares[team.index].lock().unwrap_or_else(|e| e.into_inner()).take();
-        let Some((rows, data, scratch)) = share else { return };
-        let mut dst = DstRows::new(data, input.row, input.pixel);
-        if let Err(e) = fill(image, level, window, rows, norm, &mut dst, scratch) {
-            *failure.lock().unwrap_or_else(|e| e.into_inner()) = Some(e);
-        }
+    pool.run_each(&mut shares, |_, share| {
+        let Some(scratch) = share.scratch.as_deref_mut() else {
+            share.result = Err(Error::Internal("a thread without row buffers".into()));
+            return;
+        };
+        let mut dst = DstRows::new(share.data, input.row, input.pixel);
+        share.result = fill(image, level, window, share.rows.clone(), norm, &mut dst, scratch);
     });
-    match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
-        Some(e) => Err(e),
-        None => Ok(()),
-    }
+    shares.into_iter().try_for_each(|share| share.result)
 }

@@ -2,7 +2,7 @@
 
 use super::build::{Graph, Node, NodeId};
 use super::weights::Weights;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layers::Layer;
 
 /// Weight and bias of a convolution-like node, in the layer's PyTorch order; bias zeros where the
@@ -81,6 +81,14 @@ pub(crate) fn fold_batchnorm(
     weights: &Weights,
 ) -> Result<()> {
     let (scale, shift) = scale_and_shift(graph, node, eps, weights)?;
+    if scale.len() != affine.bias.len() {
+        return Err(Error::InvalidModel(format!(
+            "layer {}: batchnorm of {} channels after a layer of {}",
+            node.name,
+            scale.len(),
+            affine.bias.len()
+        )));
+    }
     match affine.layout {
         Layout::OutFirst => {
             let each = affine.weight.len() / scale.len();

@@ -94,7 +94,7 @@ impl Uses {
     }
 }
 
-/// Moves an activation that follows a concatenation in front of it, onto every part, where the
+/// Moves an activation that follows a concatenation in front of it, onto every part, so that the
 /// convolutions that make the parts can absorb it: relu(concat(a, b)) = concat(relu(a), relu(b)).
 fn activate_before_concat(graph: &Graph) -> Graph {
     let uses = Uses::of(graph);

@@ -155,7 +155,7 @@ impl Plan {
         if planned != given {
             return Err(Error::InvalidArgument(format!("planned for inputs {planned}, got {given}")));
         }
-        arena.reserve(self.floats());
+        arena.reserve(self.floats())?;
         self.inputs.iter().zip(inputs).for_each(|(view, tensor)| arena.write(view, tensor));
         self.run(arena, pool);
         Ok(self.outputs.iter().map(|view| arena.read(view)).collect())

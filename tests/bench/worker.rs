@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let shape = Shape::new(1, 3, height.parse()?, width.parse()?);
     let plan = Plan::new(model.network(), &[shape])?;
     let mut arena = Arena::default();
-    arena.reserve(plan.floats());
+    arena.reserve(plan.floats())?;
     let mut pool = Pool::new(threads.parse()?)?;
     let input = plan.inputs()[0];
     let mut pixel = 0usize;

@@ -67,7 +67,7 @@ impl Parity {
             let network =
                 Compiled::new(graph, weights, *isa).unwrap_or_else(|e| panic!("{}: {e}", context()));
             let plan = Plan::new(&network, &shapes).unwrap_or_else(|e| panic!("{}: {e}", context()));
-            self.arena.reserve(plan.floats() + 64);
+            self.arena.reserve(plan.floats() + 64).unwrap();
             let mut first: Option<Vec<Tensor>> = None;
             for (pool, fill) in self.pools.iter_mut().zip(FILLS) {
                 self.arena.floats_mut().fill(fill);

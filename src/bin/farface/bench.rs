@@ -177,7 +177,7 @@ fn layers(args: &Args, model: &Model, options: &Options, view: &ImageView<'_>) -
     let plan = Plan::new(model.network(), &input)?;
     let mut pool = Pool::new(options.threads)?;
     let mut arena = Arena::default();
-    arena.reserve(plan.floats());
+    arena.reserve(plan.floats())?;
     // Some values, not zeros: denormal or zero inputs would not be typical.
     arena.floats_mut().iter_mut().enumerate().for_each(|(i, v)| *v = (i % 251) as f32 - 125.0);
     plan.run(&mut arena, &mut pool);

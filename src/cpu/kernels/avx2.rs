@@ -67,5 +67,5 @@ impl Vector for F32x8 {
     }
 }
 
-isa_kernels!(crate::cpu::Isa::Avx2, F32x8, #[target_feature(enable = "avx2,fma")],
+isa_kernels!(F32x8, #[target_feature(enable = "avx2,fma")],
     wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);

@@ -64,5 +64,5 @@ impl Vector for F32x16 {
     }
 }
 
-isa_kernels!(crate::cpu::Isa::Avx512, F32x16, #[target_feature(enable = "avx512f")],
+isa_kernels!(F32x16, #[target_feature(enable = "avx512f")],
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);

@@ -57,4 +57,4 @@ impl Vector for F32x4 {
     }
 }
 
-isa_kernels!(crate::cpu::Isa::Generic, F32x4, , wide: [4 3 2 1], narrow: [4 3 2 1]);
+isa_kernels!(F32x4, , wide: [4 3 2 1], narrow: [4 3 2 1]);

@@ -37,7 +37,8 @@ pub(crate) trait Vector: Copy {
     unsafe fn mul(self, b: Self) -> Self;
     /// `self + a * b`; fused where the ISA has it.
     unsafe fn mul_add(self, a: Self, b: Self) -> Self;
-    /// Lane-wise maximum; `b` where either is NaN.
+    /// Lane-wise maximum; `b` where either is NaN. Values that are not finite are outside the kernels'
+    /// contract: weights and pixels are finite, and no result depends on which of two NaNs wins.
     unsafe fn max(self, b: Self) -> Self;
 
     /// Loads `n` lanes, `n <= LANES`.
@@ -69,8 +70,6 @@ pub(crate) trait Vector: Copy {
 
 /// The kernels of one ISA.
 pub(crate) struct Kernels {
-    /// The ISA they are compiled for.
-    pub isa: Isa,
     /// Lanes of its registers: weights are packed in panels of one or two of them.
     pub lanes: usize,
     /// Convolution, rows x output-channel panels.
@@ -103,7 +102,7 @@ impl Kernels {
 /// Compiles the bodies for one ISA and makes its table. `wide` and `narrow` list the tile heights
 /// (pixels) for panels of two registers and of one; the first is the tallest that fits the register file.
 macro_rules! isa_kernels {
-    ($isa:expr, $vector:ty, $(#[$attr:meta])?, wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
+    ($vector:ty, $(#[$attr:meta])?, wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
         $(#[$attr])?
         unsafe fn tile_wide<const MR: usize>(t: &$crate::cpu::kernels::conv::Tile) {
             // SAFETY: the caller keeps the contract of the function called.
@@ -169,7 +168,6 @@ macro_rules! isa_kernels {
         }
 
         pub(super) static KERNELS: $crate::cpu::kernels::Kernels = $crate::cpu::kernels::Kernels {
-            isa: $isa,
             lanes: <$vector as $crate::cpu::kernels::Vector>::LANES,
             conv,
             depthwise,

@@ -66,5 +66,5 @@ impl Vector for F32x4 {
     }
 }
 
-isa_kernels!(crate::cpu::Isa::Neon, F32x4, #[target_feature(enable = "neon")],
+isa_kernels!(F32x4, #[target_feature(enable = "neon")],
     wide: [12 11 10 9 8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);

@@ -113,7 +113,10 @@ impl Crop {
     /// Output shape.
     pub fn out_shape(&self, inputs: &[Shape]) -> Result<Shape> {
         match inputs {
-            [x, like] if self.top + like.h <= x.h && self.left + like.w <= x.w => {
+            [x, like]
+                if self.top.checked_add(like.h).is_some_and(|end| end <= x.h)
+                    && self.left.checked_add(like.w).is_some_and(|end| end <= x.w) =>
+            {
                 Ok(Shape { h: like.h, w: like.w, ..*x })
             }
             _ => Err(Error::InvalidModel(format!(

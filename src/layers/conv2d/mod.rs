@@ -108,6 +108,7 @@ impl Conv2d {
 
     /// Output shape.
     pub fn out_shape(&self, x: Shape) -> Result<Shape> {
+        expect_groups("conv2d", self.groups, self.in_channels, self.out_channels)?;
         if x.c != self.in_channels {
             return Err(Error::InvalidModel(format!(
                 "conv2d expects {} channels, got {}",

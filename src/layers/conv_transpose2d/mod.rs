@@ -36,6 +36,7 @@ impl ConvTranspose2d {
 
     /// Output shape.
     pub fn out_shape(&self, x: Shape) -> Result<Shape> {
+        expect_groups("conv_transpose2d", self.groups, self.in_channels, self.out_channels)?;
         if x.c != self.in_channels {
             return Err(Error::InvalidModel(format!(
                 "conv_transpose2d expects {} channels, got {}",
@@ -46,6 +47,7 @@ impl ConvTranspose2d {
         let h = conv_transpose_out(x.h, self.kernel[0], self.stride[0], 1, t, b, 0);
         let w = conv_transpose_out(x.w, self.kernel[1], self.stride[1], 1, l, r, 0);
         match (h, w) {
+            _ if self.stride.contains(&0) => Err(Error::InvalidModel("conv_transpose2d of stride 0".into())),
             (Some(h), Some(w)) => Ok(Shape::new(x.n, self.out_channels, h, w)),
             _ => Err(Error::InvalidModel(format!("conv_transpose2d leaves nothing of input {x}"))),
         }
