@@ -2,7 +2,7 @@
 """Our network against ONNX Runtime and OpenVINO: same weights, same picture, interleaved in one run.
 
     pip install numpy onnx onnxruntime openvino safetensors
-    python3 tests/bench/compare.py WEIGHTS.safetensors [--size 640x480] [--threads 1 2] [--rounds 12] [--inner 5]
+    python3 tests/bench/compare.py WEIGHTS.safetensors [--size 640x480] [--threads 1 2] [--rounds 12] [--inner 5] [--ours WORKER]
 
 WEIGHTS are the published RetinaFace (MobileNet-V1 x0.25). Every engine runs in a process of its own
 with its threads capped; rounds go engine by engine, so that all see the same noise. At one thread the processor
@@ -106,12 +106,15 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--inner", type=int, default=5)
+    parser.add_argument("--ours", metavar="PATH", help="a bench_worker built elsewhere, instead of building it")
     args = parser.parse_args()
     width, height = args.size.split("x")
     root = os.path.dirname(os.path.dirname(HERE))
-    subprocess.run(["cargo", "build", "--release", "--quiet", "--example", "bench_worker"], cwd=root, check=True)
-    worker = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(root, "target")),
-                          "release/examples/bench_worker")
+    worker = args.ours
+    if not worker:
+        subprocess.run(["cargo", "build", "--release", "--quiet", "--example", "bench_worker"], cwd=root, check=True)
+        worker = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(root, "target")),
+                              "release/examples/bench_worker")
     with tempfile.TemporaryDirectory() as folder:
         onnx = os.path.join(folder, "network.onnx")
         subprocess.run([sys.executable, os.path.join(HERE, "retinaface_onnx.py"), args.weights, onnx, width, height],
