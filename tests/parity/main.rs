@@ -1,7 +1,7 @@
 //! The compiled engine against the plain-loop reference: every kernel, on every instruction set that
 //! this machine has, on one, two and three threads.
 
-#[path = "../common/mod.rs"]
+#[path = "../common/shared.rs"]
 mod common;
 mod fusion;
 mod kernels;
