@@ -1,5 +1,5 @@
 //! What several test files need.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)] // no test file needs all of it
 
 #[cfg(unix)]
 pub mod c;
