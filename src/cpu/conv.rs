@@ -7,8 +7,7 @@ use super::kernels::conv::{panel_registers, panels, ConvArgs};
 use super::kernels::depthwise::DepthwiseArgs;
 use super::kernels::Kernels;
 use super::simple::blends;
-use super::threads::Team;
-use std::ops::Range;
+use super::threads::{for_images, Team};
 
 /// Weights walked together while a block of rows is computed: half of a 2 MiB second-level cache,
 /// in floats.
@@ -210,17 +209,6 @@ impl ConvTables {
     pub fn bytes(&self) -> usize {
         self.taps.capacity() * size_of::<usize>()
             + (self.add_rows.capacity() + self.add_columns.capacity()) * 4
-    }
-}
-
-/// Splits a range of rows counted over all images into (image, rows of it).
-pub(crate) fn for_images(rows: Range<usize>, height: usize, mut f: impl FnMut(usize, Range<usize>)) {
-    let mut y = rows.start;
-    while y < rows.end {
-        let n = y / height;
-        let end = rows.end.min((n + 1) * height);
-        f(n, y - n * height..end - n * height);
-        y = end;
     }
 }
 

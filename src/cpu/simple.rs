@@ -2,10 +2,9 @@
 //! convolution, RoIAlign, and the zeroing of halos.
 
 use super::arena::{Arena, View};
-use super::conv::for_images;
 use super::kernels::simple::{Blend, PoolArgs, ResizeArgs, RowArgs};
 use super::kernels::Kernels;
-use super::threads::Team;
+use super::threads::{for_images, Team};
 
 /// Source positions along one axis, as PyTorch computes them. Nearest: floor(dst * (in/out)) with the
 /// ratio rounded to f32. Bilinear: half-pixel centres, clamped at the edges.

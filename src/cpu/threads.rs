@@ -75,6 +75,21 @@ impl Team<'_> {
     }
 }
 
+/// Splits a range of rows counted over all images into (image, rows of it).
+pub(crate) fn for_images(
+    rows: std::ops::Range<usize>,
+    height: usize,
+    mut f: impl FnMut(usize, std::ops::Range<usize>),
+) {
+    let mut y = rows.start;
+    while y < rows.end {
+        let n = y / height;
+        let end = rows.end.min((n + 1) * height);
+        f(n, y - n * height..end - n * height);
+        y = end;
+    }
+}
+
 /// Threads of one session. With one thread there are no workers, no locks and no system calls.
 pub struct Pool {
     shared: Option<Arc<Shared>>,
