@@ -3,6 +3,8 @@
 
 pub mod arena;
 pub(crate) mod conv;
+#[cfg(feature = "train")]
+pub mod dense;
 pub mod isa;
 mod kernels;
 pub(crate) mod program;

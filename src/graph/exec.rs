@@ -75,6 +75,68 @@ pub fn forward<T: Real>(layer: &Layer, inputs: &[&Tensor<T>], params: &[&[T]]) -
     }
 }
 
+/// One layer's plain backward pass: adds to `dxs` (one an input; None where it is not wanted or only gives a size) and
+/// to `dparams` (as `params`). `y` is the output, `dy` its gradient. Batch normalisation uses the running statistics.
+#[cfg(feature = "train")]
+pub fn backward<T: Real>(
+    layer: &Layer,
+    inputs: &[&Tensor<T>],
+    params: &[&[T]],
+    y: &Tensor<T>,
+    dy: &Tensor<T>,
+    dxs: &mut [Option<Tensor<T>>],
+    dparams: &mut [Vec<T>],
+) -> Result<()> {
+    let wrong = || Error::Internal(format!("{} got other inputs or parameters than it takes", layer.kind()));
+    let x = *inputs.first().ok_or_else(wrong)?;
+    let (first, rest) = dxs.split_first_mut().ok_or_else(wrong)?;
+    let (dw, more) = match dparams.split_first_mut() {
+        Some((dw, more)) => (Some(dw), more),
+        None => (None, &mut [][..]),
+    };
+    let weight = || params.first().copied().ok_or_else(wrong);
+    match layer {
+        Layer::Conv2d(l) => {
+            l.backward(x, weight()?, dy, first.as_mut(), dw.ok_or_else(wrong)?, more.first_mut().map(|v| &mut v[..]))
+        }
+        Layer::ConvTranspose2d(l) => {
+            l.backward(x, weight()?, dy, first.as_mut(), dw.ok_or_else(wrong)?, more.first_mut().map(|v| &mut v[..]))
+        }
+        Layer::Linear(l) => {
+            l.backward(x, weight()?, dy, first.as_mut(), dw.ok_or_else(wrong)?, more.first_mut().map(|v| &mut v[..]))
+        }
+        Layer::BatchNorm(l) => match (params, more) {
+            ([scale, _, mean, variance], [db, ..]) => {
+                l.backward(x, scale, mean, variance, dy, first.as_mut(), dw.ok_or_else(wrong)?, db)
+            }
+            _ => Err(wrong()),
+        },
+        Layer::Add(l) => l.backward(dy, first.as_mut(), rest.first_mut().and_then(Option::as_mut)),
+        Layer::Concat(l) => {
+            let mut all: Vec<Tensor<T>> = inputs.iter().map(|x| Tensor::zeros(x.shape)).collect();
+            l.backward(dy, &mut all.iter_mut().collect::<Vec<_>>())?;
+            for (dx, part) in std::iter::once(first).chain(rest).zip(all) {
+                if let Some(dx) = dx {
+                    dx.data.iter_mut().zip(part.data).for_each(|(to, v)| *to += v);
+                }
+            }
+            Ok(())
+        }
+        _ => {
+            let Some(dx) = first else { return Ok(()) };
+            match layer {
+                Layer::Activation(l) => l.backward(y, dy, dx),
+                Layer::MaxPool(l) => l.backward(x, dy, dx),
+                Layer::GlobalAvgPool(l) => l.backward(dy, dx),
+                Layer::Upsample(l) => l.backward(dy, dx),
+                Layer::Crop(l) => l.backward(dy, dx),
+                Layer::RoiAlign(l) => l.backward(inputs.get(1).ok_or_else(wrong)?, dy, dx),
+                _ => Err(wrong()),
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -162,6 +162,8 @@ macro_rules! unroll {
     };
 }
 
+pub(crate) use unroll;
+
 /// MR pixels x NR registers of channels, all taps, then bias, residual, activation, store.
 #[inline(always)]
 pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NR: usize>(t: &Tile) {

@@ -4,6 +4,8 @@
 
 #![allow(clippy::missing_safety_doc)] // the contract of every kernel is its argument struct's
 
+#[cfg(feature = "train")]
+pub(crate) mod backward;
 pub(crate) mod conv;
 pub(crate) mod depthwise;
 pub(crate) mod simple;
@@ -82,6 +84,15 @@ pub(crate) struct Kernels {
     pub resize: unsafe fn(&ResizeArgs, rows: std::ops::Range<usize>),
     /// Row-wise add / copy with activation.
     pub rows: unsafe fn(&RowArgs, rows: std::ops::Range<usize>),
+    /// Sums of outer products.
+    #[cfg(feature = "train")]
+    pub outer: unsafe fn(&backward::OuterArgs),
+    /// Weight gradient of a depthwise convolution.
+    #[cfg(feature = "train")]
+    pub depthwise_weight: unsafe fn(&backward::DepthwiseWeightArgs),
+    /// Data gradient of a depthwise convolution, rows.
+    #[cfg(feature = "train")]
+    pub depthwise_data: unsafe fn(&backward::DepthwiseDataArgs, rows: std::ops::Range<usize>),
 }
 
 impl Kernels {
@@ -174,7 +185,66 @@ macro_rules! isa_kernels {
             max_pool,
             resize,
             rows: add_or_copy,
+            #[cfg(feature = "train")]
+            outer: training::outer,
+            #[cfg(feature = "train")]
+            depthwise_weight: training::depthwise_weight,
+            #[cfg(feature = "train")]
+            depthwise_data: training::depthwise_data,
         };
+
+        #[cfg(feature = "train")]
+        mod training {
+            use super::*;
+            use $crate::cpu::kernels::backward;
+
+            $(#[$attr])?
+            unsafe fn outer_wide<const MR: usize>(t: &backward::OuterTile) {
+                // SAFETY: the caller keeps the contract of the function called.
+                unsafe { backward::outer_tile::<$vector, MR, 2>(t) }
+            }
+
+            $(#[$attr])?
+            unsafe fn outer_narrow<const MR: usize>(t: &backward::OuterTile) {
+                // SAFETY: the caller keeps the contract of the function called.
+                unsafe { backward::outer_tile::<$vector, MR, 1>(t) }
+            }
+
+            impl backward::OuterTiles for Tiles {
+                const WIDE: usize = <Tiles as $crate::cpu::kernels::conv::Tiles>::WIDE;
+                const NARROW: usize = <Tiles as $crate::cpu::kernels::conv::Tiles>::NARROW;
+                const LANES: usize = <$vector as $crate::cpu::kernels::Vector>::LANES;
+                #[inline(always)]
+                unsafe fn run(inputs: usize, wide: bool, t: &backward::OuterTile) {
+                    // SAFETY: the caller keeps the contract of the function called.
+                    unsafe {
+                        match (wide, inputs) {
+                            $((true, $wide) => outer_wide::<$wide>(t),)+
+                            $((false, $narrow) => outer_narrow::<$narrow>(t),)+
+                            _ => unreachable!("tile heights are dense"),
+                        }
+                    }
+                }
+            }
+
+            $(#[$attr])?
+            pub(super) unsafe fn outer(a: &backward::OuterArgs) {
+                // SAFETY: the caller keeps the contract of the function called.
+                unsafe { backward::outer::<Tiles>(a) }
+            }
+
+            $(#[$attr])?
+            pub(super) unsafe fn depthwise_weight(a: &backward::DepthwiseWeightArgs) {
+                // SAFETY: the caller keeps the contract of the function called.
+                unsafe { backward::depthwise_weight::<$vector>(a) }
+            }
+
+            $(#[$attr])?
+            pub(super) unsafe fn depthwise_data(a: &backward::DepthwiseDataArgs, rows: std::ops::Range<usize>) {
+                // SAFETY: the caller keeps the contract of the function called.
+                unsafe { backward::depthwise_data::<$vector>(a, rows) }
+            }
+        }
     };
 }
 pub(crate) use isa_kernels;

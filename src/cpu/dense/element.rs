@@ -1,0 +1,107 @@
+//! How values of maps are stored while training.
+
+use super::gemm::Packed;
+use crate::cpu::Isa;
+use half::bf16;
+
+/// f32, or bf16 where AMX multiplies it.
+pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + PartialEq + 'static {
+    /// Name in recipes and logs.
+    const NAME: &'static str;
+    /// To f32.
+    fn f32(self) -> f32;
+    /// Nearest value; ties to even.
+    fn of(v: f32) -> Self;
+    /// Packs a `depth` x `channels` matrix for [`Element::product`].
+    fn pack(isa: Isa, depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Packed<Self>;
+    /// `c[p][n] = sum over k of a[p][k] * b[k][n]`: `a` is `pixels` x `a_pixel` values, `c`
+    /// `pixels` x [`channel_stride`](super::gemm::channel_stride). Rows past `pixels` up to the next 16 may be read
+    /// and written: both buffers have them.
+    fn product(isa: Isa, a: &[Self], a_pixel: usize, pixels: usize, b: &Packed<Self>, c: &mut [f32]);
+    /// `sums[k][n] += sum over p of a[p][k] * d[p][n]` for operands (values, stride, width); `sums` has
+    /// `channel_stride` of both widths. Rows past `pixels` up to the next 32 are zeros in both, with 16 values
+    /// more behind them.
+    fn outer(
+        isa: Isa,
+        a: (&[Self], usize, usize),
+        d: (&[Self], usize, usize),
+        pixels: usize,
+        sums: &mut [f32],
+        scratch: &mut Vec<Self>,
+    );
+}
+
+impl Element for f32 {
+    const NAME: &'static str = "f32";
+    #[inline(always)]
+    fn f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn of(v: f32) -> Self {
+        v
+    }
+    fn pack(isa: Isa, depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Packed<Self> {
+        super::gemm::pack_f32(isa, depth, channels, at)
+    }
+    fn product(isa: Isa, a: &[Self], a_pixel: usize, pixels: usize, b: &Packed<Self>, c: &mut [f32]) {
+        super::gemm::product_f32(isa, a, a_pixel, pixels, b, c);
+    }
+    fn outer(
+        isa: Isa,
+        a: (&[Self], usize, usize),
+        d: (&[Self], usize, usize),
+        pixels: usize,
+        sums: &mut [f32],
+        _: &mut Vec<Self>,
+    ) {
+        super::gemm::outer_f32(isa, a, d, pixels, sums);
+    }
+}
+
+impl Element for bf16 {
+    const NAME: &'static str = "bf16";
+    #[inline(always)]
+    fn f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    /// Plain integer rounding, which vectorises; infinities stay, and the NaNs that arithmetic makes stay NaN.
+    #[inline(always)]
+    fn of(v: f32) -> Self {
+        let bits = v.to_bits();
+        Self::from_bits((bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16)
+    }
+    fn pack(_: Isa, depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Packed<Self> {
+        super::gemm::pack_bf16(depth, channels, at)
+    }
+    #[cfg(target_arch = "x86_64")]
+    fn product(_: Isa, a: &[Self], a_pixel: usize, pixels: usize, b: &Packed<Self>, c: &mut [f32]) {
+        super::amx::product(a, a_pixel, pixels, b, c);
+    }
+    #[cfg(target_arch = "x86_64")]
+    fn outer(
+        isa: Isa,
+        a: (&[Self], usize, usize),
+        d: (&[Self], usize, usize),
+        pixels: usize,
+        sums: &mut [f32],
+        scratch: &mut Vec<Self>,
+    ) {
+        super::amx::outer(isa, a, d, pixels, sums, scratch);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    fn product(_: Isa, _: &[Self], _: usize, _: usize, _: &Packed<Self>, _: &mut [f32]) {
+        unreachable!("bf16_supported() is false here")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    fn outer(
+        _: Isa,
+        _: (&[Self], usize, usize),
+        _: (&[Self], usize, usize),
+        _: usize,
+        _: &mut [f32],
+        _: &mut Vec<Self>,
+    ) {
+        unreachable!("bf16_supported() is false here")
+    }
+}

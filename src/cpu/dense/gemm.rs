@@ -1,0 +1,148 @@
+//! Matrices packed for the products, and the products in f32.
+
+use super::Element;
+use crate::cpu::kernels::backward::OuterArgs;
+use crate::cpu::kernels::conv::{panel_registers, panels, ConvArgs, Residual};
+use crate::cpu::kernels::Kernels;
+use crate::cpu::Isa;
+use half::bf16;
+
+/// Channels of a row of results: padded to whole tiles of 16.
+pub fn channel_stride(channels: usize) -> usize {
+    channels.next_multiple_of(16)
+}
+
+/// Values between rows of an operand: whole pairs (bf16 comes in pairs), and, where more than a tile's 32, a
+/// multiple of 32 unless an even part of at least 16 divides them. The padding is zero.
+pub fn operand_stride(values: usize) -> usize {
+    let even = values.next_multiple_of(2);
+    let divides = (8..=16).any(|half| even.is_multiple_of(2 * half));
+    if even <= 32 || divides {
+        even
+    } else {
+        even.next_multiple_of(32)
+    }
+}
+
+/// A `depth` x `channels` matrix in the order its product reads it.
+pub struct Packed<T> {
+    pub(super) depth: usize,
+    pub(super) channels: usize,
+    /// f32: panels of `[depth][panel width]`. bf16: blocks of 16 channels, `[depth / 2][16][2]`.
+    pub(super) values: Vec<T>,
+    /// Zeros, one a lane (the f32 kernel adds a bias).
+    zeros: Vec<f32>,
+}
+
+impl<T: Element> Packed<T> {
+    /// Packs from a function of (depth, channel).
+    pub fn new(isa: Isa, depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Self {
+        assert!(depth > 0 && channels > 0, "a product of nothing");
+        T::pack(isa, depth, channels, at)
+    }
+}
+
+pub(super) fn pack_f32(
+    isa: Isa,
+    depth: usize,
+    channels: usize,
+    at: &dyn Fn(usize, usize) -> f32,
+) -> Packed<f32> {
+    let lanes = Kernels::of(isa).lanes;
+    let mut values = Vec::new();
+    for p in 0..panels(channels, lanes) {
+        let first = p * 2 * lanes;
+        let width = panel_registers(channels, lanes, p) * lanes;
+        for k in 0..depth {
+            values.extend((first..first + width).map(|n| if n < channels { at(k, n) } else { 0.0 }));
+        }
+    }
+    let zeros = vec![0.0; channels.next_multiple_of(2 * lanes)];
+    Packed { depth, channels, values, zeros }
+}
+
+pub(super) fn pack_bf16(depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Packed<bf16> {
+    let mut values = Vec::with_capacity(operand_stride(depth) * channel_stride(channels));
+    for first in (0..channels).step_by(16) {
+        for pair in (0..operand_stride(depth)).step_by(2) {
+            for n in first..first + 16 {
+                for k in pair..pair + 2 {
+                    let v = if n < channels && k < depth { at(k, n) } else { 0.0 };
+                    values.push(Element::of(v));
+                }
+            }
+        }
+    }
+    Packed { depth, channels, values, zeros: Vec::new() }
+}
+
+/// [`Element::product`] on the tiles of the inference kernels: a convolution of one row, one tap.
+pub(super) fn product_f32(
+    isa: Isa,
+    a: &[f32],
+    a_pixel: usize,
+    pixels: usize,
+    b: &Packed<f32>,
+    c: &mut [f32],
+) {
+    let stride = channel_stride(b.channels);
+    if pixels == 0 {
+        return;
+    }
+    assert!(a_pixel >= b.depth && a.len() >= (pixels - 1) * a_pixel + b.depth, "operand too short");
+    assert!(c.len() >= pixels * stride, "result too short");
+    let args = ConvArgs {
+        input: a.as_ptr(),
+        in_row: 0,
+        in_pixel: a_pixel,
+        taps: &[0],
+        run: b.depth,
+        weights: b.values.as_ptr(),
+        bias: b.zeros.as_ptr(),
+        output: c.as_mut_ptr(),
+        out_row: 0,
+        out_pixel: stride,
+        width: pixels,
+        channels: b.channels,
+        slope: 1.0,
+        residual: Residual::None,
+        add: std::ptr::null(),
+        add_row: 0,
+        add_pixel: 0,
+        add_rows: &[],
+        add_columns: &[],
+    };
+    let kernels = Kernels::of(isa);
+    // SAFETY: the lengths were checked; weights and zeros were packed for these lanes.
+    unsafe { (kernels.conv)(&args, 0..1, 0..panels(b.channels, kernels.lanes)) }
+}
+
+/// [`Element::outer`] in f32.
+pub(super) fn outer_f32(
+    isa: Isa,
+    (a, a_pixel, inputs): (&[f32], usize, usize),
+    (d, d_pixel, channels): (&[f32], usize, usize),
+    pixels: usize,
+    sums: &mut [f32],
+) {
+    if pixels == 0 {
+        return;
+    }
+    let sums_row = channel_stride(channels);
+    assert!(a_pixel >= inputs && a.len() >= (pixels - 1) * a_pixel + inputs, "operand too short");
+    assert!(d_pixel >= channels && d.len() >= (pixels - 1) * d_pixel + channels, "gradient too short");
+    assert!(sums.len() >= inputs * sums_row, "sums too short");
+    let args = OuterArgs {
+        a: a.as_ptr(),
+        a_pixel,
+        inputs,
+        d: d.as_ptr(),
+        d_pixel,
+        channels,
+        pixels,
+        sums: sums.as_mut_ptr(),
+        sums_row,
+    };
+    // SAFETY: the lengths were checked.
+    unsafe { (Kernels::of(isa).outer)(&args) }
+}

@@ -1,0 +1,262 @@
+//! What training adds to the forward kernels: weight gradients of convolutions, as sums of outer
+//! products over pixels, and of depthwise convolutions.
+
+use super::conv::{panel_registers, panels, unroll};
+use super::Vector;
+use std::ops::Range;
+
+/// `sums[k][n] += sum over pixels p of a[p][k] * d[p][n]`.
+pub(crate) struct OuterArgs {
+    /// Pixels x `a_pixel`, of which `inputs` are read.
+    pub a: *const f32,
+    pub a_pixel: usize,
+    pub inputs: usize,
+    /// Pixels x `d_pixel`, of which `channels` are read.
+    pub d: *const f32,
+    pub d_pixel: usize,
+    pub channels: usize,
+    pub pixels: usize,
+    /// `inputs` x `sums_row`.
+    pub sums: *mut f32,
+    pub sums_row: usize,
+}
+
+/// MR inputs x NR registers of channels, over all pixels.
+pub(crate) struct OuterTile {
+    a: *const f32,
+    a_pixel: usize,
+    d: *const f32,
+    d_pixel: usize,
+    /// Channels of the panel that exist.
+    channels: usize,
+    pixels: usize,
+    sums: *mut f32,
+    sums_row: usize,
+}
+
+/// The outer-product tiles of one ISA; heights as the convolution's.
+pub(crate) trait OuterTiles {
+    const WIDE: usize;
+    const NARROW: usize;
+    const LANES: usize;
+    unsafe fn run(inputs: usize, wide: bool, t: &OuterTile);
+}
+
+/// All of `a`.
+///
+/// # Safety
+/// The pointers and strides of `a` stay inside the caller's buffers; nobody else touches the sums.
+#[inline(always)]
+pub(crate) unsafe fn outer<T: OuterTiles>(a: &OuterArgs) {
+    let lanes = T::LANES;
+    for p in 0..panels(a.channels, lanes) {
+        let first = p * 2 * lanes;
+        let wide = panel_registers(a.channels, lanes, p) == 2;
+        let tallest = if wide { T::WIDE } else { T::NARROW };
+        let tiles = a.inputs.div_ceil(tallest);
+        let (short, longer) = (a.inputs / tiles.max(1), a.inputs % tiles.max(1));
+        let mut k = 0;
+        for i in 0..tiles {
+            let inputs = short + usize::from(i < longer);
+            // SAFETY: the caller's contract, for these inputs and channels.
+            unsafe {
+                let t = OuterTile {
+                    a: a.a.add(k),
+                    a_pixel: a.a_pixel,
+                    d: a.d.add(first),
+                    d_pixel: a.d_pixel,
+                    channels: (a.channels - first).min(2 * lanes),
+                    pixels: a.pixels,
+                    sums: a.sums.add(k * a.sums_row + first),
+                    sums_row: a.sums_row,
+                };
+                T::run(inputs, wide, &t);
+            }
+            k += inputs;
+        }
+    }
+}
+
+/// One tile.
+#[inline(always)]
+pub(crate) unsafe fn outer_tile<V: Vector, const MR: usize, const NR: usize>(t: &OuterTile) {
+    // SAFETY: the contract of `outer`, which made the tile.
+    unsafe {
+        let lanes = V::LANES;
+        let full = t.channels >= NR * lanes;
+        let mut acc = [[V::splat(0.0); NR]; MR];
+        let (mut a, mut d) = (t.a, t.d);
+        for _ in 0..t.pixels {
+            let dk: [V; NR] = std::array::from_fn(|r| {
+                if full {
+                    V::load(d.add(r * lanes))
+                } else {
+                    V::load_upto(d.wrapping_add(r * lanes), t.channels.saturating_sub(r * lanes))
+                }
+            });
+            unroll!(m < MR, {
+                let v = V::splat(*a.add(m));
+                for r in 0..NR {
+                    acc[m][r] = acc[m][r].mul_add(v, dk[r]);
+                }
+            });
+            a = a.wrapping_add(t.a_pixel);
+            d = d.wrapping_add(t.d_pixel);
+        }
+        unroll!(m < MR, {
+            let out = t.sums.add(m * t.sums_row);
+            for r in 0..NR {
+                let n = t.channels.saturating_sub(r * lanes).min(lanes);
+                let p = out.wrapping_add(r * lanes);
+                V::load_upto(p, n).add(acc[m][r]).store_upto(p, n);
+            }
+        });
+    }
+}
+
+/// `sums[ky * kw + kx][c] += sum over pixels of input(window + tap)[c] * d[c]`.
+pub(crate) struct DepthwiseWeightArgs {
+    /// First float of the first pixel's window.
+    pub input: *const f32,
+    /// Floats between windows of consecutive output rows and pixels (stride counted).
+    pub in_row: usize,
+    pub in_pixel: usize,
+    pub kernel: [usize; 2],
+    /// Floats between taps (dilation counted).
+    pub tap_row: usize,
+    pub tap_pixel: usize,
+    pub d: *const f32,
+    pub d_row: usize,
+    pub d_pixel: usize,
+    pub height: usize,
+    pub width: usize,
+    pub channels: usize,
+    /// `[kh * kw][channels]`.
+    pub sums: *mut f32,
+}
+
+/// All of `a`, a kernel row of taps (at most 9) at a time.
+///
+/// # Safety
+/// As [`outer`].
+#[inline(always)]
+pub(crate) unsafe fn depthwise_weight<V: Vector>(a: &DepthwiseWeightArgs) {
+    let mut c = 0;
+    while c < a.channels {
+        let n = (a.channels - c).min(V::LANES);
+        // SAFETY: the caller's contract; channels c .. c + n exist.
+        unsafe {
+            match (a.kernel, n == V::LANES) {
+                ([3, 3], true) => weight_3x3::<V, true>(a, c, n),
+                ([3, 3], false) => weight_3x3::<V, false>(a, c, n),
+                _ => weight_any::<V>(a, c, n),
+            }
+        }
+        c += n;
+    }
+}
+
+/// 3x3: nine sums in registers, each input and each gradient loaded once a window.
+#[inline(always)]
+unsafe fn weight_3x3<V: Vector, const FULL: bool>(a: &DepthwiseWeightArgs, c: usize, n: usize) {
+    // SAFETY: the contract of `depthwise_weight`.
+    unsafe {
+        let load = |p: *const f32| if FULL { V::load(p) } else { V::load_first(p, n) };
+        let mut acc = [V::splat(0.0); 9];
+        for y in 0..a.height {
+            let (mut p, mut d) = (a.input.add(y * a.in_row + c), a.d.add(y * a.d_row + c));
+            for _ in 0..a.width {
+                let g = load(d);
+                unroll!(i < 9, {
+                    acc[i] = acc[i].mul_add(load(p.add(i / 3 * a.tap_row + i % 3 * a.tap_pixel)), g);
+                });
+                p = p.wrapping_add(a.in_pixel);
+                d = d.wrapping_add(a.d_pixel);
+            }
+        }
+        for (i, sum) in acc.into_iter().enumerate() {
+            let p = a.sums.add(i * a.channels + c);
+            V::load_upto(p, n).add(sum).store_upto(p, n);
+        }
+    }
+}
+
+/// Any kernel, a tap at a time.
+#[inline(always)]
+unsafe fn weight_any<V: Vector>(a: &DepthwiseWeightArgs, c: usize, n: usize) {
+    // SAFETY: the contract of `depthwise_weight`.
+    unsafe {
+        for ky in 0..a.kernel[0] {
+            for kx in 0..a.kernel[1] {
+                let mut sum = V::splat(0.0);
+                for y in 0..a.height {
+                    let p = a.input.add(y * a.in_row + ky * a.tap_row + kx * a.tap_pixel + c);
+                    let d = a.d.add(y * a.d_row + c);
+                    for x in 0..a.width {
+                        let v = V::load_upto(p.add(x * a.in_pixel), n);
+                        sum = sum.mul_add(v, V::load_upto(d.add(x * a.d_pixel), n));
+                    }
+                }
+                let p = a.sums.add((ky * a.kernel[1] + kx) * a.channels + c);
+                V::load_upto(p, n).add(sum).store_upto(p, n);
+            }
+        }
+    }
+}
+
+/// Rows `rows` of the data gradient of a depthwise convolution with any stride:
+/// `dx(y, x) += sum over taps that read it of d(tap's output) * weight(tap)`, gathered.
+pub(crate) struct DepthwiseDataArgs {
+    /// Output gradient, first pixel of the image (not padded).
+    pub d: *const f32,
+    pub d_row: usize,
+    pub d_pixel: usize,
+    /// Rows and columns of `d`.
+    pub out: [usize; 2],
+    pub kernel: [usize; 2],
+    pub stride: [usize; 2],
+    pub dilation: [usize; 2],
+    /// Padding above and left.
+    pub padding: [usize; 2],
+    /// `[kh * kw][channels]`.
+    pub weights: *const f32,
+    /// First row written is `rows.start`.
+    pub dx: *mut f32,
+    pub dx_row: usize,
+    pub width: usize,
+    pub channels: usize,
+}
+
+/// # Safety
+/// As [`outer`]; `dx` points at row 0's place, rows `rows` of it are written whole.
+#[inline(always)]
+pub(crate) unsafe fn depthwise_data<V: Vector>(a: &DepthwiseDataArgs, rows: Range<usize>) {
+    // The outputs whose window has `i` at tap k: (i + padding - k * dilation) / stride where whole.
+    let source = |axis: usize, i: usize, k: usize| {
+        let at = (i + a.padding[axis]).checked_sub(k * a.dilation[axis])?;
+        (at.is_multiple_of(a.stride[axis]) && at / a.stride[axis] < a.out[axis]).then(|| at / a.stride[axis])
+    };
+    for y in rows {
+        for x in 0..a.width {
+            let mut c = 0;
+            while c < a.channels {
+                let n = (a.channels - c).min(V::LANES);
+                // SAFETY: the caller's contract; `source` stays inside `out`.
+                unsafe {
+                    let mut sum = V::splat(0.0);
+                    for ky in 0..a.kernel[0] {
+                        let Some(oy) = source(0, y, ky) else { continue };
+                        for kx in 0..a.kernel[1] {
+                            let Some(ox) = source(1, x, kx) else { continue };
+                            let g = V::load_upto(a.d.add(oy * a.d_row + ox * a.d_pixel + c), n);
+                            let w = V::load_upto(a.weights.add((ky * a.kernel[1] + kx) * a.channels + c), n);
+                            sum = sum.mul_add(g, w);
+                        }
+                    }
+                    sum.store_upto(a.dx.add(y * a.dx_row + x * a.channels + c), n);
+                }
+                c += n;
+            }
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! The trainer's network against the plain loops: every output and every gradient, on every kind of unit.
+#![cfg(feature = "train")]
+
+use farface::cpu::dense::{bf16_supported, Element};
+use farface::graph::build::NodeKind;
+use farface::graph::init::Rng;
+use farface::graph::{exec, Builder, Graph, Weights};
+use farface::layers::{Activation, Conv2d, Interpolation, Layer, MaxPool};
+use farface::shape::{Shape, Tensor};
+use farface::train::network::{Frozen, Network};
+
+/// Outputs, parameter gradients and running statistics of one training step by plain loops in f64.
+struct Step {
+    outputs: Vec<Tensor<f64>>,
+    grads: Vec<Vec<f64>>,
+    params: Vec<Vec<f64>>,
+}
+
+fn plain_step(graph: &Graph, weights: &Weights, input: &Tensor<f64>, d_outputs: &[Tensor<f64>], frozen: bool) -> Step {
+    let mut params: Vec<Vec<f64>> = graph
+        .params
+        .iter()
+        .map(|p| weights.get(&p.name, &p.shape).unwrap().iter().map(|&v| v.into()).collect())
+        .collect();
+    let mut values: Vec<Tensor<f64>> = Vec::new();
+    let mut stats = Vec::new();
+    for node in &graph.nodes {
+        let mut kept = None;
+        let value = match &node.kind {
+            NodeKind::Input { .. } => input.clone(),
+            NodeKind::Layer(Layer::BatchNorm(l)) if !frozen => {
+                let [s, b, m, v] = [0, 1, 2, 3].map(|i| node.params[i].0);
+                let (scale, shift) = (params[s].clone(), params[b].clone());
+                let (mut mean, mut var) = (params[m].clone(), params[v].clone());
+                let x = &values[node.inputs[0].0];
+                let (y, st) = l.forward_train(x, &scale, &shift, &mut mean, &mut var).unwrap();
+                (params[m], params[v], kept) = (mean, var, Some(st));
+                y
+            }
+            NodeKind::Layer(layer) => {
+                let ins: Vec<_> = node.inputs.iter().map(|i| &values[i.0]).collect();
+                let ps: Vec<_> = node.params.iter().map(|p| &params[p.0][..]).collect();
+                exec::forward(layer, &ins, &ps).unwrap()
+            }
+        };
+        values.push(value);
+        stats.push(kept);
+    }
+    let mut grads: Vec<Vec<f64>> = params.iter().map(|p| vec![0.0; p.len()]).collect();
+    let mut dys: Vec<Tensor<f64>> = values.iter().map(|v| Tensor::zeros(v.shape)).collect();
+    for ((_, id), d) in graph.outputs.iter().zip(d_outputs) {
+        dys[id.0].data.iter_mut().zip(&d.data).for_each(|(a, b)| *a += b);
+    }
+    for (i, node) in graph.nodes.iter().enumerate().rev() {
+        let NodeKind::Layer(layer) = &node.kind else { continue };
+        let dy = dys[i].clone();
+        let ins: Vec<_> = node.inputs.iter().map(|i| &values[i.0]).collect();
+        let mut dxs: Vec<_> = ins.iter().map(|x| Some(Tensor::zeros(x.shape))).collect();
+        if let (Layer::BatchNorm(l), Some(st)) = (layer, &stats[i]) {
+            let [s, b] = [node.params[0].0, node.params[1].0];
+            let (mut dw, mut db) = (std::mem::take(&mut grads[s]), std::mem::take(&mut grads[b]));
+            l.backward_train(ins[0], &params[s], st, &dy, dxs[0].as_mut(), &mut dw, &mut db).unwrap();
+            (grads[s], grads[b]) = (dw, db);
+        } else {
+            let ps: Vec<_> = node.params.iter().map(|p| &params[p.0][..]).collect();
+            let mut dps: Vec<_> = node.params.iter().map(|p| grads[p.0].clone()).collect();
+            exec::backward(layer, &ins, &ps, &values[i], &dy, &mut dxs, &mut dps).unwrap();
+            for (p, d) in node.params.iter().zip(dps) {
+                grads[p.0] = d;
+            }
+        }
+        for (id, dx) in node.value_inputs().iter().zip(dxs) {
+            dys[id.0].data.iter_mut().zip(dx.unwrap().data).for_each(|(a, b)| *a += b);
+        }
+    }
+    let outputs = graph.outputs.iter().map(|(_, id)| values[id.0].clone()).collect();
+    Step { outputs, grads, params }
+}
+
+/// A network with every kind of unit, odd sizes and channel counts, maps read several times.
+fn mixed(rng: &mut Rng) -> Graph {
+    let leaky = Activation::LeakyRelu(0.1);
+    let [c1, c2, c3] = [1 + rng.below(20), 1 + rng.below(40), 2 + rng.below(30)];
+    let mut b = Builder::new();
+    let x = b.input("image", 3);
+    let bn = |b: &mut Builder, name: &str, x, c, act: Option<Activation>| {
+        let y = b.batchnorm(name, x, c);
+        act.map_or(y, |a| b.activation(y, a))
+    };
+    let stem = b.conv("stem", x, Conv2d::new(3, c1, 3).stride(2));
+    let stem = bn(&mut b, "stem_bn", stem, c1, Some(leaky));
+    let d = b.conv("dw1", stem, Conv2d::depthwise(c1, 3));
+    let d = bn(&mut b, "dw1_bn", d, c1, Some(Activation::Relu));
+    let p = b.conv("pw1", d, Conv2d::new(c1, c2, 1));
+    let p = bn(&mut b, "pw1_bn", p, c2, Some(leaky));
+    let d2 = b.conv("dw2", p, Conv2d::depthwise(c2, 3).stride(2));
+    let d2 = bn(&mut b, "dw2_bn", d2, c2, None);
+    let wide = b.conv("wide", d2, Conv2d::rect(c2, c3, 1, 5).bias());
+    let tall = b.conv("tall", d2, Conv2d::new(c2, c3, 3).dilation(2));
+    let tall = b.relu(tall);
+    let five = b.conv("five", wide, Conv2d::depthwise(c3, 5).bias());
+    let both = b.concat(&[tall, five, d2]);
+    let lateral = b.conv("lateral", p, Conv2d::new(c2, 2 * c3 + c2, 1));
+    let lateral = bn(&mut b, "lateral_bn", lateral, 2 * c3 + c2, Some(leaky));
+    let up = b.upsample_to(both, Interpolation::Nearest, lateral);
+    let sum = b.add(lateral, up);
+    let sum = b.relu(sum);
+    let pool = b.max_pool(sum, MaxPool::new(3, 2, 1));
+    let smooth = b.upsample_to(pool, Interpolation::Bilinear, sum);
+    let merged = b.add(smooth, sum);
+    let odd = b.conv("odd", merged, Conv2d::new(2 * c3 + c2, 7, 1).stride(2).bias());
+    let out = b.conv("out", merged, Conv2d::new(2 * c3 + c2, 5, 3).padding([0, 1, 2, 1]).bias());
+    let s = b.activation(odd, Activation::Sigmoid);
+    b.output("out", out);
+    b.output("sigmoid", s);
+    b.output("both", both);
+    b.finish()
+}
+
+fn worst(a: &[f32], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let size = (b.iter().map(|v| v * v).sum::<f64>() / b.len().max(1) as f64).sqrt().max(1e-3);
+    let error = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>() / b.len().max(1) as f64;
+    error.sqrt() / size
+}
+
+fn check<T: Element>(seed: u64, threads: usize, frozen: bool, tolerance: f64) -> Vec<Vec<f32>> {
+    let mut rng = Rng::new(seed);
+    let graph = mixed(&mut rng);
+    let weights = Weights::random(&graph, seed);
+    let shape = Shape::new(1 + rng.below(4), 3, 20 + rng.below(30), 20 + rng.below(30));
+    let values: Vec<f32> = (0..shape.len()).map(|_| half::bf16::from_f32(rng.normal()).to_f32()).collect();
+    let shapes = graph.shapes(&[shape]).unwrap();
+    let d_outputs: Vec<Tensor> = graph
+        .outputs
+        .iter()
+        .map(|(_, id)| {
+            let s = shapes[id.0];
+            Tensor::from_vec(s, (0..s.len()).map(|_| rng.normal() / s.len() as f32).collect())
+        })
+        .collect();
+    let wide = |t: &Tensor| Tensor::from_vec(t.shape, t.data.iter().map(|&v| v.into()).collect());
+    let input = Tensor::from_vec(shape, values.iter().map(|&v| f64::from(v)).collect());
+    let plain = plain_step(&graph, &weights, &input, &d_outputs.iter().map(wide).collect::<Vec<_>>(), frozen);
+
+    let still = Frozen { statistics: if frozen { vec![String::new()] } else { vec![] }, ..Frozen::default() };
+    let mut net = Network::<T>::new(graph.clone(), &weights, &still, threads).unwrap();
+    let image = shape.len() / shape.n;
+    net.forward(&[shape], &|_, n, z: &mut [T]| {
+        z.iter_mut().zip(&values[n * image..]).for_each(|(z, &v)| *z = T::of(v));
+    })
+    .unwrap();
+    for (i, want) in plain.outputs.iter().enumerate() {
+        let e = worst(&net.output(i).data, &want.data);
+        assert!(e < tolerance, "seed {seed}, {}: output {i} off by {e}", T::NAME);
+    }
+    net.backward(&d_outputs).unwrap();
+    // All gradients as one vector; single ones may cancel to less than bf16 resolves.
+    let (all, want) = (net.grads.concat(), plain.grads.concat());
+    let e = worst(&all, &want);
+    assert!(e < 3.0 * tolerance, "seed {seed}, {}: gradients off by {e}", T::NAME);
+    for (i, p) in graph.params.iter().enumerate() {
+        let e = worst(&net.grads[i], &plain.grads[i]);
+        assert!(tolerance > 1e-3 || e < 10.0 * tolerance, "seed {seed}, {}: gradient of {} off by {e}", T::NAME, p.name);
+        let e = worst(&net.params[i], &plain.params[i]);
+        assert!(e < tolerance, "seed {seed}, {}: {} off by {e} after the step", T::NAME, p.name);
+    }
+    net.grads
+}
+
+#[test]
+fn outputs_and_gradients_equal_the_plain_loops() {
+    for seed in 0..12 {
+        check::<f32>(seed, 1 + seed as usize % 3, seed % 4 == 3, 2e-5);
+    }
+}
+
+#[test]
+fn bf16_follows_the_plain_loops_within_its_precision() {
+    if !bf16_supported() {
+        println!("skipped: this CPU has no AMX");
+        return;
+    }
+    for seed in 0..12 {
+        check::<half::bf16>(seed, 1 + seed as usize % 3, seed % 4 == 3, 0.03);
+    }
+}
+
+#[test]
+fn the_same_threads_give_the_same_bits() {
+    for threads in 1..=3 {
+        assert_eq!(check::<f32>(5, threads, false, 1e-4), check::<f32>(5, threads, false, 1e-4));
+    }
+}
+
+#[test]
+fn a_batch_of_one_value_a_channel_is_refused() {
+    let mut b = Builder::new();
+    let x = b.input("x", 1);
+    let y = b.conv("c", x, Conv2d::new(1, 1, 1));
+    let y = b.batchnorm("n", y, 1);
+    b.output("y", y);
+    let graph = b.finish();
+    let weights = Weights::random(&graph, 1);
+    let mut net = Network::<f32>::new(graph, &weights, &Frozen::default(), 1).unwrap();
+    let error = net.forward(&[Shape::new(1, 1, 1, 1)], &|_, _, _| {}).unwrap_err();
+    assert!(error.to_string().contains("larger batch"), "{error}");
+}
