@@ -245,7 +245,7 @@ mod tests {
     /// A session of a network whose parameters are all 1.
     fn session() -> farface_session {
         let config = ModelConfig::retinaface_mobile025();
-        let DetectorConfig::Retinaface(detector) = &config.detector;
+        let DetectorConfig::Retinaface(detector) = &config.detector else { unreachable!("built above") };
         let ones =
             |shape: &[usize]| WeightTensor { shape: shape.to_vec(), data: vec![1.0; shape.iter().product()] };
         let tensors = detector.graph().params.iter().map(|p| (p.name.clone(), ones(&p.shape))).collect();

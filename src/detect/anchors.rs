@@ -15,8 +15,13 @@ pub struct Anchor {
 impl Anchor {
     /// Square anchor on cell (y, x): centred at (cell + 0.5) * stride.
     pub fn square(y: usize, x: usize, stride: usize, side: f32) -> Self {
+        Self::on_cell(y, x, stride, [side, side])
+    }
+
+    /// Anchor of width and height `size` on cell (y, x): centred at (cell + 0.5) * stride.
+    pub fn on_cell(y: usize, x: usize, stride: usize, size: [f32; 2]) -> Self {
         let at = |i: usize| (i as f32 + 0.5) * stride as f32;
-        Self { center: [at(x), at(y)], size: [side, side] }
+        Self { center: [at(x), at(y)], size }
     }
 
     /// The box that offsets `t` = tx, ty, tw, th mean on this anchor:

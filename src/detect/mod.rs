@@ -24,6 +24,7 @@ pub mod model;
 pub mod nms;
 pub mod options;
 mod passes;
+pub mod pyramid;
 pub mod retinaface;
 pub mod session;
 

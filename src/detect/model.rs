@@ -44,6 +44,7 @@ impl Model {
         let config = ModelConfig::of(weights)?;
         let detector: Box<dyn Detector> = match &config.detector {
             DetectorConfig::Retinaface(r) => Box::new(r.clone()),
+            DetectorConfig::Pyramid(p) => Box::new(p.clone()),
         };
         let graph = detector.graph();
         let network = Compiled::new(&graph, weights, isa::detected())?;

@@ -17,15 +17,21 @@ pub fn conv_dw(b: &mut Builder, name: &str, x: NodeId, [ci, co]: [usize; 2], str
 /// MobileNet-V1 whose first convolution has `width` channels (8 = x0.25). Returns the outputs of
 /// `stage1`, `stage2`, `stage3`: strides 8, 16, 32 with 8, 16 and 32 times `width` channels.
 pub fn mobilenet_v1(b: &mut Builder, image: NodeId, width: usize) -> [NodeId; 3] {
+    let [_, c3, c4, c5] = mobilenet_v1_stages(b, image, width);
+    [c3, c4, c5]
+}
+
+/// As [`mobilenet_v1`], with the output of `stage1.3` before them: stride 4, 4 times `width` channels.
+pub fn mobilenet_v1_stages(b: &mut Builder, image: NodeId, width: usize) -> [NodeId; 4] {
     let w = width;
     let leaky = Some(Activation::LeakyRelu(0.1));
-    let c3 = b.scope("stage1", |b| {
+    let (c2, c3) = b.scope("stage1", |b| {
         let x = conv_bn(b, "0", image, Conv2d::new(3, w, 3).stride(2), leaky);
         let x = conv_dw(b, "1", x, [w, 2 * w], 1);
         let x = conv_dw(b, "2", x, [2 * w, 4 * w], 2);
-        let x = conv_dw(b, "3", x, [4 * w, 4 * w], 1);
-        let x = conv_dw(b, "4", x, [4 * w, 8 * w], 2);
-        conv_dw(b, "5", x, [8 * w, 8 * w], 1)
+        let c2 = conv_dw(b, "3", x, [4 * w, 4 * w], 1);
+        let x = conv_dw(b, "4", c2, [4 * w, 8 * w], 2);
+        (c2, conv_dw(b, "5", x, [8 * w, 8 * w], 1))
     });
     let c4 = b.scope("stage2", |b| {
         let mut x = conv_dw(b, "0", c3, [8 * w, 16 * w], 2);
@@ -38,5 +44,5 @@ pub fn mobilenet_v1(b: &mut Builder, image: NodeId, width: usize) -> [NodeId; 3]
         let x = conv_dw(b, "0", c4, [16 * w, 32 * w], 2);
         conv_dw(b, "1", x, [32 * w, 32 * w], 1)
     });
-    [c3, c4, c5]
+    [c2, c3, c4, c5]
 }

@@ -2,6 +2,7 @@
 
 pub mod fpn;
 pub mod mobilenet;
+pub mod nano;
 pub mod ssh;
 
 use crate::graph::{Builder, NodeId};

@@ -5,6 +5,7 @@
 mod common;
 mod fusion;
 mod kernels;
+mod nano;
 mod random;
 mod retinaface;
 mod support;

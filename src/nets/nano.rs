@@ -1,0 +1,88 @@
+//! The network of our own small detectors: MobileNet-V1, a feature pyramid of five levels down to
+//! stride 4, and a head a level.
+//!
+//! ```text
+//! image -> C2 -> C3 -> C4 -> C5 -> C6          strides 4, 8, 16, 32, 64
+//!          |     |     |     |     |           1x1 to `channels` (C2: to `fine_channels`)
+//!          P2 <- P3 <- P4 <- P5 <- P6          nearest upsampling, sum
+//!          |     |     |     |     |           smoothing block, head blocks
+//!        class,box  ...          class,box     1x1
+//! ```
+
+use super::conv_bn;
+use super::mobilenet::{conv_dw, mobilenet_v1_stages};
+use crate::graph::{Builder, NodeId};
+use crate::layers::{Activation, Conv2d, Interpolation};
+
+/// Finest and coarsest level; level `l` has stride 2^l.
+pub const LEVELS: std::ops::RangeInclusive<usize> = 2..=6;
+
+/// Sizes of the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nano {
+    /// Channels of MobileNet-V1's first convolution; 8 is x0.25.
+    pub width: usize,
+    /// Channels of levels 3 to 6.
+    pub channels: usize,
+    /// Channels of level 2, whose cells are most of all.
+    pub fine_channels: usize,
+    /// Blocks behind the pyramid are 3x3 convolutions instead of depthwise separable ones.
+    pub plain_convs: bool,
+    /// Blocks between a level's smoothing and its outputs.
+    pub head_blocks: usize,
+    /// Anchors a cell on levels 2 to 6.
+    pub anchors: [usize; 5],
+}
+
+/// The network on `image` (3 channels). Outputs `class2`, `box2`, ... `class6`, `box6`: a logit and
+/// four offsets an anchor.
+pub fn nano(b: &mut Builder, image: NodeId, net: &Nano) {
+    let (w, c, fine) = (net.width, net.channels, net.fine_channels);
+    let leaky = Some(Activation::LeakyRelu(0.1));
+    let [c2, c3, c4, c5] = b.scope("body", |b| mobilenet_v1_stages(b, image, w));
+
+    let pyramid = b.scope("fpn", |b| {
+        let mut lateral = |level: usize, x: NodeId, channels: usize, to: usize| {
+            conv_bn(b, &format!("lateral{level}"), x, Conv2d::new(channels, to, 1), leaky)
+        };
+        let l2 = lateral(2, c2, 4 * w, fine);
+        let l3 = lateral(3, c3, 8 * w, c);
+        let l4 = lateral(4, c4, 16 * w, c);
+        let l5 = lateral(5, c5, 32 * w, c);
+        let p6 = conv_dw(b, "down6", c5, [32 * w, c], 2);
+        let p5 = top_down(b, p6, l5);
+        let p4 = top_down(b, p5, l4);
+        let p3 = top_down(b, p4, l3);
+        // Narrowed before it is upsampled: a quarter of the cells.
+        let narrow = conv_bn(b, "narrow3", p3, Conv2d::new(c, fine, 1), None);
+        let p2 = top_down(b, narrow, l2);
+        [p2, p3, p4, p5, p6]
+    });
+
+    for ((level, p), anchors) in LEVELS.zip(pyramid).zip(net.anchors) {
+        let channels = if level == 2 { fine } else { c };
+        let mut x = block(b, &format!("smooth{level}"), p, channels, net.plain_convs);
+        for i in 0..net.head_blocks {
+            x = block(b, &format!("head{level}.{i}"), x, channels, net.plain_convs);
+        }
+        for (name, values) in [("class", 1), ("box", 4)] {
+            let name = format!("{name}{level}");
+            let out = b.conv(&name, x, Conv2d::new(channels, anchors * values, 1).bias());
+            b.output(&name, out);
+        }
+    }
+}
+
+/// `fine` and the nearest upsampling of `coarse` summed (Lin et al. 2017, figure 3).
+fn top_down(b: &mut Builder, coarse: NodeId, fine: NodeId) -> NodeId {
+    let up = b.upsample_to(coarse, Interpolation::Nearest, fine);
+    b.add(fine, up)
+}
+
+fn block(b: &mut Builder, name: &str, x: NodeId, channels: usize, plain: bool) -> NodeId {
+    if plain {
+        conv_bn(b, name, x, Conv2d::new(channels, channels, 3), Some(Activation::LeakyRelu(0.1)))
+    } else {
+        conv_dw(b, name, x, [channels; 2], 1)
+    }
+}
