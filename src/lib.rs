@@ -2,8 +2,8 @@
 //! stable C header.
 //!
 //! ARCHITECTURE.md draws the whole; each module imports only what stands to its left:
-//! `error, shape <- cpu <- layers <- graph <- nets <- detect <- {capi, eval} <- bin`, with `pixels`
-//! beside `layers`.
+//! `error, shape <- cpu <- layers <- graph <- nets <- detect <- {capi, eval} <- train <- bin`, with
+//! `pixels` beside `layers`.
 
 #[forbid(unsafe_code)]
 pub mod error;
@@ -31,6 +31,10 @@ pub mod detect;
 #[cfg(feature = "eval")]
 #[forbid(unsafe_code)]
 pub mod eval;
+
+#[cfg(feature = "train")]
+#[forbid(unsafe_code)]
+pub mod train;
 
 pub use error::{Error, Result};
 
