@@ -20,7 +20,7 @@ pub mod plot;
 pub mod voc;
 pub mod wider;
 
-mod lines;
+pub(crate) mod lines;
 mod mat;
 
 pub use curve::{PrCurve, PrPoint, RocCurve, RocPoint};

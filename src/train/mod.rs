@@ -1,4 +1,12 @@
-//! Training: the very layers that the library runs, walked forward and backward.
+//! The trainer: annotated pictures in, weights out. The very layers that the library runs are walked forward and
+//! backward; the mathematics are pure functions on slices, every one named after the equation of the paper that it is.
 
+pub mod augment;
+pub mod data;
+pub mod loader;
+pub mod losses;
+pub mod matching;
 pub mod network;
+pub mod optim;
+pub mod sampler;
 mod units;

@@ -91,8 +91,17 @@ impl GroundTruth {
     /// Reads `wider_face_val.mat` and `wider_{easy,medium,hard}_val.mat` in `dir`, the evaluator's
     /// ground truth.
     pub fn from_mat(dir: &Path) -> Result<Self> {
-        let path = dir.join("wider_face_val.mat");
-        let boxes = mat::read(&path)?;
+        let mut gt = Self::from_mat_boxes(&dir.join("wider_face_val.mat"))?;
+        for subset in [Subset::Easy, Subset::Medium, Subset::Hard] {
+            gt.grade(subset, &dir.join(format!("wider_{}_val.mat", subset.name())))?;
+        }
+        gt.graded = true;
+        Ok(gt)
+    }
+
+    /// Reads `wider_face_train.mat` or `wider_face_val.mat`: boxes and labels, no difficulties.
+    pub fn from_mat_boxes(path: &Path) -> Result<Self> {
+        let boxes = mat::read(path)?;
         let fail = |what: String| Error::InvalidData(format!("{}: {what}", path.display()));
         let events = cells(&boxes, "event_list").map_err(fail)?;
         let files = nested(&boxes, "file_list").map_err(fail)?;
@@ -121,11 +130,8 @@ impl GroundTruth {
                 images.push(Image { event: event.into(), stem: stem.into(), path, faces });
             }
         }
-        let mut gt = Self { images, graded: true };
+        let gt = Self { images, graded: false };
         gt.check_unique(&path.display().to_string())?;
-        for subset in [Subset::Easy, Subset::Medium, Subset::Hard] {
-            gt.grade(subset, &dir.join(format!("wider_{}_val.mat", subset.name())))?;
-        }
         Ok(gt)
     }
 
