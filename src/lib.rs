@@ -32,6 +32,10 @@ pub mod detect;
 #[forbid(unsafe_code)]
 pub mod eval;
 
+#[cfg(feature = "train")]
+#[forbid(unsafe_code)]
+pub mod train;
+
 pub use error::{Error, Result};
 
 #[cfg(doctest)]
