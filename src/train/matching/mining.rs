@@ -1,0 +1,406 @@
+//! HAMBox's online high-quality anchor mining (Section 3.2): after the forward pass, faces with few
+//! anchors get those whose decoded boxes found them.
+
+use super::scan::{FaceBox, Matches, BACKGROUND, IGNORED};
+use crate::detect::BBox;
+use crate::error::{Error, Result};
+use crate::train::losses::{AnchorRole, IGNORED_OVERLAP};
+use serde::{Deserialize, Serialize};
+
+/// Settings of the mining.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct AnchorMining {
+    /// K: a face with fewer matched anchors is filled up to this many.
+    pub anchors: usize,
+    /// T: least IoU of a mined anchor's decoded box with the face.
+    pub overlap: f32,
+}
+
+impl Default for AnchorMining {
+    /// K = 3 and T = 0.8 (HAMBox Section 4.1).
+    fn default() -> Self {
+        Self { anchors: 3, overlap: 0.8 }
+    }
+}
+
+impl AnchorMining {
+    /// Errors unless 0 < T <= 1.
+    pub fn check(&self) -> Result<()> {
+        if self.overlap > 0.0 && self.overlap <= 1.0 {
+            return Ok(());
+        }
+        Err(Error::InvalidArgument(format!(
+            "anchor mining: overlap must be above 0, up to 1, got {}",
+            self.overlap
+        )))
+    }
+}
+
+/// An anchor mined for a face.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MinedAnchor {
+    /// Flat index of the anchor.
+    pub anchor: usize,
+    /// Index of the face.
+    pub face: usize,
+    /// F_i: IoU of its decoded box with the face.
+    pub overlap: f32,
+}
+
+/// What the mining found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mined {
+    /// The compensated anchors (the set psi of Eq. 1), in order of their flat indices, each once.
+    pub compensated: Vec<MinedAnchor>,
+    /// F_i of every anchor: best IoU of its decoded box with any face, the ignored ones among them (a
+    /// box that finds one is no background); 0 where it lies below both T and 0.5.
+    pub overlap: Vec<f32>,
+}
+
+impl Mined {
+    /// What anchor `i` is in HAMBox Eq. 1 and 2.
+    pub fn role(&self, matches: &Matches, i: usize) -> AnchorRole {
+        if let Some(face) = matches.face(i) {
+            return AnchorRole::Matched { face };
+        }
+        if matches.label[i] == IGNORED {
+            return AnchorRole::Ignored;
+        }
+        match self.compensated.binary_search_by_key(&i, |m| m.anchor) {
+            Ok(k) => AnchorRole::Compensated {
+                face: self.compensated[k].face,
+                overlap: self.compensated[k].overlap,
+            },
+            Err(_) => AnchorRole::Background { overlap: self.overlap[i] },
+        }
+    }
+}
+
+/// Mines anchors for the faces that have M < K of them in `matches`: background anchors whose decoded
+/// box (`decoded(i)`, input pixels) has an IoU of at least T with the face, best first, at most K - M.
+/// An anchor serves one face only; faces choose in their order, as in Algorithm 1 (which omits the test
+/// against T: Section 3.2 has it), equal IoUs in order of the anchors. Ignored faces get none; a decoded
+/// box that is not finite overlaps nothing.
+///
+/// One look-up an anchor in an index of the faces ([`FaceIndex`]): the work is that of the anchors
+/// plus that of the pairs that are close, not of all pairs.
+pub fn mine_high_quality_anchors(
+    decoded: impl Fn(usize) -> BBox,
+    faces: &[FaceBox],
+    matches: &Matches,
+    mining: &AnchorMining,
+) -> Mined {
+    let anchors = matches.label.len();
+    let mut room: Vec<usize> = matches.per_face(faces.len());
+    for (r, face) in room.iter_mut().zip(faces) {
+        *r = if face.ignore { 0 } else { mining.anchors.saturating_sub(*r) };
+    }
+    let floor = mining.overlap.min(IGNORED_OVERLAP);
+    let index = FaceIndex::new(faces, floor);
+    let mut overlap = vec![0f32; anchors];
+    let mut found: Vec<MinedAnchor> = Vec::new();
+    for (i, best) in overlap.iter_mut().enumerate() {
+        let b = decoded(i);
+        for &j in index.near(&b) {
+            let face = j as usize;
+            let v = b.iou(&faces[face].bbox);
+            if v >= floor && v > *best {
+                *best = v;
+            }
+            if v >= mining.overlap && room[face] > 0 && matches.label[i] == BACKGROUND {
+                found.push(MinedAnchor { anchor: i, face, overlap: v });
+            }
+        }
+    }
+    found.sort_unstable_by(|a, b| {
+        a.face.cmp(&b.face).then(b.overlap.total_cmp(&a.overlap)).then(a.anchor.cmp(&b.anchor))
+    });
+    let mut taken = vec![false; anchors];
+    found.retain(|m| {
+        let take = room[m.face] > 0 && !taken[m.anchor];
+        if take {
+            room[m.face] -= 1;
+            taken[m.anchor] = true;
+        }
+        take
+    });
+    found.sort_unstable_by_key(|m| m.anchor);
+    Mined { compensated: found, overlap }
+}
+
+/// Widths up to this power of two have an octave of their own.
+const OCTAVES: usize = 14;
+/// Cells along the longer side of an octave's grid, at most.
+const CELLS: f64 = 128.0;
+
+/// The faces by octave of width and place of centre, so that one look-up names every face that a box
+/// can have an IoU of at least t with. An IoU in two dimensions is at most that of the boxes' shadows
+/// on either axis; there, with sides b and f, it means t <= b / f <= 1 / t, and centres at most
+/// (b + f) (1 - t) / (2 (1 + t)) apart.
+struct FaceIndex {
+    octaves: Vec<Option<Octave>>,
+}
+
+/// A grid over the places where boxes of one octave can have their centres.
+struct Octave {
+    origin: [f64; 2],
+    cell: f64,
+    size: [usize; 2],
+    /// Faces of cell k are `faces[start[k]..start[k + 1]]`.
+    start: Vec<u32>,
+    faces: Vec<u32>,
+}
+
+/// Octave of a width: 0 below 2 px, k in 2^k to 2^(k+1), the last beyond.
+fn octave(width: f64) -> usize {
+    if width < 2.0 {
+        return 0;
+    }
+    // The exponent's bits: exact, and cheaper than a logarithm.
+    ((width.to_bits() >> 52) as usize - 1023).min(OCTAVES - 1)
+}
+
+impl FaceIndex {
+    fn new(faces: &[FaceBox], t: f32) -> Self {
+        // f32 rounds the IoU and the corners it is of: give way by more than that.
+        let t = f64::from(t) * (1.0 - 1e-3);
+        let mut reaches: Vec<Vec<(u32, [f64; 4])>> = vec![Vec::new(); OCTAVES];
+        for (j, face) in faces.iter().enumerate() {
+            let [x1, y1, x2, y2] = [face.bbox.x1, face.bbox.y1, face.bbox.x2, face.bbox.y2].map(f64::from);
+            let (w, h) = (x2 - x1, y2 - y1);
+            if !(w > 0.0 && h > 0.0 && (w * h).is_finite()) {
+                continue;
+            }
+            let edge =
+                8.0 * f64::from(f32::EPSILON) * [x1, y1, x2, y2].iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+            let (narrow, wide) = (((w - edge) * t).max(0.0), (w + edge) / t);
+            for k in octave(narrow)..=octave(wide) {
+                let widest = if k == OCTAVES - 1 { wide } else { wide.min((1u64 << (k + 1)) as f64) };
+                let apart = |b: f64, f: f64| (b + f + 2.0 * edge) * (1.0 - t) / (2.0 * (1.0 + t)) + edge;
+                let (dx, dy) = (apart(widest, w), apart((h + edge) / t, h));
+                let (cx, cy) = ((x1 + x2) / 2.0, (y1 + y2) / 2.0);
+                reaches[k].push((j as u32, [cx - dx, cy - dy, cx + dx, cy + dy]));
+            }
+        }
+        Self { octaves: reaches.iter().enumerate().map(|(k, r)| Octave::new(k, r)).collect() }
+    }
+
+    /// Every face that `b` can reach, and some others near it.
+    fn near(&self, b: &BBox) -> &[u32] {
+        let [x1, y1, x2, y2] = [b.x1, b.y1, b.x2, b.y2].map(f64::from);
+        // A width of NaN is in octave 0 or the last; its centre is in no cell.
+        match &self.octaves[octave(x2 - x1)] {
+            Some(o) => o.at((x1 + x2) / 2.0, (y1 + y2) / 2.0),
+            None => &[],
+        }
+    }
+}
+
+impl Octave {
+    /// None without faces. `reaches`: face, and the box in which centres of this octave's boxes reach it.
+    fn new(k: usize, reaches: &[(u32, [f64; 4])]) -> Option<Self> {
+        let first = reaches.first()?.1;
+        let bounds = reaches
+            .iter()
+            .fold(first, |b, (_, r)| [b[0].min(r[0]), b[1].min(r[1]), b[2].max(r[2]), b[3].max(r[3])]);
+        let extent = [bounds[2] - bounds[0], bounds[3] - bounds[1]];
+        let cell = ((1u64 << k) as f64 / 2.0).max(extent[0].max(extent[1]) / CELLS);
+        let size = extent.map(|e| (e / cell) as usize + 1);
+        let mut grid = Self {
+            origin: [bounds[0], bounds[1]],
+            cell,
+            size,
+            start: vec![0; size[0] * size[1] + 1],
+            faces: Vec::new(),
+        };
+        // Count, sum up, fill: the faces of all cells in one list.
+        let covered = |r: &[f64; 4], visit: &mut dyn FnMut(usize)| {
+            let at = |v: f64, axis: usize| (((v - bounds[axis]) / cell) as usize).min(size[axis] - 1);
+            for y in at(r[1], 1)..=at(r[3], 1) {
+                for x in at(r[0], 0)..=at(r[2], 0) {
+                    visit(y * size[0] + x);
+                }
+            }
+        };
+        reaches.iter().for_each(|(_, r)| covered(r, &mut |c| grid.start[c + 1] += 1));
+        for c in 1..grid.start.len() {
+            grid.start[c] += grid.start[c - 1];
+        }
+        grid.faces = vec![0; grid.start[grid.start.len() - 1] as usize];
+        let mut next = grid.start.clone();
+        for (j, r) in reaches {
+            covered(r, &mut |c| {
+                grid.faces[next[c] as usize] = *j;
+                next[c] += 1;
+            });
+        }
+        Some(grid)
+    }
+
+    fn at(&self, cx: f64, cy: f64) -> &[u32] {
+        let (x, y) = ((cx - self.origin[0]) / self.cell, (cy - self.origin[1]) / self.cell);
+        // Comparisons that NaN fails.
+        if x >= 0.0 && y >= 0.0 && x < self.size[0] as f64 && y < self.size[1] as f64 {
+            let c = y as usize * self.size[0] + x as usize;
+            &self.faces[self.start[c] as usize..self.start[c + 1] as usize]
+        } else {
+            &[]
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::support::{near, random_faces, random_grid};
+    use super::super::{match_anchors, MatchingRecipe};
+    use super::*;
+    use crate::graph::init::Rng;
+
+    fn face(x: f32, y: f32, side: f32, ignore: bool) -> FaceBox {
+        FaceBox { bbox: BBox::from_xywh(x, y, side, side), ignore }
+    }
+
+    fn mined(list: &[(usize, usize)], got: &Mined) -> bool {
+        got.compensated.iter().map(|m| (m.anchor, m.face)).eq(list.iter().copied())
+    }
+
+    #[test]
+    fn mining_matches_a_case_worked_by_hand() {
+        // Shifting a 10 px box by d pixels: IoU (10 - d) / (10 + d).
+        let at = |x: f32| BBox::from_xywh(x, 0.0, 10.0, 10.0);
+        let faces = [face(0.0, 0.0, 10.0, false), face(1.0, 0.0, 10.0, false), face(90.0, 0.0, 10.0, true)];
+        let decoded = [
+            at(0.0),  // 0: matched with face 0 already
+            at(0.5),  // 1: 0.905 with both faces
+            at(1.0),  // 2: 0.818 with face 0, 1 with face 1
+            at(2.0),  // 3: 0.667, 0.818
+            at(3.0),  // 4: 0.538, 0.667
+            at(90.0), // 5: on the ignored face
+            at(50.0), // 6: on nothing
+            at(0.25), // 7: ignored by the matching
+        ];
+        let mut label = vec![BACKGROUND; 8];
+        (label[0], label[7]) = (0, IGNORED);
+        let matches = Matches { label, iou: vec![0.0; 8] };
+        let got = mine_high_quality_anchors(|i| decoded[i], &faces, &matches, &AnchorMining::default());
+        // Face 0 (M = 1) takes two: 1 and 2. Face 1 (M = 0) would have 2, 1, 3, and is left with 3.
+        assert!(mined(&[(1, 0), (2, 0), (3, 1)], &got), "{got:?}");
+        assert!((got.compensated[1].overlap - 9.0 / 11.0).abs() < 1e-6);
+        // F_i is of the best face; below 0.5 it reads as 0.
+        assert!((got.overlap[2] - 1.0).abs() < 1e-6 && (got.overlap[4] - 8.0 / 12.0).abs() < 1e-6);
+        assert_eq!((got.overlap[5], got.overlap[6]), (1.0, 0.0));
+        assert_eq!(got.role(&matches, 0), AnchorRole::Matched { face: 0 });
+        assert_eq!(got.role(&matches, 7), AnchorRole::Ignored);
+        assert!(matches!(got.role(&matches, 3), AnchorRole::Compensated { face: 1, .. }));
+        assert_eq!(got.role(&matches, 5), AnchorRole::Background { overlap: 1.0 });
+        // A face that has K anchors or more gets none.
+        let one = AnchorMining { anchors: 1, overlap: 0.8 };
+        let got = mine_high_quality_anchors(|i| decoded[i], &faces, &matches, &one);
+        assert!(mined(&[(2, 1)], &got), "{got:?}");
+    }
+
+    fn overlap_of(b: &BBox, face: &FaceBox) -> f32 {
+        if [b.x1, b.y1, b.x2, b.y2].iter().all(|v| v.is_finite()) {
+            b.iou(&face.bbox)
+        } else {
+            0.0
+        }
+    }
+
+    /// Section 3.2 over all pairs.
+    fn brute_force(decoded: &[BBox], faces: &[FaceBox], matches: &Matches, mining: &AnchorMining) -> Mined {
+        let floor = mining.overlap.min(IGNORED_OVERLAP);
+        let overlap = decoded
+            .iter()
+            .map(|b| faces.iter().map(|f| overlap_of(b, f)).fold(0f32, f32::max))
+            .map(|v| if v >= floor { v } else { 0.0 })
+            .collect();
+        let mut compensated: Vec<MinedAnchor> = Vec::new();
+        let mut free: Vec<bool> = matches.label.iter().map(|l| *l == BACKGROUND).collect();
+        for (j, f) in faces.iter().enumerate().filter(|(_, f)| !f.ignore) {
+            for _ in matches.per_face(faces.len())[j]..mining.anchors {
+                let mut best: Option<(usize, f32)> = None;
+                for i in (0..decoded.len()).filter(|i| free[*i]) {
+                    let v = overlap_of(&decoded[i], f);
+                    if v >= mining.overlap && best.is_none_or(|b| v > b.1) {
+                        best = Some((i, v));
+                    }
+                }
+                let Some((anchor, overlap)) = best else { break };
+                free[anchor] = false;
+                compensated.push(MinedAnchor { anchor, face: j, overlap });
+            }
+        }
+        compensated.sort_by_key(|m| m.anchor);
+        Mined { compensated, overlap }
+    }
+
+    #[test]
+    fn the_indexed_mining_equals_the_double_loop_and_an_anchor_serves_one_face() {
+        let mut rng = Rng::new(41);
+        let (mut total, mut high) = (0, 0);
+        for round in 0..300 {
+            let grid = random_grid(&mut rng);
+            let faces = random_faces(&grid, &mut rng, 0.1);
+            let matches =
+                match_anchors(&grid, &faces, &MatchingRecipe::FirstStep { positive: rng.range(0.3, 0.9) });
+            let decoded: Vec<BBox> = (0..grid.len)
+                .map(|i| match rng.below(4) {
+                    0 => grid.anchor(i).decode(&[0.0; 4], [1.0; 2]),
+                    1 if rng.below(20) == 0 => BBox::new(f32::NAN, 0.0, f32::INFINITY, 3.0),
+                    _ if faces.is_empty() => BBox::default(),
+                    _ => near(&faces[rng.below(faces.len())].bbox, rng.range(0.0, 0.3), &mut rng),
+                })
+                .collect();
+            let mining = AnchorMining { anchors: rng.below(12), overlap: rng.range(0.05, 0.95) };
+            let got = mine_high_quality_anchors(|i| decoded[i], &faces, &matches, &mining);
+            assert!(
+                got == brute_force(&decoded, &faces, &matches, &mining),
+                "round {round}, {mining:?} {faces:?}"
+            );
+            assert!(got.compensated.windows(2).all(|w| w[0].anchor < w[1].anchor), "each anchor once");
+            let mut per_face = matches.per_face(faces.len());
+            for m in &got.compensated {
+                assert!(matches.label[m.anchor] == BACKGROUND && !faces[m.face].ignore);
+                per_face[m.face] += 1;
+                assert!(per_face[m.face] <= mining.anchors);
+            }
+            total += got.compensated.len();
+            high += got.overlap.iter().filter(|v| **v > 0.0).count();
+        }
+        assert!(total > 2000 && high > 50_000, "{total} mined, {high} overlaps");
+    }
+
+    #[test]
+    fn a_crowd_takes_milliseconds() {
+        // 87,040 anchors, 1,000 faces; asserted loosely, since a build without optimisation may run it.
+        let mut grid = super::super::AnchorGrid::new();
+        [(4, 16.0), (8, 32.0), (16, 64.0), (32, 128.0)]
+            .iter()
+            .for_each(|&(stride, side)| grid.push(stride, side, side, 1024 / stride, 1024 / stride));
+        let mut rng = Rng::new(43);
+        let faces: Vec<FaceBox> = (0..1000)
+            .map(|_| {
+                face(rng.range(0.0, 1000.0), rng.range(0.0, 1000.0), 2f32.powf(rng.range(3.0, 5.0)), false)
+            })
+            .collect();
+        let decoded: Vec<BBox> = (0..grid.len)
+            .map(|i| match rng.below(8) {
+                0 => near(&faces[rng.below(faces.len())].bbox, 0.1, &mut rng),
+                _ => near(&grid.anchor(i).decode(&[0.0; 4], [1.0; 2]), 0.1, &mut rng),
+            })
+            .collect();
+        let start = std::time::Instant::now();
+        let matches = match_anchors(&grid, &faces, &MatchingRecipe::FirstStep { positive: 0.35 });
+        let matching = start.elapsed();
+        let got = mine_high_quality_anchors(
+            |i| decoded[i],
+            &faces,
+            &matches,
+            &AnchorMining { anchors: 40, overlap: 0.6 },
+        );
+        println!("{} anchors: matching {matching:?}, mining {:?}", grid.len, start.elapsed() - matching);
+        assert!(!got.compensated.is_empty() && start.elapsed().as_secs() < 2, "{:?}", start.elapsed());
+    }
+}

@@ -1,0 +1,16 @@
+//! Which anchor learns which face: anchors on grids, matching by IoU, online mining.
+//!
+//! Every function visits only the cells of a group that can reach the threshold with a face, by
+//! bounds that are exact: the result is that of comparing all pairs.
+
+mod grid;
+mod mining;
+mod scan;
+#[cfg(test)]
+mod support;
+
+pub use grid::{AnchorGrid, AnchorGroup};
+pub use mining::{mine_high_quality_anchors, AnchorMining, Mined, MinedAnchor};
+pub use scan::{
+    match_anchors, FaceBox, Matches, MatchingRecipe, SecondPass, BACKGROUND, IGNORED, IGNORE_COVER,
+};
