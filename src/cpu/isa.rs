@@ -18,7 +18,7 @@ pub enum Isa {
     #[cfg(target_arch = "x86_64")]
     #[non_exhaustive]
     Avx2,
-    /// AVX-512F.
+    /// AVX-512 F, BW and VL (every CPU with AVX-512 but the Xeon Phi).
     #[cfg(target_arch = "x86_64")]
     #[non_exhaustive]
     Avx512,
@@ -35,7 +35,10 @@ impl Isa {
         {
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 isas.push(Isa::Avx2);
-                if is_x86_feature_detected!("avx512f") {
+                let avx512 = is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl");
+                if avx512 {
                     isas.push(Isa::Avx512);
                 }
             }

@@ -1,6 +1,7 @@
 //! How values of maps are stored while training.
 
 use super::gemm::Packed;
+use crate::cpu::kernels::{bf16_bits, Vector};
 use crate::cpu::Isa;
 use half::bf16;
 
@@ -12,6 +13,18 @@ pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + PartialEq + 
     fn f32(self) -> f32;
     /// Nearest value; ties to even.
     fn of(v: f32) -> Self;
+    /// A register of `n` values at `p`, zeros in the other lanes.
+    ///
+    /// # Safety
+    /// As [`Vector`]'s loads.
+    #[doc(hidden)]
+    unsafe fn load<V: Vector>(p: *const Self, n: usize) -> V;
+    /// Stores `n` lanes.
+    ///
+    /// # Safety
+    /// As [`Vector`]'s stores.
+    #[doc(hidden)]
+    unsafe fn store<V: Vector>(v: V, p: *mut Self, n: usize);
     /// Packs a `depth` x `channels` matrix for [`Element::product`].
     fn pack(isa: Isa, depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Packed<Self>;
     /// `c[p][n] = sum over k of a[p][k] * b[k][n]`: `a` is `pixels` x `a_pixel` values, `c`
@@ -41,6 +54,16 @@ impl Element for f32 {
     fn of(v: f32) -> Self {
         v
     }
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const Self, n: usize) -> V {
+        // SAFETY: the same contract.
+        unsafe { V::load_upto(p, n) }
+    }
+    #[inline(always)]
+    unsafe fn store<V: Vector>(v: V, p: *mut Self, n: usize) {
+        // SAFETY: the same contract.
+        unsafe { v.store_upto(p, n) }
+    }
     fn pack(isa: Isa, depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Packed<Self> {
         super::gemm::pack_f32(isa, depth, channels, at)
     }
@@ -65,11 +88,19 @@ impl Element for bf16 {
     fn f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
-    /// Plain integer rounding, which vectorises; infinities stay, and the NaNs that arithmetic makes stay NaN.
     #[inline(always)]
     fn of(v: f32) -> Self {
-        let bits = v.to_bits();
-        Self::from_bits((bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16)
+        Self::from_bits(bf16_bits(v))
+    }
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const Self, n: usize) -> V {
+        // SAFETY: the same contract; bf16 is its bits.
+        unsafe { V::load_bf16(p.cast(), n) }
+    }
+    #[inline(always)]
+    unsafe fn store<V: Vector>(v: V, p: *mut Self, n: usize) {
+        // SAFETY: the same contract; bf16 is its bits.
+        unsafe { v.store_bf16(p.cast(), n) }
     }
     fn pack(_: Isa, depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Packed<Self> {
         super::gemm::pack_bf16(depth, channels, at)

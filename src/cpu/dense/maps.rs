@@ -1,7 +1,12 @@
 //! Element-wise passes over channels-last maps: normalisation and activation where a map is read, gradients
 //! pulled back through them, statistics.
+//!
+//! Every pass takes a register of channels at a time, over all pixels it is given, with the channels' constants and sums
+//! in registers; callers give it bands that stay in cache.
 
-use super::{per_isa, Element};
+use super::Element;
+use crate::cpu::kernels::Vector;
+use crate::cpu::Isa;
 
 /// A stored map as its readers see it: `y = act(scale[c] * z + shift[c])`, with act(v) = max(v, slope * v).
 #[derive(Clone, Copy)]
@@ -46,9 +51,11 @@ impl<'a, T: Element> Source<'a, T> {
         Self { z: &self.z[range.start * c..range.end * c], ..*self }
     }
 
-    /// Whether readers see what is stored.
-    pub fn is_plain(&self) -> bool {
-        self.slope == 1.0 && self.scale.iter().all(|&s| s == 1.0) && self.shift.iter().all(|&s| s == 0.0)
+    /// Pixels, after a check that the constants are of one length.
+    fn checked(&self) -> usize {
+        let c = self.channels();
+        assert!(self.shift.len() == c && self.z.len().is_multiple_of(c.max(1)), "a map's constants");
+        self.z.len() / c.max(1)
     }
 }
 
@@ -64,122 +71,353 @@ impl<'a, T: Element> Gradient<'a, T> {
         let dy = &self.dy[range.start * c..range.end * c];
         Self { map: self.map.pixels(range), dy, ..*self }
     }
+
+    fn checked(&self) -> usize {
+        let c = self.channels();
+        assert!(self.b.len() == c && self.c.len() == c && self.map.channels() == c, "a gradient's constants");
+        assert_eq!(self.dy.len(), self.map.z.len(), "a gradient of its map's size");
+        self.map.checked()
+    }
 }
 
+/// One pass, over any registers.
+trait Pass {
+    /// # Safety
+    /// The caller is compiled for `V`'s ISA; the lengths of the pass were checked.
+    unsafe fn run<V: Vector>(self);
+}
+
+/// Runs a pass on the registers of `isa`.
+///
+/// # Safety
+/// The lengths of the pass were checked.
+unsafe fn dispatch<P: Pass>(isa: Isa, pass: P) {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2<P: Pass>(pass: P) {
+        // SAFETY: compiled for this ISA.
+        unsafe { pass.run::<crate::cpu::kernels::avx2::F32x8>() }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn avx512<P: Pass>(pass: P) {
+        // SAFETY: compiled for this ISA.
+        unsafe { pass.run::<crate::cpu::kernels::avx512::F32x16>() }
+    }
+    // SAFETY: an `Isa` value is proof that the CPU has it; the caller's contract.
+    unsafe {
+        match isa {
+            Isa::Generic => pass.run::<crate::cpu::kernels::generic::F32x4>(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => pass.run::<crate::cpu::kernels::neon::F32x4>(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2(pass),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512(pass),
+        }
+    }
+}
+
+/// Runs `$body` for every register of channels: `$at` the first channel, `$n` how many (a constant where all lanes).
+macro_rules! for_registers {
+    ($vector:ty, $channels:expr, |$at:ident, $n:ident| $body:block) => {{
+        let mut $at = 0;
+        while $at + <$vector>::LANES <= $channels {
+            let $n = <$vector>::LANES;
+            $body
+            $at += <$vector>::LANES;
+        }
+        if $at < $channels {
+            let $n = $channels - $at;
+            $body
+        }
+    }};
+}
+
+/// max(slope * x, x).
 #[inline(always)]
-fn activate(v: f32, slope: f32) -> f32 {
-    let low = slope * v;
-    if v > low {
-        v
-    } else {
-        low
-    }
+unsafe fn activate<V: Vector>(x: V, slope: V) -> V {
+    // SAFETY: register arithmetic; the caller is compiled for V's ISA.
+    unsafe { x.mul(slope).max(x) }
 }
 
-/// The derivative of [`activate`]; at 0 the slope's side, as the plain layers have it.
-#[inline(always)]
-fn activate_slope(v: f32, slope: f32) -> f32 {
-    if v > 0.0 {
-        1.0
-    } else {
-        slope
-    }
+struct Read<'a, T, O> {
+    source: Source<'a, T>,
+    pixels: usize,
+    to: &'a mut [O],
+    pixel: usize,
 }
 
-per_isa! {
-    /// Writes what readers of `source` see to `to`, `pixel` values a pixel (those past the channels 0).
-    pub fn read<T: Element, O: Element>(source: Source<'_, T>, to: &mut [O], pixel: usize) {
-        let c = source.channels();
-        let Source { scale, shift, slope, .. } = source;
-        for (z, to) in source.z.chunks_exact(c).zip(to.chunks_exact_mut(pixel)) {
-            let (to, rest) = to.split_at_mut(c);
-            for i in 0..c {
-                to[i] = O::of(activate(scale[i] * z[i].f32() + shift[i], slope));
-            }
-            rest.fill(O::default());
+impl<T: Element, O: Element> Pass for Read<'_, T, O> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let Source { z, scale, shift, slope } = self.source;
+        let c = scale.len();
+        // SAFETY: lengths were checked by `read`.
+        unsafe {
+            let slope = V::splat(slope);
+            for_registers!(V, c, |at, n| {
+                let (scale, shift) =
+                    (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
+                let (mut from, mut to) = (z.as_ptr().add(at), self.to.as_mut_ptr().add(at));
+                for _ in 0..self.pixels {
+                    let v = shift.mul_add(scale, T::load::<V>(from, n));
+                    O::store(activate(v, slope), to, n);
+                    (from, to) = (from.wrapping_add(c), to.wrapping_add(self.pixel));
+                }
+            });
         }
     }
 }
 
-per_isa! {
-    /// Writes `dz` to `to`, `pixel` values a pixel (those past the channels 0).
-    pub fn pull_back<T: Element, O: Element>(gradient: Gradient<'_, T>, to: &mut [O], pixel: usize) {
-        let n = gradient.channels();
-        let Gradient { map: Source { z, scale, shift, slope }, dy, a, b, c } = gradient;
-        for ((z, dy), to) in z.chunks_exact(n).zip(dy.chunks_exact(n)).zip(to.chunks_exact_mut(pixel)) {
-            let (to, rest) = to.split_at_mut(n);
-            for i in 0..n {
-                let z = z[i].f32();
-                let g = dy[i].f32() * activate_slope(scale[i] * z + shift[i], slope);
-                to[i] = O::of(a[i] * g + b[i] * z + c[i]);
-            }
-            rest.fill(O::default());
+/// Writes what readers of `source` see to `to`, `pixel` values a pixel (those past the channels 0).
+pub fn read<T: Element, O: Element>(isa: Isa, source: Source<'_, T>, to: &mut [O], pixel: usize) {
+    let (pixels, c) = (source.checked(), source.channels());
+    assert!(pixel >= c && to.len() >= pixels * pixel, "no room for what is read");
+    // SAFETY: the lengths were checked.
+    unsafe { dispatch(isa, Read { source, pixels, to, pixel }) };
+    clear_rest(to, pixels, pixel, c);
+}
+
+/// Zeros behind the channels of every pixel.
+fn clear_rest<O: Element>(to: &mut [O], pixels: usize, pixel: usize, channels: usize) {
+    if pixel > channels {
+        to.chunks_exact_mut(pixel).take(pixels).for_each(|p| p[channels..].fill(O::default()));
+    }
+}
+
+struct PullBack<'a, T, O> {
+    gradient: Gradient<'a, T>,
+    pixels: usize,
+    to: &'a mut [O],
+    pixel: usize,
+}
+
+impl<T: Element, O: Element> Pass for PullBack<'_, T, O> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let Gradient { map: Source { z, scale, shift, slope }, dy, a, b, c } = self.gradient;
+        let channels = a.len();
+        // SAFETY: lengths were checked by `pull_back`.
+        unsafe {
+            let slope = V::splat(slope);
+            for_registers!(V, channels, |at, n| {
+                let load = |p: &[f32]| V::load_upto(p.as_ptr().add(at), n);
+                let (scale, shift, a, b, c) = (load(scale), load(shift), load(a), load(b), load(c));
+                let (mut z, mut dy) = (z.as_ptr().add(at), dy.as_ptr().add(at));
+                let mut to = self.to.as_mut_ptr().add(at);
+                for _ in 0..self.pixels {
+                    let v = T::load::<V>(z, n);
+                    let d = T::load::<V>(dy, n);
+                    let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
+                    O::store(c.mul_add(b, v).mul_add(a, g), to, n);
+                    (z, dy) = (z.wrapping_add(channels), dy.wrapping_add(channels));
+                    to = to.wrapping_add(self.pixel);
+                }
+            });
         }
     }
 }
 
-per_isa! {
-    /// Adds to `sums`, `[2][C]`: the sum of g and the sum of g * z over the pixels.
-    pub fn gradient_sums<T: Element>(gradient: Gradient<'_, T>, sums: &mut [f32]) {
-        let n = gradient.channels();
-        let Gradient { map: Source { z, scale, shift, slope }, dy, .. } = gradient;
-        let (sum_g, sum_gz) = sums.split_at_mut(n);
-        for (z, dy) in z.chunks_exact(n).zip(dy.chunks_exact(n)) {
-            for i in 0..n {
-                let z = z[i].f32();
-                let g = dy[i].f32() * activate_slope(scale[i] * z + shift[i], slope);
-                sum_g[i] += g;
-                sum_gz[i] += g * z;
-            }
+/// Writes `dz` to `to`, `pixel` values a pixel (those past the channels 0).
+pub fn pull_back<T: Element, O: Element>(isa: Isa, gradient: Gradient<'_, T>, to: &mut [O], pixel: usize) {
+    let (pixels, c) = (gradient.checked(), gradient.channels());
+    assert!(pixel >= c && to.len() >= pixels * pixel, "no room for the gradient");
+    // SAFETY: the lengths were checked.
+    unsafe { dispatch(isa, PullBack { gradient, pixels, to, pixel }) };
+    clear_rest(to, pixels, pixel, c);
+}
+
+struct GradientSums<'a, T> {
+    gradient: Gradient<'a, T>,
+    pixels: usize,
+    sums: &'a mut [f32],
+}
+
+impl<T: Element> Pass for GradientSums<'_, T> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let Gradient { map: Source { z, scale, shift, slope }, dy, .. } = self.gradient;
+        let channels = scale.len();
+        // SAFETY: lengths were checked by `gradient_sums`.
+        unsafe {
+            let slope = V::splat(slope);
+            for_registers!(V, channels, |at, n| {
+                let (scale, shift) =
+                    (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
+                let (mut z, mut dy) = (z.as_ptr().add(at), dy.as_ptr().add(at));
+                let (mut sum, mut product) = (V::splat(0.0), V::splat(0.0));
+                for _ in 0..self.pixels {
+                    let v = T::load::<V>(z, n);
+                    let d = T::load::<V>(dy, n);
+                    let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
+                    sum = sum.add(g);
+                    product = product.mul_add(g, v);
+                    (z, dy) = (z.wrapping_add(channels), dy.wrapping_add(channels));
+                }
+                let to = self.sums.as_mut_ptr().add(at);
+                V::load_upto(to, n).add(sum).store_upto(to, n);
+                let to = to.add(channels);
+                V::load_upto(to, n).add(product).store_upto(to, n);
+            });
         }
     }
 }
 
-per_isa! {
-    /// Stores `from + bias` (`stride` values a pixel) as `z`, and adds to `sums`, `[2][C]`, the sums of the
-    /// stored values and of their squares.
-    pub fn finish<T: Element>(from: &[f32], stride: usize, bias: &[f32], z: &mut [T], sums: &mut [f32]) {
-        let n = bias.len();
-        let (sum, squares) = sums.split_at_mut(n);
-        for (from, z) in from.chunks(stride).zip(z.chunks_exact_mut(n)) {
-            for i in 0..n {
-                z[i] = T::of(from[i] + bias[i]);
-                let v = z[i].f32();
-                sum[i] += v;
-                squares[i] += v * v;
-            }
+/// Adds to `sums`, `[2][C]`: the sum of g and the sum of g * z over the pixels.
+pub fn gradient_sums<T: Element>(isa: Isa, gradient: Gradient<'_, T>, sums: &mut [f32]) {
+    let pixels = gradient.checked();
+    assert_eq!(sums.len(), 2 * gradient.channels(), "two sums a channel");
+    // SAFETY: the lengths were checked.
+    unsafe { dispatch(isa, GradientSums { gradient, pixels, sums }) };
+}
+
+struct Finish<'a, T> {
+    from: &'a [f32],
+    stride: usize,
+    bias: &'a [f32],
+    pixels: usize,
+    z: &'a mut [T],
+    sums: &'a mut [f32],
+}
+
+impl<T: Element> Pass for Finish<'_, T> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let channels = self.bias.len();
+        // SAFETY: lengths were checked by `finish`.
+        unsafe {
+            for_registers!(V, channels, |at, n| {
+                let bias = V::load_upto(self.bias.as_ptr().add(at), n);
+                let (mut from, mut z) = (self.from.as_ptr().add(at), self.z.as_mut_ptr().add(at));
+                let (mut sum, mut squares) = (V::splat(0.0), V::splat(0.0));
+                for _ in 0..self.pixels {
+                    let v = V::load_upto(from, n).add(bias);
+                    T::store(v, z, n);
+                    // Of what is stored, which readers will see.
+                    let v = T::load::<V>(z, n);
+                    sum = sum.add(v);
+                    squares = squares.mul_add(v, v);
+                    (from, z) = (from.wrapping_add(self.stride), z.wrapping_add(channels));
+                }
+                let to = self.sums.as_mut_ptr().add(at);
+                V::load_upto(to, n).add(sum).store_upto(to, n);
+                let to = to.add(channels);
+                V::load_upto(to, n).add(squares).store_upto(to, n);
+            });
         }
     }
 }
 
-per_isa! {
-    /// `to = from` or, where `add`, `to += from`: `stride` values a pixel of `from`, `channels` of them taken.
-    pub fn deposit<T: Element>(from: &[f32], stride: usize, channels: usize, to: &mut [T], add: bool) {
-        for (from, to) in from.chunks(stride).zip(to.chunks_exact_mut(channels)) {
-            for i in 0..channels {
-                let before = if add { to[i].f32() } else { 0.0 };
-                to[i] = T::of(from[i] + before);
-            }
+/// Stores `from + bias` (`stride` values a pixel) as `z`, and adds to `sums`, `[2][C]`, the sums of the
+/// stored values and of their squares.
+pub fn finish<T: Element>(
+    isa: Isa,
+    from: &[f32],
+    stride: usize,
+    bias: &[f32],
+    z: &mut [T],
+    sums: &mut [f32],
+) {
+    let c = bias.len();
+    let pixels = z.len() / c.max(1);
+    assert!(stride >= c && from.len() >= pixels * stride && sums.len() == 2 * c, "lengths of a result");
+    // SAFETY: the lengths were checked.
+    unsafe { dispatch(isa, Finish { from, stride, bias, pixels, z, sums }) };
+}
+
+struct Deposit<'a, T> {
+    from: &'a [f32],
+    stride: usize,
+    channels: usize,
+    pixels: usize,
+    to: &'a mut [T],
+    add: bool,
+}
+
+impl<T: Element> Pass for Deposit<'_, T> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        // SAFETY: lengths were checked by `deposit`.
+        unsafe {
+            for_registers!(V, self.channels, |at, n| {
+                let (mut from, mut to) = (self.from.as_ptr().add(at), self.to.as_mut_ptr().add(at));
+                for _ in 0..self.pixels {
+                    let mut v = V::load_upto(from, n);
+                    if self.add {
+                        v = v.add(T::load::<V>(to, n));
+                    }
+                    T::store(v, to, n);
+                    (from, to) = (from.wrapping_add(self.stride), to.wrapping_add(self.channels));
+                }
+            });
         }
     }
 }
 
-per_isa! {
-    /// Adds the pixels of `from`, `stride` values each, into `sums` `[channels]`.
-    pub fn column_sums<T: Element>(from: &[T], stride: usize, sums: &mut [f32]) {
-        for from in from.chunks_exact(stride) {
-            for (sum, v) in sums.iter_mut().zip(from) {
-                *sum += v.f32();
-            }
+/// `to = from` or, where `add`, `to += from`: `stride` values a pixel of `from`, `channels` of them taken.
+pub fn deposit<T: Element>(isa: Isa, from: &[f32], stride: usize, channels: usize, to: &mut [T], add: bool) {
+    let pixels = to.len() / channels.max(1);
+    assert!(stride >= channels && from.len() >= pixels * stride, "lengths of a gradient");
+    // SAFETY: the lengths were checked.
+    unsafe { dispatch(isa, Deposit { from, stride, channels, pixels, to, add }) };
+}
+
+struct ColumnSums<'a, T> {
+    from: &'a [T],
+    stride: usize,
+    pixels: usize,
+    sums: &'a mut [f32],
+}
+
+impl<T: Element> Pass for ColumnSums<'_, T> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        // SAFETY: lengths were checked by `column_sums`.
+        unsafe {
+            for_registers!(V, self.sums.len(), |at, n| {
+                let mut from = self.from.as_ptr().add(at);
+                let mut sum = V::splat(0.0);
+                for _ in 0..self.pixels {
+                    sum = sum.add(T::load::<V>(from, n));
+                    from = from.wrapping_add(self.stride);
+                }
+                let to = self.sums.as_mut_ptr().add(at);
+                V::load_upto(to, n).add(sum).store_upto(to, n);
+            });
         }
     }
 }
 
-per_isa! {
-    /// `to += from`.
-    pub fn add<T: Element>(from: &[T], to: &mut [f32]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to += from.f32();
+/// Adds the pixels of `from`, `stride` values each, into `sums` `[channels]`.
+pub fn column_sums<T: Element>(isa: Isa, from: &[T], stride: usize, sums: &mut [f32]) {
+    assert!(stride >= sums.len(), "sums of more channels than there are");
+    let pixels = from.len() / stride.max(1);
+    // SAFETY: the lengths were checked.
+    unsafe { dispatch(isa, ColumnSums { from, stride, pixels, sums }) };
+}
+
+struct AddTo<'a, T> {
+    from: &'a [T],
+    to: &'a mut [f32],
+}
+
+impl<T: Element> Pass for AddTo<'_, T> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        // SAFETY: lengths were checked by `add`.
+        unsafe {
+            for_registers!(V, self.to.len(), |at, n| {
+                let to = self.to.as_mut_ptr().add(at);
+                V::load_upto(to, n).add(T::load::<V>(self.from.as_ptr().add(at), n)).store_upto(to, n);
+            });
         }
     }
+}
+
+/// `to += from`.
+pub fn add<T: Element>(isa: Isa, from: &[T], to: &mut [f32]) {
+    assert_eq!(from.len(), to.len(), "sums of two lengths");
+    // SAFETY: the lengths were checked.
+    unsafe { dispatch(isa, AddTo { from, to }) };
 }

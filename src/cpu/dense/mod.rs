@@ -30,30 +30,3 @@ pub fn bf16_supported() -> bool {
     #[cfg(not(target_arch = "x86_64"))]
     return false;
 }
-
-/// Compiles a loop nest once an ISA and picks at run time: the body is plain code that the compiler vectorises.
-macro_rules! per_isa {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident<$($g:ident: $bound:ident),*>($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
-        $(#[$doc])*
-        $vis fn $name<$($g: $bound),*>(isa: $crate::cpu::Isa, $($arg: $ty),*) {
-            #[inline(always)]
-            fn body<$($g: $bound),*>($($arg: $ty),*) $body
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2<$($g: $bound),*>($($arg: $ty),*) { body($($arg),*) }
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,fma")]
-            fn avx512<$($g: $bound),*>($($arg: $ty),*) { body($($arg),*) }
-            match isa {
-                // SAFETY: an `Isa` value is proof that the CPU has it (AVX-512 machines have AVX2 and FMA).
-                #[cfg(target_arch = "x86_64")]
-                $crate::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                $crate::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
-                _ => body($($arg),*),
-            }
-        }
-    };
-}
-pub(crate) use per_isa;

@@ -60,6 +60,12 @@ impl Vector for F32x8 {
         // SAFETY: trait contract.
         Self(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
     }
+    #[cfg(feature = "train")]
+    #[inline(always)]
+    unsafe fn where_positive(self, a: Self, b: Self) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe { _mm256_blendv_ps(b.0, a.0, _mm256_cmp_ps::<_CMP_GT_OQ>(self.0, _mm256_setzero_ps())) })
+    }
     #[inline(always)]
     unsafe fn max(self, b: Self) -> Self {
         // SAFETY: trait contract.

@@ -57,6 +57,44 @@ impl Vector for F32x16 {
         // SAFETY: trait contract.
         Self(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
     }
+    #[cfg(feature = "train")]
+    #[inline(always)]
+    unsafe fn where_positive(self, a: Self, b: Self) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe {
+            let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, _mm512_setzero_ps());
+            _mm512_mask_blend_ps(positive, b.0, a.0)
+        })
+    }
+    #[cfg(feature = "train")]
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16, n: usize) -> Self {
+        // SAFETY: trait contract; masked lanes are not touched.
+        Self(unsafe {
+            let half = if n >= 16 {
+                _mm256_loadu_si256(p.cast())
+            } else {
+                _mm256_maskz_loadu_epi16(mask(n), p.cast())
+            };
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
+        })
+    }
+    #[cfg(feature = "train")]
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16, n: usize) {
+        // SAFETY: trait contract; masked lanes are not touched.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let even = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
+            let half = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
+            if n >= 16 {
+                _mm256_storeu_si256(p.cast(), half);
+            } else {
+                _mm256_mask_storeu_epi16(p.cast(), mask(n), half);
+            }
+        }
+    }
     #[inline(always)]
     unsafe fn max(self, b: Self) -> Self {
         // SAFETY: trait contract.
@@ -64,5 +102,5 @@ impl Vector for F32x16 {
     }
 }
 
-isa_kernels!(F32x16, #[target_feature(enable = "avx512f")],
+isa_kernels!(F32x16, #[target_feature(enable = "avx512f,avx512bw,avx512vl")],
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);

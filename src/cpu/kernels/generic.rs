@@ -51,6 +51,11 @@ impl Vector for F32x4 {
         // Not f32::mul_add: without an FMA instruction that is a library call a lane.
         Self(std::array::from_fn(|i| self.0[i] + a.0[i] * b.0[i]))
     }
+    #[cfg(feature = "train")]
+    #[inline(always)]
+    unsafe fn where_positive(self, a: Self, b: Self) -> Self {
+        Self(std::array::from_fn(|i| if self.0[i] > 0.0 { a.0[i] } else { b.0[i] }))
+    }
     #[inline(always)]
     unsafe fn max(self, b: Self) -> Self {
         Self(std::array::from_fn(|i| if self.0[i] > b.0[i] { self.0[i] } else { b.0[i] }))

@@ -11,12 +11,12 @@ pub(crate) mod depthwise;
 pub(crate) mod simple;
 
 #[cfg(target_arch = "x86_64")]
-mod avx2;
+pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
-mod generic;
+pub(crate) mod avx512;
+pub(crate) mod generic;
 #[cfg(target_arch = "aarch64")]
-mod neon;
+pub(crate) mod neon;
 
 use super::isa::Isa;
 use conv::ConvArgs;
@@ -42,6 +42,36 @@ pub(crate) trait Vector: Copy {
     /// Lane-wise maximum; `b` where either is NaN. Values that are not finite are outside the kernels'
     /// contract: weights and pixels are finite, and no result depends on which of two NaNs wins.
     unsafe fn max(self, b: Self) -> Self;
+    /// Lane-wise `a` where this is above 0, else `b`.
+    #[cfg(feature = "train")]
+    unsafe fn where_positive(self, a: Self, b: Self) -> Self;
+
+    /// Loads `n <= LANES` bf16 values (their bits), zeros in the other lanes.
+    #[cfg(feature = "train")]
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16, n: usize) -> Self {
+        let mut lanes = [0.0f32; 16];
+        for (i, lane) in lanes.iter_mut().enumerate().take(n) {
+            // SAFETY: the caller vouches for `n` values at `p`.
+            *lane = f32::from_bits(u32::from(unsafe { *p.add(i) }) << 16);
+        }
+        // SAFETY: no ISA has more than 16 lanes.
+        unsafe { Self::load(lanes.as_ptr()) }
+    }
+
+    /// Stores the first `n <= LANES` lanes as bf16, rounded to nearest even.
+    #[cfg(feature = "train")]
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16, n: usize) {
+        let mut lanes = [0.0f32; 16];
+        // SAFETY: no ISA has more than 16 lanes; the caller vouches for room for `n` values at `p`.
+        unsafe {
+            self.store(lanes.as_mut_ptr());
+            for (i, lane) in lanes.iter().enumerate().take(n) {
+                *p.add(i) = bf16_bits(*lane);
+            }
+        }
+    }
 
     /// Loads `n` lanes, `n <= LANES`.
     #[inline(always)]
@@ -68,6 +98,15 @@ pub(crate) trait Vector: Copy {
             }
         }
     }
+}
+
+/// The bf16 nearest to `v`, ties to even, by integer rounding: infinities stay, and the NaNs that arithmetic makes
+/// stay NaN.
+#[cfg(feature = "train")]
+#[inline(always)]
+pub(crate) fn bf16_bits(v: f32) -> u16 {
+    let bits = v.to_bits();
+    (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16
 }
 
 /// The kernels of one ISA.

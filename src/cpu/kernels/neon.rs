@@ -59,6 +59,12 @@ impl Vector for F32x4 {
         // SAFETY: trait contract.
         Self(unsafe { vfmaq_f32(self.0, a.0, b.0) })
     }
+    #[cfg(feature = "train")]
+    #[inline(always)]
+    unsafe fn where_positive(self, a: Self, b: Self) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe { vbslq_f32(vcgtzq_f32(self.0), a.0, b.0) })
+    }
     #[inline(always)]
     unsafe fn max(self, b: Self) -> Self {
         // SAFETY: trait contract.
