@@ -2,8 +2,8 @@
 //! stable C header.
 //!
 //! ARCHITECTURE.md draws the whole; each module imports only what stands to its left:
-//! `error, shape <- cpu <- layers <- graph <- nets <- detect <- {capi, eval} <- bin`, with `pixels`
-//! beside `layers`.
+//! `error, shape <- cpu <- layers <- graph <- nets <- detect <- {capi, eval} <- train <- bin`, with
+//! `pixels` beside `layers`.
 
 #[forbid(unsafe_code)]
 pub mod error;
