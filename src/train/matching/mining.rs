@@ -97,7 +97,7 @@ impl Mined {
 /// against T: Section 3.2 has it), equal IoUs in order of the anchors. Ignored faces get none; a decoded
 /// box that is not finite overlaps nothing.
 ///
-/// One look-up an anchor in an index of the faces ([`FaceIndex`]): the work is that of the anchors
+/// One look-up an anchor in an index of the faces (`FaceIndex`): the work is that of the anchors
 /// plus that of the pairs that are close, not of all pairs.
 pub fn mine_high_quality_anchors(
     decoded: impl Fn(usize) -> BBox,
