@@ -103,7 +103,9 @@ impl SamplerRecipe {
         let bad = |what: &str| Err(Error::InvalidArgument(format!("sampler: {what}")));
         match self.miner {
             Miner::Balanced { each: 0, .. } => bad("each must be at least 1"),
-            Miner::Balanced { min_loss, .. } if min_loss.is_nan() || min_loss < 0.0 => bad("min-loss must be at least 0"),
+            Miner::Balanced { min_loss, .. } if min_loss.is_nan() || min_loss < 0.0 => {
+                bad("min-loss must be at least 0")
+            }
             Miner::Focal { alpha, gamma } if !((0.0..=1.0).contains(&alpha) && gamma >= 0.0) => {
                 bad("alpha must lie in 0 to 1 and gamma be at least 0")
             }
@@ -392,16 +394,17 @@ mod tests {
     fn random_draws_are_uniform_and_repeatable() {
         let recipe = SamplerRecipe { samples: 8, ..Default::default() };
         let label = vec![-1; 32];
+        let groups = vec![0..32usize; 1];
         let mut hits = [0; 32];
         let mut rng = Rng::new(25);
         for _ in 0..4000 {
-            let s = recipe.sample(&label, &[], &[0..32], &mut rng);
+            let s = recipe.sample(&label, &[], &groups, &mut rng);
             s[0].negatives.iter().for_each(|&i| hits[i] += 1);
         }
         assert!(hits.iter().all(|h| (850..1150).contains(h)), "1000 expected of each: {hits:?}");
-        let draw = |seed| recipe.sample(&label, &[], &[0..32], &mut Rng::new(seed));
+        let draw = |seed| recipe.sample(&label, &[], &groups, &mut Rng::new(seed));
         assert!(draw(7) == draw(7) && draw(7) != draw(8));
-        let all = SamplerRecipe { miner: Miner::All {}, ..recipe }.sample(&label, &[], &[0..32], &mut rng);
+        let all = SamplerRecipe { miner: Miner::All {}, ..recipe }.sample(&label, &[], &groups, &mut rng);
         assert_eq!(all[0].negatives.len(), 32);
     }
 

@@ -222,8 +222,8 @@ mod tests {
     use crate::detect::anchors::Anchor;
     use crate::graph::init::Rng;
 
-    const LOSSES: [fn([f64; 4], [f64; 4], [f64; 2], [f64; 4], NoOverlap) -> BoxLossValue<f64>; 2] =
-        [least_square_iou, negative_ln_iou];
+    type IouLoss = fn([f64; 4], [f64; 4], [f64; 2], [f64; 4], NoOverlap) -> BoxLossValue<f64>;
+    const LOSSES: [IouLoss; 2] = [least_square_iou, negative_ln_iou];
 
     #[test]
     fn smooth_l1_is_a_parabola_then_a_line() {

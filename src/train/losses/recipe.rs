@@ -1,8 +1,14 @@
 //! The choice of losses in a training recipe.
 
-use super::boxes::NoOverlap;
-use super::classification::Focal;
+use super::boxes::{
+    decode_box, encode_box, iou_gradient, least_square_iou, negative_ln_iou, smooth_l1, BoxLossValue,
+    NoOverlap,
+};
+use super::classification::{
+    focal_loss, sigmoid_cross_entropy, softmax_cross_entropy2, Focal, ScaleAwareMargin,
+};
 use crate::error::{Error, Result};
+use crate::layers::Real;
 use serde::{Deserialize, Serialize};
 
 /// Classification loss. In TOML: `classification = { kind = "focal", alpha = 0.25, gamma = 2.0 }`.
@@ -52,6 +58,35 @@ impl ClassLoss {
         }
     }
 
+    /// The loss of one anchor's `logits` ([`ClassLoss::logits`] many; two are background, face);
+    /// `gradient`, as long, is overwritten. `matched`: width and height of its face in pixels, None for
+    /// background. `margin` is taken off a face's logit; no weights of equation 1 of HAMBox are in it
+    /// (see [`super::regression_aware_focal_loss`]). Panics where the lengths differ.
+    pub fn value<T: Real>(
+        &self,
+        logits: &[T],
+        matched: Option<[T; 2]>,
+        margin: ScaleAwareMargin,
+        gradient: &mut [T],
+    ) -> T {
+        assert!(logits.len() == self.logits() && gradient.len() == logits.len(), "{} logits", logits.len());
+        let face = matched.is_some();
+        let logit = margin.logit(logits[logits.len() - 1], matched);
+        let (loss, slope) = match self {
+            ClassLoss::Softmax {} => {
+                let (loss, slopes) = softmax_cross_entropy2([logits[0], logit], face);
+                gradient.copy_from_slice(&slopes);
+                return loss;
+            }
+            ClassLoss::Sigmoid {} => sigmoid_cross_entropy(logit, face),
+            ClassLoss::Focal { alpha, gamma } | ClassLoss::RegressionAwareFocal { alpha, gamma } => {
+                focal_loss(logit, face, Focal { alpha: *alpha, gamma: *gamma })
+            }
+        };
+        gradient[0] = slope;
+        loss
+    }
+
     /// Logits an anchor has under this loss.
     pub fn logits(&self) -> usize {
         if matches!(self, ClassLoss::Softmax {}) {
@@ -88,6 +123,35 @@ pub enum BoxLoss {
 
 fn beta() -> f32 {
     1.0
+}
+
+impl BoxLoss {
+    /// The loss of one positive anchor: offsets `t`, `anchor` cx cy w h, `target` x1 y1 x2 y2.
+    pub fn value<T: Real>(
+        &self,
+        t: [T; 4],
+        anchor: [T; 4],
+        variances: [T; 2],
+        target: [T; 4],
+    ) -> BoxLossValue<T> {
+        match *self {
+            BoxLoss::SmoothL1 { beta } => {
+                let goal = encode_box(target, anchor, variances);
+                let (mut loss, mut gradient) = (T::default(), [T::default(); 4]);
+                for k in 0..4 {
+                    let (l, slope) = smooth_l1(t[k] - goal[k], T::of(beta.into()));
+                    loss += l;
+                    gradient[k] = slope;
+                }
+                let (iou, _) = iou_gradient(decode_box(t, anchor, variances), target);
+                BoxLossValue { loss, gradient, iou }
+            }
+            BoxLoss::NegLnIou { no_overlap } => negative_ln_iou(t, anchor, variances, target, no_overlap),
+            BoxLoss::LeastSquareIou { no_overlap } => {
+                least_square_iou(t, anchor, variances, target, no_overlap)
+            }
+        }
+    }
 }
 
 /// Losses of a detector.
@@ -164,6 +228,28 @@ mod tests {
         assert!(parse(r#"{"box": {"kind": "giou"}}"#).is_err());
         let text = serde_json::to_string(&recipe).unwrap();
         assert_eq!(parse(&text).unwrap(), recipe);
+    }
+
+    #[test]
+    fn every_choice_is_the_loss_it_names() {
+        let margin = ScaleAwareMargin { alpha: 15.0 };
+        let mut g = [0.0f64; 2];
+        let loss = ClassLoss::Softmax {}.value(&[0.5, 1.0], Some([10.0, 10.0]), margin, &mut g);
+        assert_eq!((loss, g), softmax_cross_entropy2([0.5, 1.0 - 1.5], true));
+        let loss = ClassLoss::Sigmoid {}.value(&[0.5], None, margin, &mut g[..1]);
+        assert_eq!((loss, g[0]), sigmoid_cross_entropy(0.5, false));
+        let focal = ClassLoss::Focal { alpha: 0.3, gamma: 1.0 };
+        let loss = focal.value(&[0.5], Some([30.0, 30.0]), margin, &mut g[..1]);
+        assert_eq!((loss, g[0]), focal_loss(0.0, true, Focal { alpha: 0.3, gamma: 1.0 }));
+        let (t, anchor, target) = ([0.5, 0.0, 0.0, 0.0], [8.0, 8.0, 16.0, 16.0], [0.0, 0.0, 16.0, 16.0]);
+        let boxes = |l: BoxLoss| l.value(t, anchor, [1.0f64; 2], target);
+        let l1 = boxes(BoxLoss::SmoothL1 { beta: 1.0 });
+        assert_eq!((l1.loss, l1.gradient), (0.125, [0.5, 0.0, 0.0, 0.0]));
+        assert!((l1.iou - 1.0 / 3.0).abs() < 1e-12);
+        let square = boxes(BoxLoss::LeastSquareIou { no_overlap: NoOverlap::Zero });
+        assert!((square.loss - 4.0 / 9.0).abs() < 1e-12);
+        let ln = boxes(BoxLoss::NegLnIou { no_overlap: NoOverlap::Zero });
+        assert!((ln.loss - 3f64.ln()).abs() < 1e-12);
     }
 
     #[test]

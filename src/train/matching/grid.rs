@@ -37,6 +37,11 @@ impl AnchorGroup {
         self.first..self.first + self.len()
     }
 
+    /// The anchors' corners in order of their flat indices.
+    pub fn boxes(&self) -> impl Iterator<Item = BBox> + '_ {
+        (0..self.rows).flat_map(move |y| (0..self.cols).map(move |x| corners(&self.at(y, x))))
+    }
+
     fn at(&self, y: usize, x: usize) -> Anchor {
         let at = |i: usize| (i as f32 + 0.5) * self.stride as f32;
         Anchor { center: [at(x), at(y)], size: [self.width, self.height] }

@@ -5,12 +5,13 @@
 
 mod grid;
 mod mining;
+mod proposals;
+mod recipe;
 mod scan;
 #[cfg(test)]
 mod support;
 
 pub use grid::{AnchorGrid, AnchorGroup};
 pub use mining::{mine_high_quality_anchors, AnchorMining, Mined, MinedAnchor};
-pub use scan::{
-    match_anchors, FaceBox, Matches, MatchingRecipe, SecondPass, BACKGROUND, IGNORED, IGNORE_COVER,
-};
+pub use recipe::{MatchingRecipe, SecondPass};
+pub use scan::{match_anchors, match_boxes, FaceBox, Matches, BACKGROUND, IGNORED, IGNORE_COVER};

@@ -1,9 +1,9 @@
-//! Anchor matching before the forward pass: by the anchors' own IoU with the faces.
+//! Matching by the IoU of anchors, or of boxes that were anchors, with the faces.
 
-use super::grid::{nearest, visit_reachable, AnchorGrid, Reach};
+use super::grid::{nearest, visit_reachable, AnchorGrid, AnchorGroup, Reach};
+use super::proposals::Proposals;
+use super::recipe::{MatchingRecipe, SecondPass};
 use crate::detect::BBox;
-use crate::error::{Error, Result};
-use serde::{Deserialize, Serialize};
 
 /// Label of an anchor that learns background.
 pub const BACKGROUND: i32 = -1;
@@ -44,104 +44,16 @@ impl Matches {
         self.label.iter().filter_map(|&l| usize::try_from(l).ok()).for_each(|f| count[f] += 1);
         count
     }
-}
 
-/// Which anchors a face gets in the second pass of the two-pass scan.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum SecondPass {
-    /// Every anchor that meets the three conditions of Section 4.1.
-    #[default]
-    All,
-    /// The one with the highest IoU among them (the paper's singular "the anchor").
-    Best,
-}
-
-/// How anchors are matched. In TOML: `matching = { kind = "two-pass-scan", lambda1 = 0.6 }`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum MatchingRecipe {
-    /// Group Sampling, Section 4.1. First pass (Eq. 1): an anchor whose best IoU C(i) is lambda1 or more
-    /// is matched with that face, ignored from lambda2 to lambda1, background below. Second pass: a face
-    /// without any anchor gets those that are not matched, whose IoU with it is at least lambda2, and
-    /// which overlap no other face more.
-    TwoPassScan {
-        /// Default 0.6 (RPN and Fast R-CNN).
-        #[serde(default = "lambda1")]
-        lambda1: f32,
-        /// Default 0.4 (RPN; 0.5 in Fast R-CNN).
-        #[serde(default = "lambda2")]
-        lambda2: f32,
-        /// Default `all`.
-        #[serde(default, rename = "second-pass")]
-        second_pass: SecondPass,
-    },
-    /// RetinaNet's rule: best IoU at least `positive` is a face, below `negative` background, ignored
-    /// between. RefineFace: 0.3/0.7 in the first step, 0.4/0.5 in the second, 0.4/0.7 in its FSM. HR:
-    /// 0.3/0.7 with `force-best`.
-    Thresholds {
-        /// Default 0.4.
-        #[serde(default = "negative")]
-        negative: f32,
-        /// Default 0.5.
-        #[serde(default = "positive")]
-        positive: f32,
-        /// A face without any anchor gets the one that overlaps it most, however little (but above 0),
-        /// unless that one is matched already; of two such faces the one with the higher IoU has it.
-        /// Default false.
-        #[serde(default, rename = "force-best")]
-        force_best: bool,
-    },
-    /// First step of HAMBox (Section 3.2, 4.1): matched from `positive` on, background below, nothing
-    /// ignored, faces without an anchor left to [`super::mine_high_quality_anchors`].
-    FirstStep {
-        /// Default 0.35.
-        #[serde(default = "first_step")]
-        positive: f32,
-    },
-}
-
-fn lambda1() -> f32 {
-    0.6
-}
-fn lambda2() -> f32 {
-    0.4
-}
-fn negative() -> f32 {
-    0.4
-}
-fn positive() -> f32 {
-    0.5
-}
-fn first_step() -> f32 {
-    0.35
-}
-
-impl Default for MatchingRecipe {
-    fn default() -> Self {
-        Self::TwoPassScan { lambda1: lambda1(), lambda2: lambda2(), second_pass: SecondPass::All }
-    }
-}
-
-impl MatchingRecipe {
-    /// Background below the first, a face from the second on.
-    fn thresholds(&self) -> [f32; 2] {
-        match *self {
-            Self::TwoPassScan { lambda1, lambda2, .. } => [lambda2, lambda1],
-            Self::Thresholds { negative, positive, .. } => [negative, positive],
-            Self::FirstStep { positive } => [positive; 2],
+    /// Ignores every anchor of `grid` that crosses the border of `inside`, the picture without its
+    /// padding (HR, appendix B, "Border cases"; the labels must be of that grid).
+    pub fn ignore_crossing(&mut self, grid: &AnchorGrid, inside: &BBox) {
+        let anchors = grid.groups.iter().flat_map(AnchorGroup::boxes);
+        for (label, a) in self.label.iter_mut().zip(anchors) {
+            if a.x1 < inside.x1 || a.y1 < inside.y1 || a.x2 > inside.x2 || a.y2 > inside.y2 {
+                *label = IGNORED;
+            }
         }
-    }
-
-    /// Errors unless 0 < lower threshold <= upper threshold <= 1.
-    pub fn check(&self) -> Result<()> {
-        let [low, high] = self.thresholds();
-        if low > 0.0 && low <= high && high <= 1.0 {
-            return Ok(());
-        }
-        Err(Error::InvalidArgument(format!(
-            "matching: thresholds {low} and {high} must be above 0, in order, up to 1"
-        )))
     }
 }
 
@@ -151,19 +63,58 @@ impl MatchingRecipe {
 /// lower threshold with one, is ignored instead of background. An anchor matched with a face stays so
 /// unless it has a higher IoU, at least the lower threshold, with an ignored face. An empty face matches nothing.
 pub fn match_anchors(grid: &AnchorGrid, faces: &[FaceBox], recipe: &MatchingRecipe) -> Matches {
+    assign(grid, faces, recipe)
+}
+
+/// [`match_anchors`] for boxes anywhere: RefineFace's anchors moved by its first step, its FSM's and
+/// Grouped Fast R-CNN's proposals. A box that is empty or not finite is background.
+pub fn match_boxes(boxes: &[BBox], faces: &[FaceBox], recipe: &MatchingRecipe) -> Matches {
+    assign(&Proposals::new(boxes), faces, recipe)
+}
+
+/// Boxes that are matched, and how to find those near a face.
+pub(super) trait Layout {
+    /// Boxes in all.
+    fn count(&self) -> usize;
+    /// Calls `visit(index, box)` for a superset of the boxes that reach `bbox`, each once.
+    fn visit(&self, bbox: &BBox, reach: Reach, visit: &mut dyn FnMut(usize, BBox));
+    /// The box of the highest IoU with `bbox`, where that is above 0, and the IoU.
+    fn best(&self, bbox: &BBox) -> Option<(usize, f32)>;
+}
+
+impl Layout for AnchorGrid {
+    fn count(&self) -> usize {
+        self.len
+    }
+
+    fn visit(&self, bbox: &BBox, reach: Reach, visit: &mut dyn FnMut(usize, BBox)) {
+        self.groups.iter().for_each(|g| visit_reachable(g, bbox, reach, &mut *visit));
+    }
+
+    fn best(&self, bbox: &BBox) -> Option<(usize, f32)> {
+        let mut best: Option<(usize, f32)> = None;
+        for (i, anchor) in self.groups.iter().filter_map(|g| nearest(g, bbox)) {
+            let v = anchor.iou(bbox);
+            if v > best.map_or(0.0, |b| b.1) {
+                best = Some((i, v));
+            }
+        }
+        best
+    }
+}
+
+fn assign(layout: &impl Layout, faces: &[FaceBox], recipe: &MatchingRecipe) -> Matches {
     let [low, high] = recipe.thresholds();
-    let mut iou = vec![0f32; grid.len];
-    let mut best = vec![BACKGROUND; grid.len];
+    let mut iou = vec![0f32; layout.count()];
+    let mut best = vec![BACKGROUND; layout.count()];
     let mut unmatched = vec![true; faces.len()];
     for (j, face) in faces.iter().enumerate().filter(|(_, f)| !f.ignore) {
-        for g in &grid.groups {
-            visit_reachable(g, &face.bbox, Reach::Iou(low), |i, anchor| {
-                let v = anchor.iou(&face.bbox);
-                if v >= low && v > iou[i] {
-                    (iou[i], best[i]) = (v, j as i32);
-                }
-            });
-        }
+        layout.visit(&face.bbox, Reach::Iou(low), &mut |i, anchor| {
+            let v = anchor.iou(&face.bbox);
+            if v >= low && v > iou[i] {
+                (iou[i], best[i]) = (v, j as i32);
+            }
+        });
     }
     // Eq. 1 of Group Sampling; `best` keeps the argmax of the anchors between the thresholds.
     let mut label = best.clone();
@@ -195,24 +146,21 @@ pub fn match_anchors(grid: &AnchorGrid, faces: &[FaceBox], recipe: &MatchingReci
             first.into_iter().flatten().for_each(|i| label[i] = best[i]);
         }
         MatchingRecipe::Thresholds { force_best: true, .. } => {
-            force_best(grid, faces, &unmatched, &mut label, &mut iou);
+            force_best(layout, faces, &unmatched, &mut label, &mut iou);
         }
         MatchingRecipe::Thresholds { .. } | MatchingRecipe::FirstStep { .. } => {}
     }
     for face in faces.iter().filter(|f| f.ignore) {
-        for g in &grid.groups {
-            let mut visit = |i: usize, anchor: BBox| {
-                let v = anchor.iou(&face.bbox);
-                if label[i] == BACKGROUND && (v >= low || cover(&anchor, &face.bbox) >= IGNORE_COVER)
-                    || label[i] >= 0 && v >= low && v > iou[i]
-                {
-                    label[i] = IGNORED;
-                }
-            };
-            // IoU never exceeds the cover, so with a low threshold below IGNORE_COVER both bounds count.
-            visit_reachable(g, &face.bbox, Reach::Cover(IGNORE_COVER), &mut visit);
-            visit_reachable(g, &face.bbox, Reach::Iou(low), &mut visit);
-        }
+        let mut visit = |i: usize, anchor: BBox| {
+            let v = anchor.iou(&face.bbox);
+            if label[i] == BACKGROUND && (v >= low || cover(&anchor, &face.bbox) >= IGNORE_COVER)
+                || label[i] >= 0 && v >= low && v > iou[i]
+            {
+                label[i] = IGNORED;
+            }
+        };
+        layout.visit(&face.bbox, Reach::Cover(IGNORE_COVER), &mut visit);
+        layout.visit(&face.bbox, Reach::Iou(low), &mut visit);
     }
     Matches { label, iou }
 }
@@ -225,18 +173,17 @@ fn cover(anchor: &BBox, bbox: &BBox) -> f32 {
 }
 
 /// Gives each unmatched face its best anchor, unless that is matched.
-fn force_best(grid: &AnchorGrid, faces: &[FaceBox], unmatched: &[bool], label: &mut [i32], iou: &mut [f32]) {
+fn force_best(
+    layout: &impl Layout,
+    faces: &[FaceBox],
+    unmatched: &[bool],
+    label: &mut [i32],
+    iou: &mut [f32],
+) {
     let mut claims: Vec<(usize, f32, usize)> = Vec::new();
     for (j, face) in faces.iter().enumerate().filter(|(j, f)| unmatched[*j] && !f.ignore) {
-        let candidates = grid.groups.iter().filter_map(|g| nearest(g, &face.bbox));
-        let mut best: Option<(usize, f32)> = None;
-        for (i, anchor) in candidates {
-            let v = anchor.iou(&face.bbox);
-            if v > best.map_or(0.0, |b| b.1) {
-                best = Some((i, v));
-            }
-        }
-        claims.extend(best.filter(|b| label[b.0] < 0).map(|(i, v)| (i, v, j)));
+        let free = layout.best(&face.bbox).filter(|(i, _)| label[*i] < 0);
+        claims.extend(free.map(|(i, v)| (i, v, j)));
     }
     // Highest IoU first at each anchor; the sort is stable, so ties go to the first face.
     claims.sort_by(|a, b| a.0.cmp(&b.0).then(b.1.total_cmp(&a.1)));
@@ -248,7 +195,7 @@ fn force_best(grid: &AnchorGrid, faces: &[FaceBox], unmatched: &[bool], label: &
 
 #[cfg(test)]
 mod tests {
-    use super::super::support::{boxes, random_faces, random_grid};
+    use super::super::support::{boxes, near, random_faces, random_grid};
     use super::*;
     use crate::graph::init::Rng;
 
@@ -337,8 +284,7 @@ mod tests {
     }
 
     /// The definitions, over all pairs.
-    fn brute_force(grid: &AnchorGrid, faces: &[FaceBox], recipe: &MatchingRecipe) -> Matches {
-        let anchors = boxes(grid);
+    fn brute_force(anchors: &[BBox], faces: &[FaceBox], recipe: &MatchingRecipe) -> Matches {
         let [low, high] = recipe.thresholds();
         let best: Vec<(usize, f32)> = anchors
             .iter()
@@ -401,13 +347,72 @@ mod tests {
                 MatchingRecipe::FirstStep { positive: low },
             ] {
                 let got = match_anchors(&grid, &faces, &recipe);
-                let expected = brute_force(&grid, &faces, &recipe);
+                let expected = brute_force(&boxes(&grid), &faces, &recipe);
                 assert!(got == expected, "round {round}, {recipe:?}, {faces:?}, {:?}", grid.groups);
                 matched += got.label.iter().filter(|l| **l >= 0).count();
                 ignored += got.label.iter().filter(|l| **l == IGNORED).count();
             }
         }
         assert!(matched > 10_000 && ignored > 10_000, "{matched} matched, {ignored} ignored");
+    }
+
+    #[test]
+    fn boxes_anywhere_match_as_the_double_loop_does() {
+        let mut rng = Rng::new(33);
+        let mut matched = 0;
+        for round in 0..150 {
+            let faces = random_faces(&random_grid(&mut rng), &mut rng, 0.15);
+            let low = rng.range(0.02, 0.6);
+            let high = rng.range(low, 0.9);
+            let proposals: Vec<BBox> = (0..rng.below(400))
+                .map(|_| match rng.below(4) {
+                    // As far as a box of that IoU can be: the face widened to one side alone.
+                    2 if !faces.is_empty() => {
+                        let f = faces[rng.below(faces.len())].bbox;
+                        let wide = f.width() / rng.range(low, 1.1 * low);
+                        let x1 = if rng.below(2) == 0 { f.x1 } else { f.x2 - wide };
+                        BBox { x1, x2: x1 + wide, ..f }
+                    }
+                    0 if !faces.is_empty() => near(&faces[rng.below(faces.len())].bbox, 0.3, &mut rng),
+                    1 => BBox::from_xywh(rng.range(-50.0, 300.0), rng.range(-50.0, 300.0), 30.0, 20.0),
+                    _ => {
+                        let side = 2f32.powf(rng.range(-1.0, 8.0));
+                        BBox::from_xywh(rng.range(-50.0, 300.0), rng.range(-50.0, 300.0), side, side)
+                    }
+                })
+                .collect();
+            for recipe in [
+                two_pass(high, low, SecondPass::All),
+                MatchingRecipe::Thresholds { negative: low, positive: high, force_best: false },
+            ] {
+                let got = match_boxes(&proposals, &faces, &recipe);
+                assert!(
+                    got == brute_force(&proposals, &faces, &recipe),
+                    "round {round}, {recipe:?}, {faces:?}"
+                );
+                matched += got.label.iter().filter(|l| **l >= 0).count();
+            }
+            let force = MatchingRecipe::Thresholds { negative: low, positive: high, force_best: true };
+            let forced = match_boxes(&proposals, &faces, &force);
+            for i in (0..proposals.len()).filter(|i| forced.label[*i] >= 0 && forced.iou[*i] < low) {
+                let face = faces[forced.face(i).expect("it is matched")].bbox;
+                let most = proposals.iter().fold(0f32, |m, b| m.max(b.iou(&face)));
+                assert_eq!(forced.iou[i], most);
+            }
+        }
+        assert!(matched > 5000, "{matched}");
+        let broken = [BBox::new(f32::NAN, 0.0, f32::INFINITY, 8.0), BBox::new(9.0, 9.0, 3.0, 3.0)];
+        let m = match_boxes(&broken, &[face(0.0, 0.0, 8.0, 8.0)], &MatchingRecipe::default());
+        assert_eq!(m.label, [BACKGROUND; 2]);
+    }
+
+    #[test]
+    fn anchors_that_cross_the_picture_are_ignored() {
+        let mut m = match_anchors(&tiles(), &[face(8.0, 8.0, 16.0, 16.0)], &MatchingRecipe::default());
+        m.ignore_crossing(&tiles(), &BBox::new(0.0, 0.0, 24.0, 31.0));
+        let ignored: Vec<usize> = (0..16).filter(|i| m.label[*i] == IGNORED).collect();
+        assert_eq!(ignored, [3, 7, 11, 12, 13, 14, 15]);
+        assert_eq!(m.label[5], 0);
     }
 
     #[test]
@@ -450,20 +455,5 @@ mod tests {
             assert!(m.label.iter().all(|l| *l == BACKGROUND), "{recipe:?} {:?}", m.label);
         }
         assert_eq!(match_anchors(&AnchorGrid::new(), &faces, &MatchingRecipe::default()).label.len(), 0);
-    }
-
-    #[test]
-    fn recipes_read_with_defaults_and_are_checked() {
-        let parse = |t: &str| serde_json::from_str::<MatchingRecipe>(t);
-        assert_eq!(parse(r#"{"kind": "two-pass-scan"}"#).unwrap(), MatchingRecipe::default());
-        let refineface = parse(r#"{"kind": "thresholds", "negative": 0.3, "positive": 0.7}"#).unwrap();
-        assert_eq!(refineface.thresholds(), [0.3, 0.7]);
-        refineface.check().unwrap();
-        assert_eq!(parse(r#"{"kind": "first-step"}"#).unwrap().thresholds(), [0.35; 2]);
-        assert!(parse(r#"{"kind": "first-step", "negative": 0.3}"#).is_err());
-        assert!(MatchingRecipe::Thresholds { negative: 0.0, positive: 0.5, force_best: true }
-            .check()
-            .is_err());
-        assert!(two_pass(0.4, 0.6, SecondPass::All).check().is_err());
     }
 }

@@ -9,14 +9,16 @@ pub fn boxes(grid: &AnchorGrid) -> Vec<BBox> {
     (0..grid.len).map(|i| corners(&grid.anchor(i))).collect()
 }
 
-/// One to four groups of up to 40 x 40 cells, square or not, sparse or dense for their stride.
+/// One to four groups of up to 40 x 40 cells or strips of 2,000, square or not, sparse or dense.
 pub fn random_grid(rng: &mut Rng) -> AnchorGrid {
     let mut grid = AnchorGrid::new();
     for _ in 0..1 + rng.below(4) {
         let stride = [1, 4, 7, 8, 16][rng.below(5)];
         let width = stride as f32 * 2f32.powf(rng.range(-1.0, 4.5));
         let height = if rng.below(2) == 0 { width } else { width * rng.range(0.4, 2.5) };
-        grid.push(stride, width, height, rng.below(40), 1 + rng.below(40));
+        // A strip now and then, for coordinates where f32 is coarse.
+        let (rows, cols) = if rng.below(8) == 0 { (1, 2000) } else { (rng.below(40), 1 + rng.below(40)) };
+        grid.push(stride, width, height, rows, cols);
     }
     grid
 }
