@@ -1,8 +1,8 @@
 //! From a picture and its faces to a square training example.
 //!
-//! One square window of the picture is chosen ([`crop`]), drawn once straight from the source with
-//! flip and colour in the same pass ([`resample`], [`photometric`]), and now and then degraded
-//! ([`noise`]).
+//! One square window of the picture is chosen (`crop`), drawn once straight from the source with
+//! flip and colour in the same pass (`resample`, `photometric`), and now and then degraded
+//! (`noise`).
 
 mod crop;
 mod noise;

@@ -139,9 +139,9 @@ impl Default for Expand {
     }
 }
 
-/// SSD's colour distortion (Howard 2013, as in the SSD code): each of the four happens with
-/// `probability`, contrast before or after the rest with equal chance. Hue and saturation are done
-/// in YIQ, where they are linear; SSD does them in HSV.
+/// SSD's colour distortion (Howard 2013, as in the SSD code): brightness, then contrast, saturation
+/// and hue, each with `probability`. All in one affine map: hue and saturation in YIQ, where they
+/// are linear (SSD does them in HSV), and values are clamped once, at the end.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Photometric {

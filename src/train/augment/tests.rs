@@ -1,1 +1,320 @@
+//! Boxes go where the pixels go.
 
+use super::*;
+use crate::graph::init::Rng; // proptest has another
+use proptest::prelude::*;
+
+const RED: [u8; 3] = [230, 20, 20];
+const GREY: [u8; 3] = [90, 90, 90];
+
+/// A grey picture with red rectangles for faces.
+fn picture(width: usize, height: usize, boxes: &[[usize; 4]]) -> (Picture, Vec<Annotated>) {
+    let mut pixels = GREY.repeat(width * height);
+    let mut faces = Vec::new();
+    for &[x1, y1, x2, y2] in boxes {
+        for y in y1..y2 {
+            pixels[(y * width + x1) * 3..(y * width + x2) * 3].copy_from_slice(&RED.repeat(x2 - x1));
+        }
+        let [x1, y1, x2, y2] = [x1, y1, x2, y2].map(|v| v as f32);
+        faces.push(Annotated { bbox: BBox::new(x1, y1, x2, y2), ignore: false });
+    }
+    (Picture { width, height, pixels }, faces)
+}
+
+/// Only the window and the flip; of the four methods only `method`.
+fn plain(method: usize, flip: f32) -> Augment {
+    let mut a = Augment { flip, grey: 0.0, min_face_px: 0.0, min_visible: 0.0, ..Augment::default() };
+    a.photometric.probability = 0.0;
+    a.blur.probability = 0.0;
+    a.jpeg.probability = 0.0;
+    a.low_resolution.probability = 0.0;
+    let weight = |i| if i == method { 1.0 } else { 0.0 };
+    a.random_square.weight = weight(0);
+    a.data_anchor_sampling.weight = weight(1);
+    a.scale_jitter.weight = weight(2);
+    a.expand.weight = weight(3);
+    a
+}
+
+/// The red region's corners, to parts of a pixel: a border pixel counts by its redness along the
+/// line through the region's middle.
+fn red_box(e: &Example) -> Option<[f32; 4]> {
+    let redness = |x: usize, y: usize| {
+        let p = &e.pixels[(y * e.side + x) * 3..][..3];
+        ((f32::from(p[0]) - f32::from(p[1])) / f32::from(RED[0] - RED[1])).clamp(0.0, 1.0)
+    };
+    let most = |i: usize, by_row: bool| {
+        (0..e.side).map(|j| if by_row { redness(j, i) } else { redness(i, j) }).fold(0.0, f32::max)
+    };
+    let extent = |by_row: bool| {
+        let profile: Vec<f32> = (0..e.side).map(|i| most(i, by_row)).collect();
+        let first = profile.iter().position(|&v| v > 0.5)?;
+        let last = profile.iter().rposition(|&v| v > 0.5)?;
+        let at = |i: Option<usize>| i.and_then(|i| profile.get(i)).map_or(0.0, |&v| v.min(1.0));
+        Some([
+            first as f32 - at(first.checked_sub(1)) + (1.0 - profile[first]),
+            last as f32 + 1.0 + at(Some(last + 1)) - (1.0 - profile[last]),
+        ])
+    };
+    let ([x1, x2], [y1, y2]) = (extent(false)?, extent(true)?);
+    Some([x1, y1, x2, y2])
+}
+
+fn corners(b: &BBox) -> [f32; 4] {
+    [b.x1, b.y1, b.x2, b.y2]
+}
+
+#[test]
+fn boxes_move_with_the_pixels_for_every_method_and_flip() {
+    let (picture, faces) = picture(150, 110, &[[40, 30, 77, 74]]);
+    for method in 0..4 {
+        for flip in [0.0, 1.0] {
+            let (recipe, mut scratch) = (plain(method, flip), Scratch::default());
+            let mut compared = 0;
+            for seed in 0..60 {
+                let e = recipe.example(&picture, &faces, 96, &mut Rng::new(seed), &mut scratch).unwrap();
+                let Some(face) = e.faces.first() else { continue };
+                // Too small a face has no fully red pixel to measure by.
+                if face.bbox.width().min(face.bbox.height()) < 4.0 {
+                    continue;
+                }
+                let found = red_box(&e).unwrap();
+                for (a, b) in found.iter().zip(corners(&face.bbox)) {
+                    // A border enlarged s times is as wide as s pixels.
+                    let most = 1.0f32.max(face.bbox.width() / 37.0);
+                    assert!(
+                        (a - b).abs() <= most,
+                        "method {method} flip {flip} seed {seed}: {found:?} {face:?}"
+                    );
+                }
+                compared += 1;
+            }
+            assert!(compared > 20, "method {method}: {compared} comparable examples");
+        }
+    }
+}
+
+#[test]
+fn a_window_at_the_pictures_scale_copies_its_pixels() {
+    let side = 24;
+    let pixels: Vec<u8> = (0..40 * 30 * 3).map(|i| (i * 7919 % 256) as u8).collect();
+    let mut out = vec![0; side * side * 3];
+    let drawing = Drawing {
+        window: Window { x: 9.0, y: 3.0, size: side as f32 },
+        flip: false,
+        colour: Colour::IDENTITY,
+        fill: [0; 3],
+    };
+    for flip in [false, true] {
+        Resampler::default().draw((40, 30, &pixels), &Drawing { flip, ..drawing }, side, &mut out);
+        for y in 0..side {
+            for x in 0..side {
+                let from = if flip { side - 1 - x } else { x };
+                let source = &pixels[((y + 3) * 40 + from + 9) * 3..][..3];
+                assert_eq!(&out[(y * side + x) * 3..][..3], source, "{x} {y}");
+            }
+        }
+    }
+}
+
+#[test]
+fn reduction_averages_and_the_outside_is_filled() {
+    // Stripes a pixel wide: any filter that skips pixels would show them.
+    let pixels: Vec<u8> = (0..64 * 64).flat_map(|i| if i % 2 == 0 { [0; 3] } else { [255; 3] }).collect();
+    let drawing = Drawing {
+        window: Window { x: -64.0, y: -32.0, size: 128.0 },
+        flip: false,
+        colour: Colour::IDENTITY.shifted(10.0),
+        fill: [1, 2, 3],
+    };
+    let mut out = vec![0; 16 * 16 * 3];
+    Resampler::default().draw((64, 64, &pixels), &drawing, 16, &mut out);
+    for (i, pixel) in out.chunks_exact(3).enumerate() {
+        let (x, y) = (i % 16, i / 16);
+        if x < 8 || !(4..12).contains(&y) {
+            assert_eq!(pixel, [1, 2, 3], "{x} {y}");
+        } else {
+            assert!(pixel.iter().all(|&v| v.abs_diff(137) <= 6), "{x} {y}: {pixel:?}");
+        }
+    }
+}
+
+#[test]
+fn random_squares_hold_a_face_that_counts() {
+    // A single tiny face in a far corner, and an ignored one.
+    let (picture, mut faces) = picture(400, 90, &[[393, 82, 398, 88], [10, 10, 60, 60]]);
+    faces[1].ignore = true;
+    let recipe = plain(0, 0.5);
+    for seed in 0..100 {
+        let e = recipe.example(&picture, &faces, 32, &mut Rng::new(seed), &mut Scratch::default()).unwrap();
+        assert!(e.faces.iter().any(|f| !f.ignore), "seed {seed}");
+    }
+}
+
+#[test]
+fn data_anchor_sampling_hits_its_scales_and_holds_the_face_whole() {
+    let (picture, faces) = picture(500, 400, &[[200, 150, 230, 180]]);
+    let mut recipe = plain(1, 0.0);
+    recipe.data_anchor_sampling.jitter = [1.0, 1.0];
+    let mut counts = [0; 3];
+    for seed in 0..150 {
+        let e = recipe.example(&picture, &faces, 128, &mut Rng::new(seed), &mut Scratch::default()).unwrap();
+        let b = e.faces[0].bbox;
+        // The nearest scale to 30 is 32, of index 1: targets are 16, 32 and 64.
+        let hit = [16.0, 32.0, 64.0]
+            .iter()
+            .position(|s| (b.width() - s).abs() < 0.1 && (b.height() - s).abs() < 0.1);
+        counts[hit.unwrap_or_else(|| panic!("seed {seed}: {b:?}"))] += 1;
+    }
+    assert!(counts.iter().all(|&n| n > 30), "{counts:?}");
+}
+
+#[test]
+fn pictures_without_faces_give_examples_by_every_method() {
+    let (picture, _) = picture(50, 20, &[]);
+    for method in 0..4 {
+        let e =
+            plain(method, 0.5).example(&picture, &[], 32, &mut Rng::new(1), &mut Scratch::default()).unwrap();
+        assert!(e.faces.is_empty() && e.pixels.len() == 32 * 32 * 3);
+    }
+}
+
+#[test]
+fn small_and_cut_faces_are_ignored_and_those_off_centre_dropped() {
+    let face = |x1, y1, x2, y2| Annotated { bbox: BBox::new(x1, y1, x2, y2), ignore: false };
+    let recipe = Augment { min_face_px: 5.0, min_visible: 0.6, ..Augment::default() };
+    let window = Window { x: 100.0, y: 100.0, size: 50.0 };
+    let faces = [
+        face(110.0, 110.0, 120.0, 120.0), // whole
+        face(110.0, 110.0, 114.0, 119.0), // 4.5 px after the scale of 1/2
+        face(96.0, 110.0, 106.0, 120.0),  // 60 % visible
+        face(96.0, 96.0, 106.0, 106.0),   // 36 % visible
+        face(90.0, 110.0, 108.0, 120.0),  // centre outside
+    ];
+    let kept = recipe.faces_in(&window, &faces, 25.0, false);
+    assert_eq!(kept.iter().map(|f| f.ignore).collect::<Vec<_>>(), [false, true, false, true]);
+    assert_eq!(kept[0].bbox, BBox::new(5.0, 5.0, 10.0, 10.0));
+    assert_eq!(kept[2].bbox, BBox::new(0.0, 5.0, 3.0, 10.0));
+    let flipped = recipe.faces_in(&window, &faces, 25.0, true);
+    assert_eq!(flipped[2].bbox, BBox::new(22.0, 5.0, 25.0, 10.0));
+}
+
+#[test]
+fn recipes_are_read_with_defaults_and_checked() {
+    let read = |json: &str| serde_json::from_str::<Augment>(json);
+    assert_eq!(read("{}").unwrap(), Augment::default());
+    Augment::default().check().unwrap();
+    let some = read(r#"{"flip": 0.25, "expand": {"weight": 2}, "jpeg": {"quality": [10, 20]}}"#).unwrap();
+    assert_eq!(
+        (some.flip, some.expand, some.jpeg.quality),
+        (0.25, Expand { weight: 2.0, max: 4.0 }, [10, 20])
+    );
+    assert!(read(r#"{"flop": 1}"#).is_err() && read(r#"{"blur": {"sigmas": 1}}"#).is_err());
+    for (json, field) in [
+        (r#"{"flip": 1.5}"#, "flip"),
+        (r#"{"random_square": {"factors": []}}"#, "random_square.factors"),
+        (r#"{"random_square": {"weight": 0}, "data_anchor_sampling": {"weight": 0}}"#, "weight"),
+        (r#"{"data_anchor_sampling": {"scales": [32, 16]}}"#, "data_anchor_sampling.scales"),
+        (r#"{"scale_jitter": {"range": [2, 1]}}"#, "scale_jitter.range"),
+        (r#"{"jpeg": {"quality": [0, 50]}}"#, "jpeg.quality"),
+        (r#"{"low_resolution": {"factor": [0.5, 2]}}"#, "low_resolution.factor"),
+        (r#"{"blur": {"sigma": [0.4, 50]}}"#, "blur.sigma"),
+    ] {
+        let error = read(json).unwrap().check().unwrap_err().to_string();
+        assert!(error.contains(field), "{json}: {error}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn faces_lie_in_the_crop_and_the_seed_decides(
+        (width, height) in (1usize..90, 1usize..90),
+        boxes in proptest::collection::vec((0f32..1.0, 0f32..1.0, 0.001f32..1.0, 0.001f32..1.0, any::<bool>()), 0..6),
+        side in 1usize..48,
+        method in 0usize..4,
+        seed: u64,
+    ) {
+        let pixels: Vec<u8> = (0..width * height * 3).map(|i| (i % 251) as u8).collect();
+        let picture = Picture { width, height, pixels };
+        let (w, h) = (width as f32, height as f32);
+        let faces: Vec<Annotated> = boxes
+            .iter()
+            .map(|&(x, y, bw, bh, ignore)| {
+                let (x, y) = (x * w, y * h);
+                Annotated { bbox: BBox::new(x, y, (x + bw * w).min(w), (y + bh * h).min(h)), ignore }
+            })
+            .filter(|f| f.bbox.area() > 0.0)
+            .collect();
+        let recipe = Augment {
+            min_visible: 0.5,
+            min_face_px: 3.0,
+            blur: Blur { probability: 0.5, ..Blur::default() },
+            low_resolution: LowResolution { probability: 0.5, ..LowResolution::default() },
+            jpeg: Jpeg { probability: 0.2, ..Jpeg::default() },
+            flip: 0.5,
+            ..plain(method, 0.5)
+        };
+        let mut scratch = Scratch::default();
+        let e = recipe.example(&picture, &faces, side, &mut Rng::new(seed), &mut scratch).unwrap();
+        prop_assert_eq!(e.pixels.len(), side * side * 3);
+        let s = side as f32;
+        for f in &e.faces {
+            let b = f.bbox;
+            prop_assert!(0.0 <= b.x1 && b.x1 < b.x2 && b.x2 <= s, "{:?}", b);
+            prop_assert!(0.0 <= b.y1 && b.y1 < b.y2 && b.y2 <= s, "{:?}", b);
+            prop_assert!(f.ignore || b.width().max(b.height()) >= 3.0);
+        }
+        prop_assert!(e.faces.len() <= faces.len());
+        // Sampling around a face shows it.
+        if method == 1 && faces.iter().any(|f| !f.ignore) {
+            prop_assert!(!e.faces.is_empty());
+        }
+        // Used memory changes nothing.
+        let again = recipe.example(&picture, &faces, side, &mut Rng::new(seed), &mut scratch).unwrap();
+        prop_assert_eq!(e, again);
+    }
+}
+
+/// Time that this thread has run, which a busy machine does not stretch.
+fn cpu_seconds() -> f64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("this measurement needs Linux");
+    text.split(' ').next().and_then(|ns| ns.parse::<f64>().ok()).expect("nanoseconds") / 1e9
+}
+
+/// `cargo test --release --features train --lib augment::tests::speed -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn speed() {
+    let picture = Picture {
+        width: 1024,
+        height: 768,
+        pixels: (0..1024 * 768 * 3u32).map(|i| (i.wrapping_mul(2654435761) >> 24) as u8).collect(),
+    };
+    let face = |x: f32, y: f32, s: f32| Annotated { bbox: BBox::new(x, y, x + s, y + s), ignore: false };
+    let faces = [face(100.0, 200.0, 12.0), face(700.0, 300.0, 40.0), face(400.0, 100.0, 150.0)];
+    let mut pixels = vec![0; 320 * 320 * 3];
+    let mut scratch = Scratch::default();
+    let mut measure = |name: &str, recipe: &Augment| {
+        let start = cpu_seconds();
+        for seed in 0..400 {
+            let mut rng = Rng::new(seed);
+            recipe.draw(&picture, &faces, 320, &mut rng, &mut scratch, &mut pixels).unwrap();
+        }
+        println!("{name}: {:.0} examples/s on one thread", 400.0 / (cpu_seconds() - start));
+    };
+    measure("default recipe", &Augment::default());
+    for (method, name) in
+        ["random square", "data anchor sampling", "scale jitter", "expand"].iter().enumerate()
+    {
+        measure(&format!("{name}, no colour"), &plain(method, 0.5));
+    }
+    let with = |set: &dyn Fn(&mut Augment)| {
+        let mut recipe = plain(0, 0.5);
+        set(&mut recipe);
+        recipe
+    };
+    measure("random square, colour", &with(&|a| a.photometric.probability = 1.0));
+    measure("random square, blur", &with(&|a| a.blur.probability = 1.0));
+    measure("random square, JPEG", &with(&|a| a.jpeg.probability = 1.0));
+    measure("random square, low resolution", &with(&|a| a.low_resolution.probability = 1.0));
+}
