@@ -1,7 +1,8 @@
 //! Networks as ONNX files, for other runtimes: opset 17, N x C x H x W, f32.
 //!
 //! The layers go out as built, batch normalisations by themselves; runtimes fold them. Field numbers
-//! are those of `onnx.proto` (IR version 8).
+//! are those of `onnx.proto` (IR version 8). The wire format is written by hand in `protobuf.rs`: what
+//! a writer needs of it is shorter than a generated binding and adds no dependency to the library.
 
 use super::build::{Graph, Node, NodeKind};
 use super::protobuf::Message;
@@ -35,7 +36,12 @@ pub fn to_onnx(graph: &Graph, weights: &Weights, size: Option<[usize; 2]>) -> Re
     };
     // Free sizes still have known channels, which any picture tells.
     let [h, w] = size.unwrap_or([256, 256]);
-    let shapes = graph.shapes(&[Shape::new(1, channels, h, w)])?;
+    let shapes = graph.shapes(&[Shape::new(1, channels, h, w)]).map_err(|e| match e {
+        Error::InvalidModel(m) if size.is_none() => {
+            Error::InvalidModel(format!("{m}: the network does not take every size, tell one"))
+        }
+        other => other,
+    })?;
 
     let mut file = Writer {
         names: names(graph),
@@ -429,6 +435,16 @@ mod tests {
         b.output("sum", sum);
         let error = to_onnx(&b.finish(), &Weights::default(), None).unwrap_err();
         assert!(matches!(&error, Error::Unsupported(m) if m.contains("2 inputs")), "{error}");
+
+        let mut b = Builder::new();
+        let image = b.input("image", 1);
+        let fc = b.linear("fc", image, Linear { in_features: 12, out_features: 2, bias: false });
+        b.output("fc", fc);
+        let graph = b.finish();
+        let weights = Weights::random(&graph, 1);
+        assert!(to_onnx(&graph, &weights, Some([3, 4])).is_ok());
+        let error = to_onnx(&graph, &weights, None).unwrap_err().to_string();
+        assert!(error.contains("layer fc") && error.contains("tell one"), "{error}");
 
         let graph = everything(false);
         let error = to_onnx(&graph, &Weights::default(), None).unwrap_err();
