@@ -4,6 +4,9 @@
 
 mod common;
 
+use farface::detect::config::DetectorConfig;
+use farface::detect::{detector::Detector, ModelConfig};
+use farface::graph::Weights;
 use image::codecs::png::PngEncoder;
 use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageFormat, Rgb, RgbImage};
 use serde_json::Value;
@@ -506,6 +509,47 @@ fn convert_makes_models_of_public_weights_and_refuses_others() {
         assert!(error.contains(name) && error.contains(what), "{error}");
         assert!(!bench.path("new.safetensors").exists());
     }
+}
+
+#[test]
+fn convert_takes_the_detector_by_name_and_writes_onnx() {
+    let bench = Bench::new();
+    let config = ModelConfig::farface_nano();
+    let DetectorConfig::Pyramid(detector) = &config.detector else { panic!("{config:?}") };
+    let mut bare = Weights::random(&detector.graph(), 1);
+    // As PyTorch's DataParallel saves them.
+    bare.tensors = bare.tensors.into_iter().map(|(name, t)| (format!("module.{name}"), t)).collect();
+    bare.save(bench.path("bare.safetensors")).unwrap();
+    let error = bench.error(&["convert", "bare.safetensors", "nano.safetensors"]);
+    assert!(error.contains("no public detector") && error.contains("--detector"), "{error}");
+    bench.ok(&["convert", "bare.safetensors", "nano.safetensors", "--detector", "farface-nano"]);
+    let inspect: Value = serde_json::from_str(&bench.ok(&["inspect", "nano.safetensors", "--json"])).unwrap();
+    assert_eq!(inspect["config"]["detector"]["kind"], "pyramid");
+    assert_eq!(inspect["parameters"], detector.graph().param_count());
+    let size = ["--size", "96x64", "--runs", "1"];
+    assert!(bench.ok(&[&["bench", "-m", "nano.safetensors"], &size[..]].concat()).contains("96x64:"));
+    let error = bench.error(&["convert", "nano.safetensors", "x.safetensors", "--detector", "farface-small"]);
+    assert!(error.contains("configuration already"), "{error}");
+
+    bench.ok(&["convert", "nano.safetensors", "--onnx", "any.onnx"]);
+    let text = bench.ok(&[
+        "convert",
+        "nano.safetensors",
+        "copy.safetensors",
+        "--onnx",
+        "vga.onnx",
+        "--size",
+        "640x480",
+    ]);
+    assert!(
+        text.contains("vga.onnx: farface-nano") && text.contains("copy.safetensors: farface-nano"),
+        "{text}"
+    );
+    let file = |name: &str| std::fs::read(bench.path(name)).unwrap();
+    let holds = |name: &str, text: &str| file(name).windows(text.len()).any(|w| w == text.as_bytes());
+    assert!(holds("any.onnx", "class2.height") && !holds("vga.onnx", "class2.height"));
+    assert!(holds("any.onnx", "\"kind\":\"pyramid\"") && holds("vga.onnx", "body.stage1.0.0.weight"));
+    assert_eq!(file("copy.safetensors"), file("nano.safetensors"));
 }
 
 /// Parts of the first line that starts with `name`.

@@ -152,6 +152,16 @@ impl ModelConfig {
         }
     }
 
+    /// What [`ModelConfig::named`] knows.
+    pub const NAMES: [&'static str; 3] = ["farface-nano", "farface-small", "retinaface-mobile025"];
+
+    /// A configuration by its name, for weights that come without one.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::farface_nano(), Self::farface_small(), Self::retinaface_mobile025()]
+            .into_iter()
+            .find(|config| config.name == name)
+    }
+
     /// Reads the configuration of a model file.
     pub fn of(weights: &Weights) -> Result<Self> {
         let Some(json) = weights.metadata.get(METADATA_KEY) else {

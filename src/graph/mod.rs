@@ -6,7 +6,9 @@ pub mod exec;
 mod fold;
 pub mod fuse;
 pub mod init;
+pub mod onnx;
 pub mod plan;
+mod protobuf;
 pub mod reach;
 pub mod weights;
 

@@ -1,32 +1,52 @@
-//! `farface convert`: public weights to a model file.
+//! `farface convert`: public weights to a model file, models to ONNX.
 
+use crate::settings::PictureSize;
 use crate::{files, Outcome};
 use anyhow::{bail, Context, Result};
+use clap::builder::PossibleValuesParser;
 use farface::detect::config::METADATA_KEY;
 use farface::detect::{Model, ModelConfig};
+use farface::graph::onnx::to_onnx;
 use farface::graph::Weights;
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-/// Make a model file of public weights
+/// Make a model file of public weights, or an ONNX file of a model
 ///
 /// Adds the configuration that a session needs (detector, input, thresholds) to weights in the
 /// safetensors format, and keeps the tensors that the network uses. Recognised by their tensors'
-/// names: RetinaFace with MobileNet-V1 x0.25 (Pytorch_Retinaface). A model file that has its
-/// configuration already keeps it, so that a model can be made smaller with --f16.
+/// names: RetinaFace with MobileNet-V1 x0.25 (Pytorch_Retinaface); other weights need --detector. A
+/// prefix "module." that all names share (PyTorch's DataParallel) is taken off. A model file that has
+/// its configuration already keeps it, so that a model can be made smaller with --f16.
+///
+/// ONNX files (opset 17) hold the network alone, N x C x H x W in single precision. The caller brings
+/// pixels to the channel order, mean and scale that `farface inspect` tells, and decodes the outputs;
+/// the configuration goes along in the file's metadata under "farface".
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   farface convert mobilenet0.25_Final.safetensors retinaface.safetensors --licence MIT --data 'WIDER FACE train'
-  farface convert retinaface.safetensors retinaface-f16.safetensors --f16")]
+  farface convert retinaface.safetensors retinaface-f16.safetensors --f16
+  farface convert retinaface.safetensors --onnx retinaface.onnx
+  farface convert retinaface.safetensors --onnx retinaface-vga.onnx --size 640x480")]
 pub struct Args {
     /// Weights (safetensors)
     input: PathBuf,
     /// Model file to write
-    output: PathBuf,
-    /// Store weights in half precision; biases and normalisations stay in single precision
-    #[arg(long)]
+    #[arg(required_unless_present = "onnx")]
+    output: Option<PathBuf>,
+    /// ONNX file to write
+    #[arg(long, value_name = "FILE")]
+    onnx: Option<PathBuf>,
+    /// Fix the ONNX network's input at one picture of this size; without, any size and number
+    #[arg(long, value_name = "WxH", requires = "onnx")]
+    size: Option<PictureSize>,
+    /// Detector that weights without a configuration are for
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(ModelConfig::NAMES))]
+    detector: Option<String>,
+    /// Store the model file's weights in half precision; biases and normalisations stay in single
+    #[arg(long, requires = "output")]
     f16: bool,
     /// Name to record
     #[arg(long, value_name = "TEXT")]
@@ -43,11 +63,8 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     refuse_checkpoints(&args.input)?;
     let mut weights = Weights::load(&args.input)?;
     let in_file = || args.input.display().to_string();
-    let mut config = ModelConfig::of(&weights).map_err(|e| {
-        let known = weights.metadata.contains_key(METADATA_KEY);
-        let hint = if known { "" } else { "; `farface convert --help` lists the detectors it recognises" };
-        anyhow::anyhow!("{}: {e}{hint}", args.input.display())
-    })?;
+    strip_data_parallel(&mut weights);
+    let mut config = configuration(args, &weights).with_context(in_file)?;
     let set = |field: &mut String, value: &Option<String>| {
         if let Some(v) = value {
             field.clone_from(v);
@@ -62,17 +79,43 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     let used: HashSet<&str> = model.graph().params.iter().map(|p| p.name.as_str()).collect();
     weights.tensors.retain(|name, _| used.contains(name.as_str()));
 
-    let bytes = serialise(&weights, args.f16).with_context(in_file)?;
-    files::write(&args.output, &bytes)?;
-    writeln!(
-        out,
-        "{}: {}, {} tensors, {} bytes",
-        args.output.display(),
-        config.name,
-        weights.tensors.len(),
-        bytes.len()
-    )?;
+    let mut write = |path: &Path, bytes: &[u8]| -> Result<()> {
+        files::write(path, bytes)?;
+        let (path, n) = (path.display(), weights.tensors.len());
+        writeln!(out, "{path}: {}, {n} tensors, {} bytes", config.name, bytes.len())?;
+        Ok(())
+    };
+    if let Some(path) = &args.output {
+        write(path, &serialise(&weights, args.f16).with_context(in_file)?)?;
+    }
+    if let Some(path) = &args.onnx {
+        let size = args.size.map(|s| [s.height, s.width]);
+        write(path, &to_onnx(model.graph(), &weights, size).with_context(in_file)?)?;
+    }
     Ok(Outcome::Complete)
+}
+
+/// The file's own configuration, or that of the detector it is for.
+fn configuration(args: &Args, weights: &Weights) -> Result<ModelConfig> {
+    let known = weights.metadata.contains_key(METADATA_KEY);
+    match &args.detector {
+        Some(_) if known => bail!("the file has its configuration already, leave out --detector"),
+        Some(name) => ModelConfig::named(name).with_context(|| format!("no detector {name}")),
+        None => ModelConfig::of(weights).map_err(|e| {
+            let hint = if known { "" } else { "; name the detector they are for with --detector" };
+            anyhow::anyhow!("{e}{hint}")
+        }),
+    }
+}
+
+/// Takes off the prefix that PyTorch's DataParallel puts before every name.
+fn strip_data_parallel(weights: &mut Weights) {
+    const PREFIX: &str = "module.";
+    if weights.tensors.keys().all(|name| name.starts_with(PREFIX)) {
+        let tensors = std::mem::take(&mut weights.tensors);
+        weights.tensors =
+            tensors.into_iter().map(|(name, t)| (name[PREFIX.len()..].to_string(), t)).collect();
+    }
 }
 
 /// Says what to do with PyTorch's own format.
