@@ -99,7 +99,7 @@ impl PyramidConfig {
 }
 
 impl Detector for PyramidConfig {
-    /// Outputs per level of stride 2^l: `class{l}` a logit an anchor, `box{l}` four offsets an anchor.
+    /// An output a level of stride 2^l, `predict{l}`: a logit for each anchor, then four offsets for each.
     fn graph(&self) -> Graph {
         let mut b = Builder::new();
         let image = b.input("image", 3);
@@ -110,18 +110,18 @@ impl Detector for PyramidConfig {
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
         // sigmoid(logit) > threshold where the logit is above this.
         let least = (threshold.max(f32::MIN_POSITIVE) / (1.0 - threshold).max(f32::MIN_POSITIVE)).ln();
-        for ((maps, stride), anchors) in maps.chunks_exact(2).zip(STRIDES).zip(&self.anchors) {
-            let [class, boxes] = [&maps[0], &maps[1]];
-            for y in owned_cells(&window.owned_y, stride, class.height()) {
-                for x in owned_cells(&window.owned_x, stride, class.width()) {
-                    for (a, &logit) in class.pixel(y, x).iter().enumerate() {
+        for ((map, stride), anchors) in maps.iter().zip(STRIDES).zip(&self.anchors) {
+            for y in owned_cells(&window.owned_y, stride, map.height()) {
+                for x in owned_cells(&window.owned_x, stride, map.width()) {
+                    let (logits, offsets) = map.pixel(y, x).split_at(anchors.len());
+                    for (a, &logit) in logits.iter().enumerate() {
                         // False for a NaN too.
                         let face = logit > least;
                         if !face {
                             continue;
                         }
                         let anchor = Anchor::on_cell(y, x, stride, anchors[a]);
-                        let bbox = anchor.decode(&boxes.pixel(y, x)[4 * a..], self.variances);
+                        let bbox = anchor.decode(&offsets[4 * a..], self.variances);
                         let score = 1.0 / (1.0 + (-logit).exp());
                         sink(Face { bbox, score, ..Face::default() });
                     }
@@ -162,14 +162,13 @@ mod tests {
         let names: Vec<&str> = graph.outputs.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(
             names,
-            ["class2", "box2", "class3", "box3", "class4", "box4", "class5", "box5", "class6", "box6"]
+            ["predict2", "predict3", "predict4", "predict5", "predict6"]
         );
         // No side is a multiple of a stride: cells cover the picture to its end.
         let shapes = graph.shapes(&[Shape::new(1, 3, 101, 131)]).unwrap();
         for (i, (_, id)) in graph.outputs.iter().enumerate() {
-            let (stride, anchors) = (STRIDES[i / 2], PyramidConfig::nano().anchors[i / 2].len());
-            let channels = if i % 2 == 0 { anchors } else { 4 * anchors };
-            let expected = Shape::new(1, channels, 101usize.div_ceil(stride), 131usize.div_ceil(stride));
+            let (stride, anchors) = (STRIDES[i], PyramidConfig::nano().anchors[i].len());
+            let expected = Shape::new(1, 5 * anchors, 101usize.div_ceil(stride), 131usize.div_ceil(stride));
             assert_eq!(shapes[id.0], expected, "{}", names[i]);
         }
     }
@@ -180,19 +179,17 @@ mod tests {
         let mut floats = Vec::new();
         let mut views = Vec::new();
         for (i, stride) in STRIDES.into_iter().enumerate() {
-            for values in [1, 4] {
-                let shape = Shape::new(1, config.anchors[i].len() * values, 192 / stride, 256 / stride);
-                let view = View::new(shape, floats.len(), [0; 4]);
-                floats.resize(floats.len() + shape.len(), if values == 1 { -20.0 } else { 0.0 });
-                if i == level && values == 1 {
-                    floats[view.at(0, cell[0], cell[1]) + anchor] = logit;
-                }
-                if i == level && values == 4 {
-                    let t = view.at(0, cell[0], cell[1]) + 4 * anchor;
-                    floats[t..t + 4].copy_from_slice(&[1.0, -1.0, 0.0, 5.0 * 2f32.ln()]);
-                }
-                views.push(view);
+            let anchors = config.anchors[i].len();
+            let shape = Shape::new(1, 5 * anchors, 192 / stride, 256 / stride);
+            let view = View::new(shape, floats.len(), [0; 4]);
+            let cells = (0..shape.h * shape.w).flat_map(|_| (0..5 * anchors).map(|v| if v < anchors { -20.0 } else { 0.0 }));
+            floats.extend(cells);
+            if i == level {
+                let at = view.at(0, cell[0], cell[1]);
+                floats[at + anchor] = logit;
+                floats[at + anchors + 4 * anchor..][..4].copy_from_slice(&[1.0, -1.0, 0.0, 5.0 * 2f32.ln()]);
             }
+            views.push(view);
         }
         let maps: Vec<Map<'_>> = views.into_iter().map(|view| Map::new(&floats, view)).collect();
         let mut faces = Vec::new();
@@ -236,8 +233,14 @@ mod tests {
             let DetectorConfig::Pyramid(detector) = &config.detector else { panic!("{}", config.name) };
             let mut weights = Weights::random(&detector.graph(), 1);
             // Offsets of zero, so that every box is an anchor.
-            let boxes = weights.tensors.iter_mut().filter(|(name, _)| name.starts_with("box"));
-            boxes.for_each(|(_, t)| t.data.fill(0.0));
+            for (level, anchors) in (2..).zip(&detector.anchors) {
+                for name in [format!("predict{level}.weight"), format!("predict{level}.bias")] {
+                    let t = weights.tensors.get_mut(&name).unwrap();
+                    let logits = t.data.len() / 5; // the first fifth, whatever comes behind an output channel
+                    assert_eq!(t.shape[0], 5 * anchors.len());
+                    t.data[logits..].fill(0.0);
+                }
+            }
             weights.metadata.insert(METADATA_KEY.into(), config.to_json().unwrap());
             let model = Model::from_weights(&weights).unwrap();
             assert_eq!(model.config(), &config);

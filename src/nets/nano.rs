@@ -6,7 +6,7 @@
 //!          |     |     |     |     |           1x1 to `channels` (C2: to `fine_channels`)
 //!          P2 <- P3 <- P4 <- P5 <- P6          nearest upsampling, sum
 //!          |     |     |     |     |           smoothing block, head blocks
-//!        class,box  ...          class,box     1x1
+//!        predict    ...          predict       1x1
 //! ```
 
 use super::conv_bn;
@@ -65,11 +65,10 @@ pub fn nano(b: &mut Builder, image: NodeId, net: &Nano) {
         for i in 0..net.head_blocks {
             x = block(b, &format!("head{level}.{i}"), x, channels, net.plain_convs);
         }
-        for (name, values) in [("class", 1), ("box", 4)] {
-            let name = format!("{name}{level}");
-            let out = b.conv(&name, x, Conv2d::new(channels, anchors * values, 1).bias());
-            b.output(&name, out);
-        }
+        // One convolution for logits and offsets: its input, the largest map of all at level 2, is read once.
+        let name = format!("predict{level}");
+        let out = b.conv(&name, x, Conv2d::new(channels, anchors * 5, 1).bias());
+        b.output(&name, out);
     }
 }
 

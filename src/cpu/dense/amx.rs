@@ -15,7 +15,12 @@ use std::sync::OnceLock;
 /// it holds for the process.
 pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| is_x86_feature_detected!("avx512f") && has_amx_bf16() && permitted())
+    *AVAILABLE.get_or_init(|| {
+        Isa::supported().contains(&Isa::Avx512)
+            && is_x86_feature_detected!("avx512bf16")
+            && has_amx_bf16()
+            && permitted()
+    })
 }
 
 fn has_amx_bf16() -> bool {

@@ -125,7 +125,8 @@ pub fn backward<T: Element>(
     // the turned kernel. Padding beyond the window (rare) is gathered.
     let back = [0, 1].map(|a| (g.dilation[a] * (g.kernel[a] - 1)).checked_sub(g.padding[a]));
     let plain = g.stride == [1, 1] && back.iter().all(Option::is_some);
-    let back = back.map(|b| b.unwrap_or(0));
+    let reach = g.dilation[1] * (g.kernel[1] - 1);
+    let back = if plain { back.map(|b| b.unwrap_or(0)) } else { [0, reach] };
     let right = (g.input[1] + g.padding[1]).saturating_sub(g.out[1]);
     let zeros = room(&mut s.sums, c);
     zeros.fill(0.0);

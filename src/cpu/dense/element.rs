@@ -5,10 +5,13 @@ use crate::cpu::kernels::{bf16_bits, Vector};
 use crate::cpu::Isa;
 use half::bf16;
 
-/// f32, or bf16 where AMX multiplies it.
+/// f32, or bf16 where AMX multiplies it. Sealed: its registers are this crate's own.
+#[allow(private_bounds, private_interfaces)]
 pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + PartialEq + 'static {
     /// Name in recipes and logs.
     const NAME: &'static str;
+    #[doc(hidden)]
+    const BF16: bool;
     /// To f32.
     fn f32(self) -> f32;
     /// Nearest value; ties to even.
@@ -46,6 +49,7 @@ pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + PartialEq + 
 
 impl Element for f32 {
     const NAME: &'static str = "f32";
+    const BF16: bool = false;
     #[inline(always)]
     fn f32(self) -> f32 {
         self
@@ -84,6 +88,7 @@ impl Element for f32 {
 
 impl Element for bf16 {
     const NAME: &'static str = "bf16";
+    const BF16: bool = true;
     #[inline(always)]
     fn f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)

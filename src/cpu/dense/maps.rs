@@ -82,6 +82,8 @@ impl<'a, T: Element> Gradient<'a, T> {
 
 /// One pass, over any registers.
 trait Pass {
+    /// Whether it stores bf16.
+    const BF16: bool;
     /// # Safety
     /// The caller is compiled for `V`'s ISA; the lengths of the pass were checked.
     unsafe fn run<V: Vector>(self);
@@ -99,6 +101,12 @@ unsafe fn dispatch<P: Pass>(isa: Isa, pass: P) {
         unsafe { pass.run::<crate::cpu::kernels::avx2::F32x8>() }
     }
     #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn avx512_bf16<P: Pass>(pass: P) {
+        // SAFETY: compiled for this ISA.
+        unsafe { pass.run::<crate::cpu::kernels::avx512::F32x16>() }
+    }
+    #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn avx512<P: Pass>(pass: P) {
         // SAFETY: compiled for this ISA.
@@ -112,6 +120,11 @@ unsafe fn dispatch<P: Pass>(isa: Isa, pass: P) {
             Isa::Neon => pass.run::<crate::cpu::kernels::neon::F32x4>(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2(pass),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if P::BF16 => {
+                assert!(super::bf16_supported(), "maps in bf16 are for machines with AMX");
+                avx512_bf16(pass)
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => avx512(pass),
         }
@@ -149,6 +162,7 @@ struct Read<'a, T, O> {
 }
 
 impl<T: Element, O: Element> Pass for Read<'_, T, O> {
+    const BF16: bool = O::BF16;
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
         let Source { z, scale, shift, slope } = self.source;
@@ -194,6 +208,7 @@ struct PullBack<'a, T, O> {
 }
 
 impl<T: Element, O: Element> Pass for PullBack<'_, T, O> {
+    const BF16: bool = O::BF16;
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
         let Gradient { map: Source { z, scale, shift, slope }, dy, a, b, c } = self.gradient;
@@ -235,6 +250,7 @@ struct GradientSums<'a, T> {
 }
 
 impl<T: Element> Pass for GradientSums<'_, T> {
+    const BF16: bool = T::BF16;
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
         let Gradient { map: Source { z, scale, shift, slope }, dy, .. } = self.gradient;
@@ -282,6 +298,7 @@ struct Finish<'a, T> {
 }
 
 impl<T: Element> Pass for Finish<'_, T> {
+    const BF16: bool = T::BF16;
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
         let channels = self.bias.len();
@@ -294,8 +311,6 @@ impl<T: Element> Pass for Finish<'_, T> {
                 for _ in 0..self.pixels {
                     let v = V::load_upto(from, n).add(bias);
                     T::store(v, z, n);
-                    // Of what is stored, which readers will see.
-                    let v = T::load::<V>(z, n);
                     sum = sum.add(v);
                     squares = squares.mul_add(v, v);
                     (from, z) = (from.wrapping_add(self.stride), z.wrapping_add(channels));
@@ -310,7 +325,7 @@ impl<T: Element> Pass for Finish<'_, T> {
 }
 
 /// Stores `from + bias` (`stride` values a pixel) as `z`, and adds to `sums`, `[2][C]`, the sums of the
-/// stored values and of their squares.
+/// values (before they are rounded to be stored) and of their squares.
 pub fn finish<T: Element>(
     isa: Isa,
     from: &[f32],
@@ -336,6 +351,7 @@ struct Deposit<'a, T> {
 }
 
 impl<T: Element> Pass for Deposit<'_, T> {
+    const BF16: bool = T::BF16;
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
         // SAFETY: lengths were checked by `deposit`.
@@ -371,6 +387,7 @@ struct ColumnSums<'a, T> {
 }
 
 impl<T: Element> Pass for ColumnSums<'_, T> {
+    const BF16: bool = T::BF16;
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
         // SAFETY: lengths were checked by `column_sums`.
@@ -403,6 +420,7 @@ struct AddTo<'a, T> {
 }
 
 impl<T: Element> Pass for AddTo<'_, T> {
+    const BF16: bool = T::BF16;
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
         // SAFETY: lengths were checked by `add`.

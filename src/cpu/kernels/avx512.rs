@@ -84,10 +84,8 @@ impl Vector for F32x16 {
     unsafe fn store_bf16(self, p: *mut u16, n: usize) {
         // SAFETY: trait contract; masked lanes are not touched.
         unsafe {
-            let bits = _mm512_castps_si512(self.0);
-            let even = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
-            let half = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
+            // Only machines with AMX store bf16 here, and those have this instruction; it rounds to nearest even.
+            let half: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(self.0));
             if n >= 16 {
                 _mm256_storeu_si256(p.cast(), half);
             } else {

@@ -228,35 +228,70 @@ pub(crate) struct DepthwiseDataArgs {
 }
 
 /// # Safety
-/// As [`outer`]; `dx` points at row 0's place, rows `rows` of it are written whole.
+/// As [`outer`]; `dx` points at row 0's place, rows `rows` of it are written whole. `d` has zeros for a window's width
+/// beside its columns.
 #[inline(always)]
 pub(crate) unsafe fn depthwise_data<V: Vector>(a: &DepthwiseDataArgs, rows: Range<usize>) {
-    // The outputs whose window has `i` at tap k: (i + padding - k * dilation) / stride where whole.
-    let source = |axis: usize, i: usize, k: usize| {
-        let at = (i + a.padding[axis]).checked_sub(k * a.dilation[axis])?;
-        (at.is_multiple_of(a.stride[axis]) && at / a.stride[axis] < a.out[axis]).then(|| at / a.stride[axis])
-    };
     for y in rows {
-        for x in 0..a.width {
+        // Columns of one remainder by the stride are read by the same taps, a column of `d` further each.
+        for phase in 0..a.stride[1].min(a.width) {
             let mut c = 0;
             while c < a.channels {
                 let n = (a.channels - c).min(V::LANES);
-                // SAFETY: the caller's contract; `source` stays inside `out`.
-                unsafe {
-                    let mut sum = V::splat(0.0);
-                    for ky in 0..a.kernel[0] {
-                        let Some(oy) = source(0, y, ky) else { continue };
-                        for kx in 0..a.kernel[1] {
-                            let Some(ox) = source(1, x, kx) else { continue };
-                            let g = V::load_upto(a.d.add(oy * a.d_row + ox * a.d_pixel + c), n);
-                            let w = V::load_upto(a.weights.add((ky * a.kernel[1] + kx) * a.channels + c), n);
-                            sum = sum.mul_add(g, w);
-                        }
-                    }
-                    sum.store_upto(a.dx.add(y * a.dx_row + x * a.channels + c), n);
-                }
+                // SAFETY: the caller's contract.
+                unsafe { data_columns::<V>(a, y, phase, c, n) };
                 c += n;
             }
+        }
+    }
+}
+
+/// Most taps whose weights are held in registers; the rest go in further rounds.
+const HELD_TAPS: usize = 8;
+
+#[inline(always)]
+unsafe fn data_columns<V: Vector>(a: &DepthwiseDataArgs, y: usize, phase: usize, c: usize, n: usize) {
+    // The output whose window has input `i` at tap k: (i + padding - k * dilation) / stride where whole.
+    let source = |axis: usize, i: usize, k: usize| {
+        let at = (i + a.padding[axis]) as isize - (k * a.dilation[axis]) as isize;
+        let stride = a.stride[axis] as isize;
+        (at.rem_euclid(stride) == 0).then(|| at.div_euclid(stride))
+    };
+    // SAFETY: the caller's contract: columns of `d` beside the map are zeros.
+    unsafe {
+        let mut taps = [(V::splat(0.0), a.d); HELD_TAPS];
+        let (mut held, mut written) = (0, false);
+        let mut flush = |taps: &[(V, *const f32)]| {
+            let mut to = a.dx.wrapping_add(y * a.dx_row + phase * a.channels + c);
+            for i in 0..(a.width - phase).div_ceil(a.stride[1]) {
+                let mut sum = if written { V::load_upto(to, n) } else { V::splat(0.0) };
+                for (w, d) in taps {
+                    sum = sum.mul_add(V::load_upto(d.wrapping_add(i * a.d_pixel), n), *w);
+                }
+                sum.store_upto(to, n);
+                to = to.wrapping_add(a.stride[1] * a.channels);
+            }
+            written = true;
+        };
+        for ky in 0..a.kernel[0] {
+            let Some(oy) = source(0, y, ky).filter(|&oy| oy >= 0 && oy < a.out[0] as isize) else { continue };
+            for kx in 0..a.kernel[1] {
+                let Some(ox) = source(1, phase, kx) else { continue };
+                if held == HELD_TAPS {
+                    flush(&taps);
+                    held = 0;
+                }
+                let w = V::load_upto(a.weights.add((ky * a.kernel[1] + kx) * a.channels + c), n);
+                let at = oy * a.d_row as isize + ox * a.d_pixel as isize + c as isize;
+                taps[held] = (w, a.d.wrapping_offset(at));
+                held += 1;
+            }
+        }
+        match held {
+            1 => flush(&taps[..1]),
+            2 => flush(&taps[..2]),
+            4 => flush(&taps[..4]),
+            _ => flush(&taps[..held]),
         }
     }
 }
