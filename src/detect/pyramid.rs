@@ -86,6 +86,21 @@ impl PyramidConfig {
         Ok(())
     }
 
+    /// Starts the predictions of new weights: small weights, and logits that say `probability` (RetinaNet's prior, Lin et
+    /// al. 2017, section 4.1), so that the many background anchors do not swamp the first steps.
+    #[cfg(feature = "train")]
+    pub fn set_prior(&self, weights: &mut crate::graph::Weights, probability: f32) {
+        for (level, anchors) in crate::nets::nano::LEVELS.zip(&self.anchors) {
+            if let Some(w) = weights.tensors.get_mut(&format!("predict{level}.weight")) {
+                // He's deviation, for a fan-in of some tens, becomes about 0.01.
+                w.data.iter_mut().for_each(|v| *v *= 0.05);
+            }
+            if let Some(b) = weights.tensors.get_mut(&format!("predict{level}.bias")) {
+                b.data[..anchors.len()].fill((probability / (1.0 - probability)).ln());
+            }
+        }
+    }
+
     fn net(&self) -> Nano {
         Nano {
             width: self.width,

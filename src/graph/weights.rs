@@ -76,9 +76,8 @@ impl Weights {
         Ok(Self { tensors, metadata: header.metadata().clone().into_iter().flatten().collect() })
     }
 
-    /// Writes a safetensors file in f32, whole or not at all (temporary file, then rename).
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
+    /// As a safetensors file in f32.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let bytes: BTreeMap<&str, (Vec<usize>, Vec<u8>)> = self
             .tensors
             .iter()
@@ -93,8 +92,14 @@ impl Weights {
                 Ok((*name, view.map_err(|e| Error::Internal(format!("tensor {name}: {e}")))?))
             })
             .collect::<Result<Vec<_>>>()?;
-        let file = safetensors::serialize(views, Some(self.metadata.clone().into_iter().collect()))
-            .map_err(|e| Error::Internal(format!("safetensors: {e}")))?;
+        safetensors::serialize(views, Some(self.metadata.clone().into_iter().collect()))
+            .map_err(|e| Error::Internal(format!("safetensors: {e}")))
+    }
+
+    /// Writes a safetensors file in f32, whole or not at all (temporary file, then rename).
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let file = self.to_bytes()?;
         // A name of our own beside the target: the rename is atomic and touches nobody's file.
         let mut name = path.file_name().unwrap_or_default().to_os_string();
         name.push(format!(".{}.part", std::process::id()));

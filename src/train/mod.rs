@@ -2,11 +2,16 @@
 //! backward; the mathematics are pure functions on slices, every one named after the equation of the paper that it is.
 
 pub mod augment;
+pub mod checkpoint;
 pub mod data;
+pub mod dev;
 pub mod loader;
 pub mod losses;
 pub mod matching;
 pub mod network;
+pub mod objective;
 pub mod optim;
+pub mod recipe;
 pub mod sampler;
+pub mod trainer;
 mod units;

@@ -1,4 +1,4 @@
-//! The `farface` program: `detect`, `inspect`, `bench`, `eval`, `convert`.
+//! The `farface` program: `detect`, `inspect`, `bench`, `eval`, `convert`, `train`.
 //!
 //! Results go to standard output, progress and errors to standard error. Exit code 0: all went
 //! well; 1: something failed, named on a line that starts with `error:`; 2: wrong usage.
@@ -18,6 +18,8 @@ mod picture;
 mod progress;
 mod report;
 mod settings;
+#[cfg(feature = "train")]
+mod train;
 
 use clap::{Parser, Subcommand};
 use std::io::{BufWriter, ErrorKind, Write};
@@ -38,6 +40,8 @@ enum Command {
     Bench(bench::Args),
     Eval(eval::Args),
     Convert(convert::Args),
+    #[cfg(feature = "train")]
+    Train(train::Args),
 }
 
 /// Whether a command did all it was asked for; what it could not do it has reported itself.
@@ -56,6 +60,8 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args, &mut out),
         Command::Eval(args) => eval::run(&args, &mut out),
         Command::Convert(args) => convert::run(&args, &mut out),
+        #[cfg(feature = "train")]
+        Command::Train(args) => train::run(&args, &mut out),
     };
     match result.and_then(|outcome| Ok(out.flush().map(|()| outcome)?)) {
         Ok(Outcome::Complete) => ExitCode::SUCCESS,

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::detect::BBox;
 use crate::{Error, Result};
 
-pub use picture::Picture;
+pub use picture::{find_picture, Picture};
 pub use warnings::{WarningKind, Warnings};
 
 /// One annotated face.

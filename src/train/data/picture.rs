@@ -85,6 +85,13 @@ fn jpeg_is_complete(file: &[u8]) -> bool {
     matches!((last(0xDA), last(0xD9)), (Some(scan), Some(end)) if end > scan)
 }
 
+/// The picture file that an annotation means; an error that names it where there is none under any extension.
+pub fn find_picture(path: &Path) -> Result<PathBuf> {
+    find(path).ok_or_else(|| {
+        Error::io(path, std::io::Error::new(std::io::ErrorKind::NotFound, "no such picture, under any extension"))
+    })
+}
+
 /// The picture file that an annotation means: `path` itself, or the same name with another of the
 /// extensions read here (data sets get re-encoded).
 pub(super) fn find(path: &Path) -> Option<PathBuf> {

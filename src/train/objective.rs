@@ -1,0 +1,349 @@
+//! From a single-shot detector's outputs and a batch's faces to the loss and the outputs' gradients: matching, mining,
+//! sampling, losses.
+
+use super::data::Annotated;
+use super::losses::{
+    regression_aware_box_weight, regression_aware_focal_loss, AnchorRole, BatchCounts, ClassLoss, LossRecipe,
+    ScaleAwareMargin,
+};
+use super::matching::{
+    match_anchors, mine_high_quality_anchors, AnchorGrid, AnchorMining, FaceBox, MatchingRecipe, Matches, Mined,
+};
+use super::sampler::{GroupSample, SamplerRecipe};
+use crate::detect::anchors::Anchor;
+use crate::detect::BBox;
+use crate::error::{Error, Result};
+use crate::graph::init::Rng;
+use crate::shape::{Shape, Tensor};
+
+/// One of a detector's outputs: the anchors of a level on every cell. Channels: a logit for each, then four offsets for each.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Level {
+    /// Pixels between cells.
+    pub stride: usize,
+    /// Width and height of each anchor.
+    pub anchors: Vec<[f32; 2]>,
+}
+
+/// How a batch is judged.
+#[derive(Clone, Debug)]
+pub struct Objective {
+    /// Outputs of the detector in their order.
+    pub levels: Vec<Level>,
+    /// Of the box code.
+    pub variances: [f32; 2],
+    /// First step of matching.
+    pub matching: MatchingRecipe,
+    /// Online anchor mining, where wanted.
+    pub mining: Option<AnchorMining>,
+    /// Which anchors count; not used by the regression-aware focal loss, which takes all.
+    pub sampler: SamplerRecipe,
+    /// Losses.
+    pub loss: LossRecipe,
+}
+
+/// Losses of a batch, and how many anchors they come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Losses {
+    /// Classification.
+    pub class: f64,
+    /// Boxes, before their weight.
+    pub boxes: f64,
+    /// Anchors matched in the first step.
+    pub matched: usize,
+    /// Anchors mined.
+    pub mined: usize,
+    /// Faces to find.
+    pub faces: usize,
+    /// Mean IoU of the positives' decoded boxes with their faces.
+    pub iou: f64,
+}
+
+impl Losses {
+    fn add(&mut self, other: &Self) {
+        self.class += other.class;
+        self.boxes += other.boxes;
+        self.matched += other.matched;
+        self.mined += other.mined;
+        self.faces += other.faces;
+        self.iou += other.iou;
+    }
+}
+
+/// What one picture's anchors are.
+struct Assigned {
+    faces: Vec<FaceBox>,
+    matches: Matches,
+    mined: Option<Mined>,
+}
+
+impl Assigned {
+    fn role(&self, i: usize) -> AnchorRole {
+        match &self.mined {
+            Some(mined) => mined.role(&self.matches, i),
+            None => match (self.matches.face(i), self.matches.label[i]) {
+                (Some(face), _) => AnchorRole::Matched { face },
+                (None, super::matching::IGNORED) => AnchorRole::Ignored,
+                _ => AnchorRole::Background { overlap: 0.0 },
+            },
+        }
+    }
+}
+
+/// Reads and writes anchors' channels in one picture's output maps.
+struct Head<'a> {
+    levels: &'a [Level],
+    grid: &'a AnchorGrid,
+    /// Output and place of every anchor group.
+    groups: &'a [(usize, usize)],
+}
+
+impl Head<'_> {
+    /// Output, first channel of the logit, first channel of the offsets, in the picture's map.
+    fn at(&self, i: usize) -> (usize, usize, usize) {
+        let group = self.grid.group_of(i);
+        let (level, a) = self.groups[group];
+        let anchors = self.levels[level].anchors.len();
+        let pixel = (i - self.grid.groups[group].first) * 5 * anchors;
+        (level, pixel + a, pixel + anchors + 4 * a)
+    }
+
+    fn offsets(&self, maps: &[&[f32]], i: usize) -> [f32; 4] {
+        let (level, _, at) = self.at(i);
+        std::array::from_fn(|k| maps[level][at + k])
+    }
+}
+
+impl Objective {
+    /// Errors where a part's settings are out of range or do not go together.
+    pub fn check(&self) -> Result<()> {
+        self.matching.check()?;
+        self.loss.check()?;
+        self.sampler.check()?;
+        if let Some(mining) = &self.mining {
+            mining.check()?;
+        }
+        if self.loss.classification.logits() != 1 {
+            return Err(Error::InvalidArgument(
+                "loss: softmax wants two logits an anchor, this detector has one: take sigmoid or a focal loss"
+                    .into(),
+            ));
+        }
+        let aware = matches!(self.loss.classification, ClassLoss::RegressionAwareFocal { .. });
+        if aware && self.mining.is_none() {
+            return Err(Error::InvalidArgument(
+                "loss: regression-aware-focal needs online anchor mining: add a [mining] table".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The anchors of a picture of `side` x `side` pixels whose outputs have these shapes, and output and place of
+    /// every group.
+    fn grid(&self, outputs: &[Shape]) -> (AnchorGrid, Vec<(usize, usize)>) {
+        let (mut grid, mut groups) = (AnchorGrid::new(), Vec::new());
+        for (i, (level, shape)) in self.levels.iter().zip(outputs).enumerate() {
+            for (a, [w, h]) in level.anchors.iter().enumerate() {
+                grid.push(level.stride, *w, *h, shape.h, shape.w);
+                groups.push((i, a));
+            }
+        }
+        (grid, groups)
+    }
+
+    /// Losses of a batch, and their gradients with respect to `outputs` (N x H x W x 5A each), on `threads` threads. `rng`
+    /// gives a generator for each picture. The result does not depend on the number of threads.
+    pub fn judge(
+        &self,
+        outputs: &[Tensor],
+        faces: &[Vec<Annotated>],
+        rng: impl Fn(usize) -> Rng + Sync,
+        threads: usize,
+    ) -> Result<(Losses, Vec<Tensor>)> {
+        let shapes: Vec<Shape> = outputs.iter().map(|o| o.shape).collect();
+        let fits = |(l, s): (&Level, &Shape)| s.c == 5 * l.anchors.len() && s.n == faces.len();
+        if shapes.len() != self.levels.len() || !self.levels.iter().zip(&shapes).all(fits) {
+            return Err(Error::Internal("outputs are not the objective's levels".into()));
+        }
+        let (grid, groups) = self.grid(&shapes);
+        let head = Head { levels: &self.levels, grid: &grid, groups: &groups };
+        let images = faces.len();
+        let maps = |n: usize| -> Vec<&[f32]> {
+            outputs.iter().map(|o| &o.data[n * (o.data.len() / images)..][..o.data.len() / images]).collect()
+        };
+        let assigned: Vec<Assigned> =
+            parallel(images, threads, |n| self.assign(&head, &maps(n), &faces[n]));
+        let mut counts = BatchCounts::default();
+        for a in &assigned {
+            counts.matched += a.matches.label.iter().filter(|&&l| l >= 0).count();
+            counts.compensated += a.mined.as_ref().map_or(0, |m| m.compensated.len());
+        }
+        let judged: Vec<(Losses, Vec<Vec<f32>>)> = parallel(images, threads, |n| {
+            let maps = maps(n);
+            let mut gradient: Vec<Vec<f32>> = maps.iter().map(|m| vec![0.0; m.len()]).collect();
+            let losses = match self.loss.classification {
+                ClassLoss::RegressionAwareFocal { .. } => {
+                    self.regression_aware(&head, &maps, &assigned[n], counts, &mut gradient)
+                }
+                _ => self.sampled(&head, &maps, &assigned[n], rng(n), images, &mut gradient),
+            };
+            (losses, gradient)
+        });
+        let mut total = Losses::default();
+        let mut gradients: Vec<Tensor> =
+            shapes.iter().map(|&s| Tensor { shape: s, data: Vec::with_capacity(s.len()) }).collect();
+        for (losses, maps) in judged {
+            total.add(&losses);
+            for (to, from) in gradients.iter_mut().zip(maps) {
+                to.data.extend(from);
+            }
+        }
+        total.iou /= (total.matched + total.mined).max(1) as f64;
+        Ok((total, gradients))
+    }
+
+    fn assign(&self, head: &Head<'_>, maps: &[&[f32]], faces: &[Annotated]) -> Assigned {
+        let faces: Vec<FaceBox> = faces.iter().map(|f| FaceBox { bbox: f.bbox, ignore: f.ignore }).collect();
+        let matches = match_anchors(head.grid, &faces, &self.matching);
+        let mined = self.mining.as_ref().map(|mining| {
+            let decoded = |i: usize| head.grid.anchor(i).decode(&head.offsets(maps, i), self.variances);
+            mine_high_quality_anchors(decoded, &faces, &matches, mining)
+        });
+        Assigned { faces, matches, mined }
+    }
+
+    /// HAMBox Eq. 1 and 2 over one picture's anchors.
+    fn regression_aware(
+        &self,
+        head: &Head<'_>,
+        maps: &[&[f32]],
+        assigned: &Assigned,
+        counts: BatchCounts,
+        gradient: &mut [Vec<f32>],
+    ) -> Losses {
+        let focal = self.loss.classification.focal().unwrap_or_default();
+        let margin = ScaleAwareMargin { alpha: self.loss.margin };
+        let mut losses = Losses { faces: wanted(&assigned.faces), ..Losses::default() };
+        for i in 0..head.grid.len {
+            let role = assigned.role(i);
+            let (level, logit, _) = head.at(i);
+            let face = match role {
+                AnchorRole::Matched { face } | AnchorRole::Compensated { face, .. } => Some(face),
+                AnchorRole::Background { .. } | AnchorRole::Ignored => None,
+            };
+            let size = face.map(|f| [assigned.faces[f].bbox.width(), assigned.faces[f].bbox.height()]);
+            let x = margin.logit(maps[level][logit], size);
+            let (loss, slope) = regression_aware_focal_loss(x, role, counts, focal);
+            losses.class += f64::from(loss);
+            gradient[level][logit] = slope;
+            let Some(face) = face else { continue };
+            match role {
+                AnchorRole::Matched { .. } => losses.matched += 1,
+                _ => losses.mined += 1,
+            }
+            let weight: f32 = regression_aware_box_weight(role, counts);
+            self.box_loss(head, maps, i, &assigned.faces[face].bbox, weight, gradient, &mut losses);
+        }
+        losses
+    }
+
+    /// Group Sampling Eq. 2 (or its like without groups) over one picture's anchors, as a share of `images`.
+    fn sampled(
+        &self,
+        head: &Head<'_>,
+        maps: &[&[f32]],
+        assigned: &Assigned,
+        mut rng: Rng,
+        images: usize,
+        gradient: &mut [Vec<f32>],
+    ) -> Losses {
+        let margin = ScaleAwareMargin { alpha: self.loss.margin };
+        let mut matches = assigned.matches.clone();
+        if let Some(mined) = &assigned.mined {
+            mined.relabel(&mut matches);
+        }
+        let value = |i: usize| {
+            let (level, logit, _) = head.at(i);
+            let size = matches.face(i).map(|f| [assigned.faces[f].bbox.width(), assigned.faces[f].bbox.height()]);
+            let mut slope = [0.0];
+            let loss = self.loss.classification.value(&maps[level][logit..=logit], size, margin, &mut slope);
+            (loss, slope[0])
+        };
+        let all: Vec<f32> = if self.sampler.needs_losses() {
+            // The miners look at -ln p_t, whatever the loss.
+            (0..head.grid.len)
+                .map(|i| {
+                    let (level, logit, _) = head.at(i);
+                    super::losses::sigmoid_cross_entropy(maps[level][logit], matches.face(i).is_some()).0
+                })
+                .collect()
+        } else {
+            Vec::new()
+        };
+        let samples = self.sampler.sample(&matches.label, &all, &head.grid.ranges(), &mut rng);
+        let mut losses = Losses { faces: wanted(&assigned.faces), ..Losses::default() };
+        let share = 1.0 / images as f32;
+        for GroupSample { positives, negatives, class_weight, box_weight } in samples {
+            for &i in positives.iter().chain(&negatives) {
+                let (loss, slope) = value(i);
+                let (level, logit, _) = head.at(i);
+                losses.class += f64::from(loss * class_weight * share);
+                gradient[level][logit] += slope * class_weight * share;
+            }
+            for &i in &positives {
+                let Some(face) = matches.face(i) else { continue };
+                if assigned.matches.face(i).is_some() {
+                    losses.matched += 1;
+                } else {
+                    losses.mined += 1;
+                }
+                let bbox = &assigned.faces[face].bbox;
+                self.box_loss(head, maps, i, bbox, box_weight * share, gradient, &mut losses);
+            }
+        }
+        losses
+    }
+
+    fn box_loss(
+        &self,
+        head: &Head<'_>,
+        maps: &[&[f32]],
+        i: usize,
+        face: &BBox,
+        weight: f32,
+        gradient: &mut [Vec<f32>],
+        losses: &mut Losses,
+    ) {
+        let Anchor { center, size } = head.grid.anchor(i);
+        let (anchor, target) = ([center[0], center[1], size[0], size[1]], [face.x1, face.y1, face.x2, face.y2]);
+        let (level, _, at) = head.at(i);
+        let value = self.loss.boxes.value(head.offsets(maps, i), anchor, self.variances, target);
+        losses.boxes += f64::from(value.loss * weight);
+        losses.iou += f64::from(value.iou);
+        for k in 0..4 {
+            gradient[level][at + k] += value.gradient[k] * weight * self.loss.box_weight;
+        }
+    }
+}
+
+fn wanted(faces: &[FaceBox]) -> usize {
+    faces.iter().filter(|f| !f.ignore).count()
+}
+
+/// `f` of every picture, in order.
+fn parallel<R: Send>(images: usize, threads: usize, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
+    let threads = threads.clamp(1, images.max(1));
+    if threads == 1 {
+        return (0..images).map(f).collect();
+    }
+    let part = |t: usize| (images * t / threads..images * (t + 1) / threads).map(&f).collect::<Vec<R>>();
+    std::thread::scope(|scope| {
+        let part = &part;
+        let others: Vec<_> = (1..threads).map(|t| scope.spawn(move || part(t))).collect();
+        let mut all = part(0);
+        for other in others {
+            all.extend(other.join().unwrap_or_else(|p| std::panic::resume_unwind(p)));
+        }
+        all
+    })
+}

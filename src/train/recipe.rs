@@ -1,0 +1,278 @@
+//! A training recipe: one TOML file that says all there is to say. Unknown keys are errors.
+
+use super::augment::Augment;
+use super::data::Source;
+use super::losses::LossRecipe;
+use super::matching::{AnchorMining, MatchingRecipe};
+use super::optim::{EmaRecipe, OptimizerRecipe, ScheduleRecipe};
+use super::sampler::SamplerRecipe;
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// The whole recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Recipe {
+    /// What is trained.
+    pub model: ModelRecipe,
+    /// On what.
+    pub data: DataRecipe,
+    /// Batches.
+    #[serde(default)]
+    pub batch: BatchRecipe,
+    /// Augmentation.
+    #[serde(default)]
+    pub augment: Augment,
+    /// Anchors to faces.
+    #[serde(default)]
+    pub matching: MatchingRecipe,
+    /// Online anchor mining; none without this table.
+    #[serde(default)]
+    pub mining: Option<AnchorMining>,
+    /// Which anchors enter the loss.
+    #[serde(default)]
+    pub sampler: SamplerRecipe,
+    /// Losses.
+    pub loss: LossRecipe,
+    /// Update rule.
+    #[serde(default)]
+    pub optimizer: OptimizerRecipe,
+    /// Learning rate and length.
+    pub schedule: ScheduleRecipe,
+    /// Averaged weights, which are what is evaluated and exported; the last ones without this table.
+    #[serde(default)]
+    pub ema: Option<EmaRecipe>,
+    /// How it runs.
+    #[serde(default)]
+    pub run: RunRecipe,
+}
+
+/// The network, and where its weights start.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ModelRecipe {
+    /// A detector by name, as `farface convert --detector` takes it.
+    pub detector: String,
+    /// Weights to start from, safetensors; what it lacks starts at random.
+    #[serde(default)]
+    pub start: Option<PathBuf>,
+    /// Put before the names in that file.
+    #[serde(default)]
+    pub start_prefix: String,
+    /// Parameters whose names begin so are not trained, and their batch normalisations stand still.
+    #[serde(default)]
+    pub freeze: Vec<String>,
+    /// Batch normalisations whose names begin so keep their statistics.
+    #[serde(default)]
+    pub freeze_statistics: Vec<String>,
+    /// Learning-rate multipliers by the beginning of a parameter's name; the longest that fits counts.
+    #[serde(default)]
+    pub learning_rate: std::collections::BTreeMap<String, f32>,
+    /// Licence of the result, for its metadata.
+    #[serde(default)]
+    pub licence: String,
+    /// What it was trained on, for its metadata.
+    #[serde(default)]
+    pub data: String,
+}
+
+/// Pictures to train on and to choose by.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DataRecipe {
+    /// Training pictures.
+    pub train: Vec<Source>,
+    /// Pictures for choosing the best weights.
+    #[serde(default)]
+    pub dev: Option<DevRecipe>,
+    /// Decoded pictures are kept in memory up to this many gigabytes; default 8.
+    #[serde(default = "cache")]
+    pub cache_gb: f64,
+}
+
+/// A WIDER FACE list to evaluate on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DevRecipe {
+    /// Text list of the pictures.
+    pub list: PathBuf,
+    /// Folder of the event folders.
+    pub images: PathBuf,
+    /// Folder of the evaluator's .mat files, for Easy, Medium and Hard; without it the AP over all faces alone.
+    #[serde(default)]
+    pub ground_truth: Option<PathBuf>,
+    /// Evaluated every so many epochs; default 10.
+    #[serde(default = "every")]
+    pub every_epochs: f64,
+}
+
+fn cache() -> f64 {
+    8.0
+}
+fn every() -> f64 {
+    10.0
+}
+
+/// Batches.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct BatchRecipe {
+    /// Examples a step; default 16.
+    pub size: usize,
+    /// Side of the examples over the training: each for a share of it. Default 320 throughout.
+    pub sides: Vec<SideStage>,
+}
+
+impl Default for BatchRecipe {
+    fn default() -> Self {
+        Self { size: 16, sides: vec![SideStage { side: 320, share: 1.0 }] }
+    }
+}
+
+/// Part of a training with examples of one size.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SideStage {
+    /// Pixels, a multiple of 32.
+    pub side: usize,
+    /// Share of the steps.
+    pub share: f64,
+}
+
+/// How it runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct RunRecipe {
+    /// Seed of all chance; default 1.
+    pub seed: u64,
+    /// `f32`, `bf16` (AMX) or `auto`, the default: bf16 where the CPU has it.
+    pub precision: Precision,
+    /// Gradients are scaled down to this norm; 0 is off. Default 10.
+    pub clip: f32,
+    /// A checkpoint every so many steps; default 500.
+    pub checkpoint_every: u64,
+    /// A line in the log every so many steps; default 50.
+    pub log_every: u64,
+}
+
+impl Default for RunRecipe {
+    fn default() -> Self {
+        Self { seed: 1, precision: Precision::Auto, clip: 10.0, checkpoint_every: 500, log_every: 50 }
+    }
+}
+
+/// How maps are stored and multiplied; parameters are f32 always.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// bf16 where the CPU multiplies it, else f32.
+    Auto,
+    /// f32.
+    F32,
+    /// bf16 on AMX; an error elsewhere.
+    Bf16,
+}
+
+impl Recipe {
+    /// Reads a recipe; errors name the file and the key.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+        Self::parse(&text).map_err(|e| Error::InvalidArgument(format!("{}: {e}", path.display())))
+    }
+
+    /// Reads a recipe from text.
+    pub fn parse(text: &str) -> Result<Self> {
+        let recipe: Self = toml::from_str(text).map_err(|e| Error::InvalidArgument(e.to_string()))?;
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    /// Errors where a value is out of range.
+    pub fn check(&self) -> Result<()> {
+        let bad = |what: &str| Err(Error::InvalidArgument(what.into()));
+        if self.batch.size == 0 {
+            return bad("batch: size must be at least 1");
+        }
+        let stages = &self.batch.sides;
+        let sides = stages.iter().all(|s| s.side >= 64 && s.side.is_multiple_of(32) && s.share > 0.0);
+        if stages.is_empty() || !sides {
+            return bad("batch: sides must be multiples of 32 from 64 up, each with a share above 0");
+        }
+        if self.run.checkpoint_every == 0 || self.run.log_every == 0 {
+            return bad("run: checkpoint-every and log-every must be at least 1");
+        }
+        if !(self.data.cache_gb >= 0.0 && self.run.clip >= 0.0) {
+            return bad("data.cache-gb and run.clip must be at least 0");
+        }
+        if self.data.dev.as_ref().is_some_and(|d| d.every_epochs.is_nan() || d.every_epochs <= 0.0) {
+            return bad("data.dev: every-epochs must be above 0");
+        }
+        if self.model.learning_rate.values().any(|v| !(v.is_finite() && *v >= 0.0)) {
+            return bad("model.learning-rate: multipliers must be at least 0");
+        }
+        self.augment.check()?;
+        self.matching.check()?;
+        self.sampler.check()?;
+        self.loss.check()?;
+        self.optimizer.check()
+    }
+
+    /// Side of the examples at `step` of `total`.
+    pub fn side(&self, step: u64, total: u64) -> usize {
+        let whole: f64 = self.batch.sides.iter().map(|s| s.share).sum();
+        let mut end = 0.0;
+        for stage in &self.batch.sides {
+            end += stage.share / whole * total as f64;
+            if (step as f64) < end.round() {
+                return stage.side;
+            }
+        }
+        self.batch.sides.last().map_or(320, |s| s.side)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAST: &str = r#"
+        [model]
+        detector = "farface-nano"
+        [data]
+        train = [{ kind = "list", list = "faces.txt" }]
+        [loss]
+        classification = { kind = "sigmoid" }
+        [schedule]
+        lr = 0.01
+        length = 10
+    "#;
+
+    #[test]
+    fn a_short_recipe_has_the_documented_defaults() {
+        let r = Recipe::parse(LEAST).unwrap();
+        assert_eq!((r.batch.size, r.run.seed, r.run.precision), (16, 1, Precision::Auto));
+        assert!(r.mining.is_none() && r.ema.is_none() && r.data.dev.is_none());
+        assert_eq!((r.side(0, 10), r.side(9, 10)), (320, 320));
+    }
+
+    #[test]
+    fn unknown_keys_and_values_out_of_range_are_errors_that_name_them() {
+        for (text, name) in [
+            ("[run]\nsede = 1", "sede"),
+            ("[batch]\nsize = 0", "size"),
+            ("[batch]\nsides = [{ side = 100, share = 1.0 }]", "sides"),
+            ("[run]\nlog-every = 0", "log-every"),
+        ] {
+            let error = Recipe::parse(&format!("{LEAST}\n{text}")).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn sides_follow_their_shares() {
+        let text = format!("{LEAST}\n[batch]\nsides = [{{ side = 320, share = 3 }}, {{ side = 640, share = 1 }}]");
+        let r = Recipe::parse(&text).unwrap();
+        assert_eq!([0, 74, 75, 99].map(|s| r.side(s, 100)), [320, 320, 640, 640]);
+    }
+}
