@@ -4,7 +4,7 @@
 //! the threads' order, so that a step gives the same bits whenever it is run on as many threads.
 
 use super::units::{units, Norm, Op, Unit};
-use crate::cpu::dense::{conv, depthwise, maps, Element, Geometry, Gradient, Scratch, Source};
+use crate::cpu::dense::{conv, depthwise, maps, pages, Element, Geometry, Gradient, Scratch, Source};
 use crate::cpu::{isa, Isa, Pool};
 use crate::error::{Error, Result};
 use crate::graph::build::{ParamId, ParamRole};
@@ -183,6 +183,9 @@ impl<T: Element> Network<T> {
         let shape = self.shapes[unit.node];
         let (c, per_image) = (shape.c, shape.c * shape.h * shape.w);
         let mut z = std::mem::take(&mut self.maps[u].z);
+        if z.capacity() < shape.len() {
+            z = pages::buffer(shape.len());
+        }
         z.resize(shape.len(), T::default());
         for t in &mut self.threads {
             t.sums.clear();
@@ -643,7 +646,7 @@ fn share<'a, T: Element>(
 fn take<T: Element>(spare: &mut Vec<Vec<T>>, len: usize) -> Vec<T> {
     let fits = |v: &Vec<T>| v.capacity() >= len;
     let best = (0..spare.len()).filter(|&i| fits(&spare[i])).min_by_key(|&i| spare[i].capacity());
-    let mut buffer = best.map(|i| spare.swap_remove(i)).unwrap_or_default();
+    let mut buffer = best.map(|i| spare.swap_remove(i)).unwrap_or_else(|| pages::buffer(len));
     buffer.resize(len, T::default());
     buffer
 }
@@ -783,10 +786,12 @@ impl<T: Element> Engine for Network<T> {
             table.value.iter().map(|v| v.iter().map(|&v| T::of(v)).collect()).collect();
         let image = shape.h * shape.w * 3;
         Network::forward(self, &[shape], &|_, n, z: &mut [T]| {
+            let [r, g, b] = table.channel;
+            let [v0, v1, v2]: [&[T; 256]; 3] = [0, 1, 2].map(|i| values[i][..].try_into().expect("256 values"));
             for (z, p) in z.chunks_exact_mut(3).zip(pixels[n * image..(n + 1) * image].chunks_exact(3)) {
-                for i in 0..3 {
-                    z[i] = values[i][usize::from(p[table.channel[i]])];
-                }
+                z[0] = v0[usize::from(p[r])];
+                z[1] = v1[usize::from(p[g])];
+                z[2] = v2[usize::from(p[b])];
             }
         })?;
         Ok((0..self.graph.outputs.len()).map(|i| self.output(i)).collect())

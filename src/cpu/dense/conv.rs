@@ -7,8 +7,8 @@ use super::{Element, Geometry, Gradient, Packed, Scratch, Source};
 use crate::cpu::Isa;
 use std::ops::Range;
 
-/// Pixels multiplied at a time: operands and results of usual widths stay in a second-level cache.
-const CHUNK: usize = 512;
+/// Pixels multiplied at a time: operands and results of usual widths stay near a first-level cache.
+const CHUNK: usize = 256;
 
 impl Geometry {
     /// Values of a window, in the order kernel row, kernel column, input channel.
@@ -113,10 +113,14 @@ fn gather<T: Element>(
     let ci = g.channels[0];
     let columns = g.window_columns();
     let rows = g.window_rows(band);
-    let input = room(window, rows.len() * columns * ci);
-    read_rows(isa, image, g.input, [g.padding[0], g.padding[1]], rows, columns, input);
+    let pixels = rows.len() * columns * ci;
+    let input = room(window, pixels + SHORT_RUN);
+    read_rows(isa, image, g.input, [g.padding[0], g.padding[1]], rows, columns, &mut input[..pixels]);
     let values = g.window_values();
     let run = g.kernel[1] * ci;
+    if run <= SHORT_RUN && g.dilation[1] == 1 {
+        return gather_short(g, band.len(), columns, run, input, to, width);
+    }
     let mut to = to.chunks_exact_mut(width);
     for y in 0..band.len() {
         for (x, to) in to.by_ref().take(g.out[1]).enumerate() {
@@ -132,6 +136,34 @@ fn gather<T: Element>(
                 }
             }
             to[values..].fill(T::default());
+        }
+    }
+}
+
+/// Longest run (a window's row of values) that is copied as a block of this constant length.
+const SHORT_RUN: usize = 16;
+
+/// [`gather`] where a row of the window is short, as in every network's first layer: a copy of constant length is one
+/// instruction, what it writes too much is overwritten by the next run or cleared.
+fn gather_short<T: Element>(
+    g: &Geometry,
+    rows: usize,
+    columns: usize,
+    run: usize,
+    input: &[T],
+    to: &mut [T],
+    width: usize,
+) {
+    let (ci, values) = (g.channels[0], g.window_values());
+    for y in 0..rows {
+        for x in 0..g.out[1] {
+            let at = (y * g.out[1] + x) * width;
+            for ky in 0..g.kernel[0] {
+                let from = ((y * g.stride[0] + ky * g.dilation[0]) * columns + x * g.stride[1]) * ci;
+                let from: [T; SHORT_RUN] = input[from..from + SHORT_RUN].try_into().expect("of that length");
+                to[at + ky * run..at + ky * run + SHORT_RUN].copy_from_slice(&from);
+            }
+            to[at + values..at + width].fill(T::default());
         }
     }
 }

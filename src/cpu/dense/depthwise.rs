@@ -9,8 +9,8 @@ use crate::cpu::kernels::Kernels;
 use crate::cpu::Isa;
 use std::ops::Range;
 
-/// Floats of a band's input: a quarter of a 2 MiB second-level cache.
-const BAND: usize = 1 << 17;
+/// Floats of a band's input, 64 KiB: it and the band's results stay in a second-level cache.
+const BAND: usize = 1 << 14;
 
 /// Weights `[kh * kw][C]` from PyTorch's `[C, 1, kh, kw]`, as they are or turned by half a circle.
 pub fn pack(g: &Geometry, weight: &[f32], turned: bool) -> Vec<f32> {

@@ -217,8 +217,10 @@ impl<T: Element, O: Element> Pass for PullBack<'_, T, O> {
         unsafe {
             let slope = V::splat(slope);
             for_registers!(V, channels, |at, n| {
-                let load = |p: &[f32]| V::load_upto(p.as_ptr().add(at), n);
-                let (scale, shift, a, b, c) = (load(scale), load(shift), load(a), load(b), load(c));
+                let (scale, shift) =
+                    (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
+                let (a, b) = (V::load_upto(a.as_ptr().add(at), n), V::load_upto(b.as_ptr().add(at), n));
+                let c = V::load_upto(c.as_ptr().add(at), n);
                 let (mut z, mut dy) = (z.as_ptr().add(at), dy.as_ptr().add(at));
                 let mut to = self.to.as_mut_ptr().add(at);
                 for _ in 0..self.pixels {
@@ -262,15 +264,24 @@ impl<T: Element> Pass for GradientSums<'_, T> {
                 let (scale, shift) =
                     (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
                 let (mut z, mut dy) = (z.as_ptr().add(at), dy.as_ptr().add(at));
+                // Two chains of sums, since an addition takes four cycles.
                 let (mut sum, mut product) = (V::splat(0.0), V::splat(0.0));
-                for _ in 0..self.pixels {
-                    let v = T::load::<V>(z, n);
-                    let d = T::load::<V>(dy, n);
+                let (mut sum2, mut product2) = (sum, product);
+                for _ in 0..self.pixels / 2 {
+                    let (v, v2) = (T::load::<V>(z, n), T::load::<V>(z.wrapping_add(channels), n));
+                    let (d, d2) = (T::load::<V>(dy, n), T::load::<V>(dy.wrapping_add(channels), n));
                     let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
-                    sum = sum.add(g);
-                    product = product.mul_add(g, v);
-                    (z, dy) = (z.wrapping_add(channels), dy.wrapping_add(channels));
+                    let g2 = shift.mul_add(scale, v2).where_positive(d2, d2.mul(slope));
+                    (sum, sum2) = (sum.add(g), sum2.add(g2));
+                    (product, product2) = (product.mul_add(g, v), product2.mul_add(g2, v2));
+                    (z, dy) = (z.wrapping_add(2 * channels), dy.wrapping_add(2 * channels));
                 }
+                if self.pixels % 2 == 1 {
+                    let (v, d) = (T::load::<V>(z, n), T::load::<V>(dy, n));
+                    let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
+                    (sum, product) = (sum.add(g), product.mul_add(g, v));
+                }
+                let (sum, product) = (sum.add(sum2), product.add(product2));
                 let to = self.sums.as_mut_ptr().add(at);
                 V::load_upto(to, n).add(sum).store_upto(to, n);
                 let to = to.add(channels);
@@ -307,14 +318,24 @@ impl<T: Element> Pass for Finish<'_, T> {
             for_registers!(V, channels, |at, n| {
                 let bias = V::load_upto(self.bias.as_ptr().add(at), n);
                 let (mut from, mut z) = (self.from.as_ptr().add(at), self.z.as_mut_ptr().add(at));
+                // Two chains of sums, since an addition takes four cycles.
                 let (mut sum, mut squares) = (V::splat(0.0), V::splat(0.0));
-                for _ in 0..self.pixels {
+                let (mut sum2, mut squares2) = (sum, squares);
+                for _ in 0..self.pixels / 2 {
+                    let v = V::load_upto(from, n).add(bias);
+                    let v2 = V::load_upto(from.wrapping_add(self.stride), n).add(bias);
+                    T::store(v, z, n);
+                    T::store(v2, z.wrapping_add(channels), n);
+                    (sum, sum2) = (sum.add(v), sum2.add(v2));
+                    (squares, squares2) = (squares.mul_add(v, v), squares2.mul_add(v2, v2));
+                    (from, z) = (from.wrapping_add(2 * self.stride), z.wrapping_add(2 * channels));
+                }
+                if self.pixels % 2 == 1 {
                     let v = V::load_upto(from, n).add(bias);
                     T::store(v, z, n);
-                    sum = sum.add(v);
-                    squares = squares.mul_add(v, v);
-                    (from, z) = (from.wrapping_add(self.stride), z.wrapping_add(channels));
+                    (sum, squares) = (sum.add(v), squares.mul_add(v, v));
                 }
+                let (sum, squares) = (sum.add(sum2), squares.add(squares2));
                 let to = self.sums.as_mut_ptr().add(at);
                 V::load_upto(to, n).add(sum).store_upto(to, n);
                 let to = to.add(channels);

@@ -17,6 +17,7 @@ pub mod depthwise;
 mod element;
 mod gemm;
 pub mod maps;
+pub mod pages;
 
 pub use band::{Geometry, Scratch};
 pub use element::Element;

@@ -87,13 +87,14 @@ pub(crate) unsafe fn outer_tile<V: Vector, const MR: usize, const NR: usize>(t: 
         let mut acc = [[V::splat(0.0); NR]; MR];
         let (mut a, mut d) = (t.a, t.d);
         for _ in 0..t.pixels {
-            let dk: [V; NR] = std::array::from_fn(|r| {
-                if full {
+            let mut dk = [V::splat(0.0); NR];
+            for (r, dk) in dk.iter_mut().enumerate() {
+                *dk = if full {
                     V::load(d.add(r * lanes))
                 } else {
                     V::load_upto(d.wrapping_add(r * lanes), t.channels.saturating_sub(r * lanes))
-                }
-            });
+                };
+            }
             unroll!(m < MR, {
                 let v = V::splat(*a.add(m));
                 for r in 0..NR {
@@ -161,14 +162,14 @@ pub(crate) unsafe fn depthwise_weight<V: Vector>(a: &DepthwiseWeightArgs) {
 unsafe fn weight_3x3<V: Vector, const FULL: bool>(a: &DepthwiseWeightArgs, c: usize, n: usize) {
     // SAFETY: the contract of `depthwise_weight`.
     unsafe {
-        let load = |p: *const f32| if FULL { V::load(p) } else { V::load_first(p, n) };
         let mut acc = [V::splat(0.0); 9];
         for y in 0..a.height {
             let (mut p, mut d) = (a.input.add(y * a.in_row + c), a.d.add(y * a.d_row + c));
             for _ in 0..a.width {
-                let g = load(d);
+                let g = V::load_lanes::<FULL>(d, n);
                 unroll!(i < 9, {
-                    acc[i] = acc[i].mul_add(load(p.add(i / 3 * a.tap_row + i % 3 * a.tap_pixel)), g);
+                    let v = V::load_lanes::<FULL>(p.add(i / 3 * a.tap_row + i % 3 * a.tap_pixel), n);
+                    acc[i] = acc[i].mul_add(v, g);
                 });
                 p = p.wrapping_add(a.in_pixel);
                 d = d.wrapping_add(a.d_pixel);
@@ -260,26 +261,16 @@ unsafe fn data_columns<V: Vector>(a: &DepthwiseDataArgs, y: usize, phase: usize,
     // SAFETY: the caller's contract: columns of `d` beside the map are zeros.
     unsafe {
         let mut taps = [(V::splat(0.0), a.d); HELD_TAPS];
-        let (mut held, mut written) = (0, false);
-        let mut flush = |taps: &[(V, *const f32)]| {
-            let mut to = a.dx.wrapping_add(y * a.dx_row + phase * a.channels + c);
-            for i in 0..(a.width - phase).div_ceil(a.stride[1]) {
-                let mut sum = if written { V::load_upto(to, n) } else { V::splat(0.0) };
-                for (w, d) in taps {
-                    sum = sum.mul_add(V::load_upto(d.wrapping_add(i * a.d_pixel), n), *w);
-                }
-                sum.store_upto(to, n);
-                to = to.wrapping_add(a.stride[1] * a.channels);
-            }
-            written = true;
-        };
+        let (mut held, mut add) = (0, false);
+        let to = a.dx.wrapping_add(y * a.dx_row + phase * a.channels + c);
+        let pixels = (a.width - phase).div_ceil(a.stride[1]);
         for ky in 0..a.kernel[0] {
             let Some(oy) = source(0, y, ky).filter(|&oy| oy >= 0 && oy < a.out[0] as isize) else { continue };
             for kx in 0..a.kernel[1] {
                 let Some(ox) = source(1, phase, kx) else { continue };
                 if held == HELD_TAPS {
-                    flush(&taps);
-                    held = 0;
+                    tap_sums::<V, HELD_TAPS>(a, &taps, to, pixels, n, add);
+                    (held, add) = (0, true);
                 }
                 let w = V::load_upto(a.weights.add((ky * a.kernel[1] + kx) * a.channels + c), n);
                 let at = oy * a.d_row as isize + ox * a.d_pixel as isize + c as isize;
@@ -287,11 +278,39 @@ unsafe fn data_columns<V: Vector>(a: &DepthwiseDataArgs, y: usize, phase: usize,
                 held += 1;
             }
         }
+        // The rest; taps that are not there have weight 0 and read the first one's place.
+        let first = if held == 0 { a.d.wrapping_add(c) } else { taps[0].1 };
+        for tap in &mut taps[held..] {
+            *tap = (V::splat(0.0), first);
+        }
         match held {
-            1 => flush(&taps[..1]),
-            2 => flush(&taps[..2]),
-            4 => flush(&taps[..4]),
-            _ => flush(&taps[..held]),
+            0 | 1 => tap_sums::<V, 1>(a, &taps, to, pixels, n, add),
+            2 => tap_sums::<V, 2>(a, &taps, to, pixels, n, add),
+            3 | 4 => tap_sums::<V, 4>(a, &taps, to, pixels, n, add),
+            _ => tap_sums::<V, HELD_TAPS>(a, &taps, to, pixels, n, add),
+        }
+    }
+}
+
+/// Every `stride`-th pixel's sum over the first `TAPS` taps.
+#[inline(always)]
+unsafe fn tap_sums<V: Vector, const TAPS: usize>(
+    a: &DepthwiseDataArgs,
+    taps: &[(V, *const f32); HELD_TAPS],
+    mut to: *mut f32,
+    pixels: usize,
+    n: usize,
+    add: bool,
+) {
+    // SAFETY: the contract of `depthwise_data`.
+    unsafe {
+        for i in 0..pixels {
+            let mut sum = if add { V::load_upto(to, n) } else { V::splat(0.0) };
+            for (w, d) in &taps[..TAPS] {
+                sum = sum.mul_add(V::load_upto(d.wrapping_add(i * a.d_pixel), n), *w);
+            }
+            sum.store_upto(to, n);
+            to = to.wrapping_add(a.stride[1] * a.channels);
         }
     }
 }

@@ -181,9 +181,15 @@ pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NR: usize>(t: &Tile)
         let mut w = t.weights;
         for &tap in t.taps {
             let a = t.input.add(tap);
-            let mut p: [*const f32; 5] = std::array::from_fn(|i| a.wrapping_add(3 * i * stride));
+            let mut p = [a; 5];
+            for (i, p) in p.iter_mut().enumerate() {
+                *p = a.wrapping_add(3 * i * stride);
+            }
             for _ in 0..t.run {
-                let wk: [V; NR] = std::array::from_fn(|r| V::load(w.add(r * lanes)));
+                let mut wk = [V::splat(0.0); NR];
+                for (r, wk) in wk.iter_mut().enumerate() {
+                    *wk = V::load(w.add(r * lanes));
+                }
                 w = w.add(NR * lanes);
                 unroll!(m < MR, {
                     let v = V::splat(*p[m / 3].add(m % 3 * stride));

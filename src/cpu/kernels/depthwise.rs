@@ -79,19 +79,23 @@ unsafe fn row_3x3<V: Vector, const S: usize, const SPAN: usize, const FULL: bool
     let lanes = a.channels - c;
     // SAFETY: the contract of `rows`.
     unsafe {
-        let load = |p: *const f32| if FULL { V::load(p) } else { V::load_first(p, lanes) };
-        let store = |v: V, p: *mut f32| if FULL { v.store(p) } else { v.store_first(p, lanes) };
         let input = a.input.add(y * a.in_row + c);
         let output = a.output.add(y * a.out_row + c);
-        let w: [V; 9] = std::array::from_fn(|i| load(a.weights.add(i * a.channels + c)));
-        let bias = load(a.bias.add(c));
+        let mut w = [V::splat(0.0); 9];
+        for (i, w) in w.iter_mut().enumerate() {
+            *w = V::load_lanes::<FULL>(a.weights.add(i * a.channels + c), lanes);
+        }
+        let bias = V::load_lanes::<FULL>(a.bias.add(c), lanes);
         let slope = V::splat(a.slope);
         let mut x = 0;
         while x + RUN <= a.width {
             let mut acc = [bias; RUN];
             for ky in 0..3 {
                 let p = input.add(x * a.in_pixel + ky * a.tap_row);
-                let column: [V; SPAN] = std::array::from_fn(|i| load(p.add(i * a.tap_pixel)));
+                let mut column = [V::splat(0.0); SPAN];
+                for (i, v) in column.iter_mut().enumerate() {
+                    *v = V::load_lanes::<FULL>(p.add(i * a.tap_pixel), lanes);
+                }
                 for kx in 0..3 {
                     for i in 0..RUN {
                         acc[i] = acc[i].mul_add(column[i * S + kx], w[ky * 3 + kx]);
@@ -99,7 +103,7 @@ unsafe fn row_3x3<V: Vector, const S: usize, const SPAN: usize, const FULL: bool
                 }
             }
             for i in 0..RUN {
-                store(activate(acc[i], slope), output.add((x + i) * a.out_pixel));
+                activate(acc[i], slope).store_lanes::<FULL>(output.add((x + i) * a.out_pixel), lanes);
             }
             x += RUN;
         }
@@ -108,10 +112,11 @@ unsafe fn row_3x3<V: Vector, const S: usize, const SPAN: usize, const FULL: bool
             let mut acc = bias;
             for ky in 0..3 {
                 for kx in 0..3 {
-                    acc = acc.mul_add(load(p.add(ky * a.tap_row + kx * a.tap_pixel)), w[ky * 3 + kx]);
+                    let v = V::load_lanes::<FULL>(p.add(ky * a.tap_row + kx * a.tap_pixel), lanes);
+                    acc = acc.mul_add(v, w[ky * 3 + kx]);
                 }
             }
-            store(activate(acc, slope), output.add(x * a.out_pixel));
+            activate(acc, slope).store_lanes::<FULL>(output.add(x * a.out_pixel), lanes);
             x += 1;
         }
     }

@@ -23,7 +23,10 @@ use conv::ConvArgs;
 use depthwise::DepthwiseArgs;
 use simple::{PoolArgs, ResizeArgs, RowArgs};
 
-/// A register of f32 lanes. Callers must be compiled for the ISA that the type stands for, which is
+/// A register of f32 lanes. Kernels call its methods from loops, not closures, which are functions of their own: where one
+/// is not inlined, it is not compiled for the ISA and every method in it becomes a call.
+///
+/// Callers must be compiled for the ISA that the type stands for, which is
 /// what makes every method unsafe.
 pub(crate) trait Vector: Copy {
     /// Lanes.
@@ -82,6 +85,32 @@ pub(crate) trait Vector: Copy {
                 Self::load(p)
             } else {
                 Self::load_first(p, n)
+            }
+        }
+    }
+
+    /// Loads all lanes (`FULL`, known to the compiler) or the first `n < LANES`.
+    #[inline(always)]
+    unsafe fn load_lanes<const FULL: bool>(p: *const f32, n: usize) -> Self {
+        // SAFETY: the contract is the same.
+        unsafe {
+            if FULL {
+                Self::load(p)
+            } else {
+                Self::load_first(p, n)
+            }
+        }
+    }
+
+    /// Stores all lanes (`FULL`, known to the compiler) or the first `n < LANES`.
+    #[inline(always)]
+    unsafe fn store_lanes<const FULL: bool>(self, p: *mut f32, n: usize) {
+        // SAFETY: the contract is the same.
+        unsafe {
+            if FULL {
+                self.store(p)
+            } else {
+                self.store_first(p, n)
             }
         }
     }
