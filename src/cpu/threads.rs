@@ -13,6 +13,9 @@ const SPINS_BEFORE_SLEEP: u32 = 4_000;
 const STACK: usize = 2 << 20;
 /// Spins at a barrier before the thread offers its core to others.
 const SPINS_BEFORE_YIELD: u32 = 1_000;
+/// Waits for the end of a job before the caller sleeps: with more busy threads than cores, a caller that kept offering its
+/// core would take it from the very workers it waits for.
+const WAITS_BEFORE_SLEEP: u32 = SPINS_BEFORE_YIELD + 50;
 
 /// The function all threads run, its lifetime erased; valid from the epoch's start until all
 /// workers have reported back, for which `Pool::run` waits.
@@ -27,6 +30,9 @@ struct Shared {
     epoch: AtomicU32,
     job: Mutex<Option<Job>>,
     wake: Condvar,
+    /// Told by the last worker of a job where the caller sleeps.
+    done: Condvar,
+    caller_sleeps: AtomicBool,
     stop: AtomicBool,
     running: AtomicUsize,
     arrived: AtomicUsize,
@@ -108,6 +114,8 @@ impl Pool {
             epoch: AtomicU32::new(0),
             job: Mutex::new(None),
             wake: Condvar::new(),
+            done: Condvar::new(),
+            caller_sleeps: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             running: AtomicUsize::new(0),
             arrived: AtomicUsize::new(0),
@@ -151,20 +159,43 @@ impl Pool {
         }
         shared.wake.notify_all();
         let mine = run_guarded(shared, 0, job);
-        let mut spins = 0;
-        while shared.running.load(Ordering::Acquire) != 0 {
-            spins += 1;
-            if spins < SPINS_BEFORE_YIELD {
-                std::hint::spin_loop();
-            } else {
-                std::thread::yield_now();
-            }
-        }
+        shared.wait_for_workers();
         if let Err(panic) = mine {
             resume_unwind(panic);
         }
         if shared.panicked.load(Ordering::Relaxed) {
             panic!("a worker thread panicked");
+        }
+    }
+}
+
+impl Shared {
+    /// Returns when no worker runs the job any more.
+    fn wait_for_workers(&self) {
+        let mut waits = 0;
+        while self.running.load(Ordering::Acquire) != 0 {
+            waits += 1;
+            if waits < SPINS_BEFORE_YIELD {
+                std::hint::spin_loop();
+            } else if waits < WAITS_BEFORE_SLEEP {
+                std::thread::yield_now();
+            } else {
+                let mut slot = self.job.lock().unwrap_or_else(|e| e.into_inner());
+                // Either the last worker sees this flag, or this thread sees its count: both are in one order.
+                self.caller_sleeps.store(true, Ordering::SeqCst);
+                while self.running.load(Ordering::SeqCst) != 0 {
+                    slot = self.done.wait(slot).unwrap_or_else(|e| e.into_inner());
+                }
+                self.caller_sleeps.store(false, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// A worker has finished its part.
+    fn finished(&self) {
+        if self.running.fetch_sub(1, Ordering::SeqCst) == 1 && self.caller_sleeps.load(Ordering::SeqCst) {
+            drop(self.job.lock().unwrap_or_else(|e| e.into_inner()));
+            self.done.notify_one();
         }
     }
 }
@@ -223,7 +254,7 @@ fn work(shared: &Shared, index: usize) {
                 std::mem::forget(panic);
             }
         }
-        shared.running.fetch_sub(1, Ordering::AcqRel);
+        shared.finished();
     }
 }
 
