@@ -98,19 +98,50 @@ struct Head<'a> {
     groups: &'a [(usize, usize)],
 }
 
+/// An anchor's channels: its output, and the places of its logit and offsets in the picture's map.
+#[derive(Clone, Copy)]
+struct Place {
+    level: usize,
+    logit: usize,
+    offsets: usize,
+}
+
+impl Place {
+    fn offsets(&self, maps: &[&[f32]]) -> [f32; 4] {
+        let t = &maps[self.level][self.offsets..self.offsets + 4];
+        [t[0], t[1], t[2], t[3]]
+    }
+}
+
 impl Head<'_> {
-    /// Output, first channel of the logit, first channel of the offsets, in the picture's map.
-    fn at(&self, i: usize) -> (usize, usize, usize) {
-        let group = self.grid.group_of(i);
+    fn place(&self, group: usize, cell: usize) -> Place {
         let (level, a) = self.groups[group];
         let anchors = self.levels[level].anchors.len();
-        let pixel = (i - self.grid.groups[group].first) * 5 * anchors;
-        (level, pixel + a, pixel + anchors + 4 * a)
+        let pixel = cell * 5 * anchors;
+        Place { level, logit: pixel + a, offsets: pixel + anchors + 4 * a }
     }
 
-    fn offsets(&self, maps: &[&[f32]], i: usize) -> [f32; 4] {
-        let (level, _, at) = self.at(i);
-        std::array::from_fn(|k| maps[level][at + k])
+    fn at(&self, i: usize) -> Place {
+        let group = self.grid.group_of(i);
+        self.place(group, i - self.grid.groups[group].first)
+    }
+
+    /// Every anchor in order of the flat indices.
+    fn places(&self) -> impl Iterator<Item = Place> + '_ {
+        let cells = |g: usize| (0..self.grid.groups[g].len()).map(move |cell| self.place(g, cell));
+        (0..self.grid.groups.len()).flat_map(cells)
+    }
+
+    /// Every anchor's decoded box, pixels.
+    fn decoded(&self, maps: &[&[f32]], variances: [f32; 2]) -> Vec<BBox> {
+        let mut boxes = Vec::with_capacity(self.grid.len);
+        for (g, group) in self.grid.groups.iter().enumerate() {
+            for cell in 0..group.len() {
+                let t = self.place(g, cell).offsets(maps);
+                boxes.push(group.anchor(cell).decode(&t, variances));
+            }
+        }
+        boxes
     }
 }
 
@@ -206,8 +237,8 @@ impl Objective {
         let faces: Vec<FaceBox> = faces.iter().map(|f| FaceBox { bbox: f.bbox, ignore: f.ignore }).collect();
         let matches = match_anchors(head.grid, &faces, &self.matching);
         let mined = self.mining.as_ref().map(|mining| {
-            let decoded = |i: usize| head.grid.anchor(i).decode(&head.offsets(maps, i), self.variances);
-            mine_high_quality_anchors(decoded, &faces, &matches, mining)
+            let decoded = head.decoded(maps, self.variances);
+            mine_high_quality_anchors(|i| decoded[i], &faces, &matches, mining)
         });
         Assigned { faces, matches, mined }
     }
@@ -224,9 +255,9 @@ impl Objective {
         let focal = self.loss.classification.focal().unwrap_or_default();
         let margin = ScaleAwareMargin { alpha: self.loss.margin };
         let mut losses = Losses { faces: wanted(&assigned.faces), ..Losses::default() };
-        for i in 0..head.grid.len {
+        for (i, place) in head.places().enumerate() {
+            let Place { level, logit, .. } = place;
             let role = assigned.role(i);
-            let (level, logit, _) = head.at(i);
             let face = match role {
                 AnchorRole::Matched { face } | AnchorRole::Compensated { face, .. } => Some(face),
                 AnchorRole::Background { .. } | AnchorRole::Ignored => None,
@@ -242,7 +273,8 @@ impl Objective {
                 _ => losses.mined += 1,
             }
             let weight: f32 = regression_aware_box_weight(role, counts);
-            self.box_loss(head, maps, i, &assigned.faces[face].bbox, weight, gradient, &mut losses);
+            let bbox = &assigned.faces[face].bbox;
+            self.box_loss(head.grid.anchor(i), place, maps, bbox, weight, gradient, &mut losses);
         }
         losses
     }
@@ -263,7 +295,7 @@ impl Objective {
             mined.relabel(&mut matches);
         }
         let value = |i: usize| {
-            let (level, logit, _) = head.at(i);
+            let Place { level, logit, .. } = head.at(i);
             let size = matches.face(i).map(|f| [assigned.faces[f].bbox.width(), assigned.faces[f].bbox.height()]);
             let mut slope = [0.0];
             let loss = self.loss.classification.value(&maps[level][logit..=logit], size, margin, &mut slope);
@@ -271,12 +303,10 @@ impl Objective {
         };
         let all: Vec<f32> = if self.sampler.needs_losses() {
             // The miners look at -ln p_t, whatever the loss.
-            (0..head.grid.len)
-                .map(|i| {
-                    let (level, logit, _) = head.at(i);
-                    super::losses::sigmoid_cross_entropy(maps[level][logit], matches.face(i).is_some()).0
-                })
-                .collect()
+            let loss = |(i, p): (usize, Place)| {
+                super::losses::sigmoid_cross_entropy(maps[p.level][p.logit], matches.face(i).is_some()).0
+            };
+            head.places().enumerate().map(loss).collect()
         } else {
             Vec::new()
         };
@@ -286,7 +316,7 @@ impl Objective {
         for GroupSample { positives, negatives, class_weight, box_weight } in samples {
             for &i in positives.iter().chain(&negatives) {
                 let (loss, slope) = value(i);
-                let (level, logit, _) = head.at(i);
+                let Place { level, logit, .. } = head.at(i);
                 losses.class += f64::from(loss * class_weight * share);
                 gradient[level][logit] += slope * class_weight * share;
             }
@@ -298,7 +328,8 @@ impl Objective {
                     losses.mined += 1;
                 }
                 let bbox = &assigned.faces[face].bbox;
-                self.box_loss(head, maps, i, bbox, box_weight * share, gradient, &mut losses);
+                let weight = box_weight * share;
+                self.box_loss(head.grid.anchor(i), head.at(i), maps, bbox, weight, gradient, &mut losses);
             }
         }
         losses
@@ -306,22 +337,20 @@ impl Objective {
 
     fn box_loss(
         &self,
-        head: &Head<'_>,
+        Anchor { center, size }: Anchor,
+        place: Place,
         maps: &[&[f32]],
-        i: usize,
         face: &BBox,
         weight: f32,
         gradient: &mut [Vec<f32>],
         losses: &mut Losses,
     ) {
-        let Anchor { center, size } = head.grid.anchor(i);
         let (anchor, target) = ([center[0], center[1], size[0], size[1]], [face.x1, face.y1, face.x2, face.y2]);
-        let (level, _, at) = head.at(i);
-        let value = self.loss.boxes.value(head.offsets(maps, i), anchor, self.variances, target);
+        let value = self.loss.boxes.value(place.offsets(maps), anchor, self.variances, target);
         losses.boxes += f64::from(value.loss * weight);
         losses.iou += f64::from(value.iou);
         for k in 0..4 {
-            gradient[level][at + k] += value.gradient[k] * weight * self.loss.box_weight;
+            gradient[place.level][place.offsets + k] += value.gradient[k] * weight * self.loss.box_weight;
         }
     }
 }

@@ -42,6 +42,11 @@ impl AnchorGroup {
         (0..self.rows).flat_map(move |y| (0..self.cols).map(move |x| corners(&self.at(y, x))))
     }
 
+    /// The anchor on the `cell`-th cell in row order.
+    pub fn anchor(&self, cell: usize) -> Anchor {
+        self.at(cell / self.cols, cell % self.cols)
+    }
+
     fn at(&self, y: usize, x: usize) -> Anchor {
         let at = |i: usize| (i as f32 + 0.5) * self.stride as f32;
         Anchor { center: [at(x), at(y)], size: [self.width, self.height] }
@@ -96,8 +101,7 @@ impl AnchorGrid {
     /// Anchor `i`, centred at ((x + 0.5) * stride, (y + 0.5) * stride).
     pub fn anchor(&self, i: usize) -> Anchor {
         let g = &self.groups[self.group_of(i)];
-        let cell = i - g.first;
-        g.at(cell / g.cols, cell % g.cols)
+        g.anchor(i - g.first)
     }
 
     /// Flat index ranges of the groups, as the sampler takes them.
