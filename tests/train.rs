@@ -461,7 +461,7 @@ fn learnt(text: &str, dir: &Path) -> f64 {
     let mut trainer = Trainer::new(text, dir, Resources { threads: 2, workers: 1 }).unwrap();
     while trainer.step_count() < trainer.total_steps() {
         let report = trainer.step().unwrap();
-        if report.step % 25 == 0 {
+        if report.step.is_multiple_of(25) {
             println!(
                 "{} loss {:.4} IoU {:.3} norm {:.2}",
                 report.step, report.loss, report.losses.iou, report.gradient_norm

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 /// Draw how trainings went
 ///
 /// One page from the logs of `farface train`: losses, mean IoU of the positives, gradient norm and learning rate over
-/// the samples seen, and the AP on the dev pictures with the best model's values. A line is a running mean, the pale
-/// line behind it what the log has. Runs that are still going may be drawn, too.
+/// the samples seen, and the AP on the dev pictures with the best model's values. A line is a running (geometric)
+/// mean, the pale line behind it what the log has. Runs that are still going may be drawn, too.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   farface plot runs/farface-nano
