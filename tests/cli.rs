@@ -630,6 +630,69 @@ fn eval_fddb_and_voc_score_result_files_and_models() {
 }
 
 #[test]
+fn plot_draws_the_logs_of_trainings() {
+    let bench = Bench::new();
+    let log = |dir: &str, steps: u64, tail: &str| {
+        let mut text =
+            r#"{"kind":"start","version":"0.1.0","step":0,"steps":4000,"pictures":2391}"#.to_string();
+        for i in 1..=steps {
+            let (step, epoch, loss) = (50 * i, i as f64 / 3.0, 2.0 / i as f64);
+            text += &format!(
+                "\n{{\"kind\":\"step\",\"step\":{step},\"epoch\":{epoch},\"side\":320,\"loss\":{loss},\"class\":{},\"box\":{},\
+                 \"iou\":0.5,\"gradient_norm\":1.5,\"lr\":0.001}}",
+                loss / 2.0,
+                loss / 2.0
+            );
+        }
+        std::fs::create_dir_all(bench.path(dir)).unwrap();
+        std::fs::write(bench.path(dir).join("log.jsonl"), text + tail).unwrap();
+    };
+    let dev = |epoch: u64, ap: f64| {
+        format!(
+            "\n{{\"kind\":\"dev\",\"step\":1,\"epoch\":{epoch},\"easy\":{ap},\"medium\":0.5,\"hard\":null,\"all\":0.4,\
+             \"mean\":{ap},\"best\":true,\"seconds\":1.0}}"
+        )
+    };
+    // The last line is cut, as that of a run that is going on may be.
+    let tail = format!("{}{}{}\n{{\"kind\":\"st", dev(1, 0.71), dev(2, 0.8125), dev(3, 0.75));
+    log("runs/first", 200, &tail);
+    log("runs/second", 3, "");
+    assert_eq!(bench.ok(&["plot", "runs/first"]), "runs/first/plot.svg\n");
+    let svg = std::fs::read_to_string(bench.path("runs/first/plot.svg")).unwrap();
+    for text in
+        ["first: step 10,000 of 4,000", "Losses", "total", "class", "box", "Learning rate", "Easy  0.8125"]
+    {
+        assert!(svg.contains(text), "{text}");
+    }
+    let texts = ["mean 0.8125", "All  0.4000", "Mean IoU", "Gradient norm", "epochs of 2,391"];
+    assert!(texts.iter().all(|t| svg.contains(t)) && !svg.contains("Hard") && !svg.contains("NaN"));
+    assert_eq!(bench.ok(&["plot", "runs/first", "runs/second", "--out", "both.svg"]), "both.svg\n");
+    let svg = std::fs::read_to_string(bench.path("both.svg")).unwrap();
+    for text in [
+        "first, second",
+        "first total",
+        "first box",
+        "second total",
+        "first  Easy 0.812  Medium 0.500  All 0.400",
+    ] {
+        assert!(svg.contains(text), "{text}");
+    }
+
+    let error = bench.error(&["plot", "runs/none"]);
+    assert!(error.contains("no log of a training: runs/none/log.jsonl: No such file"), "{error}");
+    for empty in ["", "\n", "{\"kind\":\"start\",\"steps\":10,\"pictures\":3}\n", "{\"kin"] {
+        std::fs::write(bench.path("empty.jsonl"), empty).unwrap();
+        let error = bench.error(&["plot", "empty.jsonl"]);
+        assert!(error.contains("empty.jsonl: nothing to draw yet"), "{error}");
+    }
+    log("runs/broken", 3, "\n{\"kind\":\"st\n{\"kind\":\"end\",\"step\":3}");
+    let error = bench.error(&["plot", "runs/broken"]);
+    assert!(error.contains("log.jsonl, line 5: not of a training's log"), "{error}");
+    let error = bench.error(&["plot", "runs/first", "--out", "a.png"]);
+    assert!(error.contains("a.png: the drawing is SVG"), "{error}");
+}
+
+#[test]
 fn a_published_detector_finds_as_many_faces_as_published() {
     let Some(shared) = common::shared() else { return };
     let bench = Bench::new();

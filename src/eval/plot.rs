@@ -1,4 +1,6 @@
-//! Precision-recall and ROC curves as SVG.
+//! Precision-recall and ROC curves as SVG; pages of panels in [`page`].
+
+pub mod page;
 
 use std::ops::Range;
 
@@ -14,6 +16,11 @@ const SIZE: (u32, u32) = (880, 620);
 /// Lengths of the dashes of curves whose colour was used before.
 const DASH: i32 = 7;
 const GAP: i32 = 4;
+
+const FONT: &str = "Helvetica, Arial, sans-serif";
+/// Of axes and their numbers, and of the lines behind the curves.
+const GREY: RGBColor = RGBColor(90, 90, 90);
+const GRID: RGBColor = RGBColor(225, 225, 225);
 
 /// Told apart by colour-blind readers too (Okabe and Ito, 2008); black comes last.
 const COLOURS: [RGBColor; 8] = [
@@ -100,8 +107,6 @@ fn draw_into(
     axes: &Axes,
     series: Vec<Series>,
 ) -> std::result::Result<(), Box<dyn std::error::Error>> {
-    const FONT: &str = "Helvetica, Arial, sans-serif";
-    let grey = RGBColor(90, 90, 90);
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
@@ -120,16 +125,16 @@ fn draw_into(
         .x_labels(11)
         .y_labels(11)
         .max_light_lines(0)
-        .bold_line_style(RGBColor(225, 225, 225))
-        .axis_style(grey)
-        .label_style((FONT, 14, &grey))
+        .bold_line_style(GRID)
+        .axis_style(GREY)
+        .label_style((FONT, 14, &GREY))
         .axis_desc_style((FONT, 16))
         .x_label_formatter(&number)
         .y_label_formatter(&|v| format!("{v:.1}"))
         .draw()?;
     for (i, s) in series.into_iter().enumerate() {
         let style = COLOURS[i % COLOURS.len()].stroke_width(2);
-        let points = simplified(s.points, axes);
+        let points = simplified(s.points, [(&axes.x.1, SIZE.0), (&axes.y.1, SIZE.1)]);
         if i < COLOURS.len() {
             chart
                 .draw_series(LineSeries::new(points, style))?
@@ -155,17 +160,15 @@ fn draw_into(
     Ok(())
 }
 
-/// Drops points that fall on the pixel of the one kept before; published ROCs have tens of thousands.
-fn simplified(points: Vec<(f64, f64)>, axes: &Axes) -> Vec<(f64, f64)> {
-    let scale = |v: f64, range: &Range<f64>, pixels: u32| v / (range.end - range.start) * pixels as f64;
+/// Drops points that fall on the pixel of the one kept before; published ROCs have tens of thousands. `axes`: range and
+/// pixels of x and y.
+fn simplified(points: Vec<(f64, f64)>, axes: [(&Range<f64>, u32); 2]) -> Vec<(f64, f64)> {
+    let [x, y] = axes.map(|(range, pixels)| f64::from(pixels) / (range.end - range.start));
     let mut kept: Vec<(f64, f64)> = Vec::new();
     let n = points.len();
     for (i, p) in points.into_iter().enumerate() {
-        let far = kept.last().is_none_or(|k| {
-            scale((p.0 - k.0).abs(), &axes.x.1, SIZE.0) > 0.5
-                || scale((p.1 - k.1).abs(), &axes.y.1, SIZE.1) > 0.5
-        });
-        if far || i + 1 == n {
+        let far = |k: &(f64, f64)| (p.0 - k.0).abs() * x > 0.5 || (p.1 - k.1).abs() * y > 0.5;
+        if kept.last().is_none_or(far) || i + 1 == n {
             kept.push(p);
         }
     }

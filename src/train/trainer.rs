@@ -274,7 +274,7 @@ impl Trainer {
         let (losses, d) = self.objective.judge(&outputs, &batch.faces, rng, self.engine.threads())?;
         let stop = |what: &str| {
             Err(Error::InvalidData(format!(
-                "training stopped at step {step}: {what}. The weights are those before the step. The batch's pictures: {}",
+                "training stopped at step {step}: {what}. Checkpoints made before it are sound. The batch's pictures: {}",
                 batch.names.join(", ")
             )))
         };

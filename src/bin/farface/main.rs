@@ -1,4 +1,4 @@
-//! The `farface` program: `detect`, `inspect`, `bench`, `eval`, `convert`, `train`.
+//! The `farface` program: `detect`, `inspect`, `bench`, `eval`, `convert`, `train`, `plot`.
 //!
 //! Results go to standard output, progress and errors to standard error. Exit code 0: all went
 //! well; 1: something failed, named on a line that starts with `error:`; 2: wrong usage.
@@ -15,6 +15,7 @@ mod inspect;
 mod model;
 mod peak;
 mod picture;
+mod plot;
 mod progress;
 mod report;
 mod settings;
@@ -42,6 +43,7 @@ enum Command {
     Convert(convert::Args),
     #[cfg(feature = "train")]
     Train(train::Args),
+    Plot(plot::Args),
 }
 
 /// Whether a command did all it was asked for; what it could not do it has reported itself.
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
         Command::Convert(args) => convert::run(&args, &mut out),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&args, &mut out),
+        Command::Plot(args) => plot::run(&args, &mut out),
     };
     match result.and_then(|outcome| Ok(out.flush().map(|()| outcome)?)) {
         Ok(Outcome::Complete) => ExitCode::SUCCESS,

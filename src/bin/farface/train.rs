@@ -106,7 +106,8 @@ impl Log {
                 let line = line.with_context(|| path.display().to_string())?;
                 // A last line may be cut.
                 let Ok(value) = serde_json::from_str::<serde_json::Value>(&line) else { continue };
-                if value["step"].as_u64().is_some_and(|s| s <= step) {
+                // The end is written anew by whoever comes to it.
+                if value["step"].as_u64().is_some_and(|s| s <= step) && value["kind"] != "end" {
                     kept.extend_from_slice(line.as_bytes());
                     kept.push(b'\n');
                 }
@@ -163,6 +164,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     let mut trainer = Trainer::new(&text, base, resources.clone())
         .with_context(|| format!("recipe {}", args.recipe.display()))?;
     files::make_dir(&dir)?;
+    sweep(&dir)?;
     let checkpoint = dir.join("last.checkpoint");
     let log_path = dir.join("log.jsonl");
     if checkpoint.exists() && !args.restart {
@@ -202,7 +204,10 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
         workers: resources.workers,
     })?;
     let dev = trainer.dev().context("dev pictures")?;
-    let deadline = args.minutes.map(|m| Instant::now() + Duration::from_secs_f64(m.max(0.0) * 60.0));
+    // None where it lies beyond what a clock can count.
+    let deadline = args
+        .minutes
+        .and_then(|m| Instant::now().checked_add(Duration::try_from_secs_f64(m.max(0.0) * 60.0).ok()?));
     let complete = work(&mut trainer, dev.as_ref(), &dir, &mut log, deadline, out)?;
     trainer.save(&checkpoint)?;
     if !complete {
@@ -223,6 +228,25 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
         writeln!(out, "best on dev: mean AP {mean:.4} at step {step}: {}", path.display())?;
     }
     Ok(Outcome::Complete)
+}
+
+/// Removes the temporary files that a run left behind which was killed in the middle of a write.
+fn sweep(dir: &Path) -> Result<()> {
+    let read = || -> std::io::Result<()> {
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let ours = ["last.checkpoint.", "best.safetensors.", "final.safetensors."];
+            let part = name.ends_with(".part") && ours.iter().any(|o| name.starts_with(o));
+            let log = name.ends_with(".tmp")
+                && [".log.jsonl.", ".recipe.toml."].iter().any(|o| name.starts_with(o));
+            if part || log {
+                std::fs::remove_file(&path)?;
+            }
+        }
+        Ok(())
+    };
+    Ok(read().map_err(|e| farface::Error::io(dir, e))?)
 }
 
 /// Steps until the end (true) or the deadline.
@@ -286,7 +310,8 @@ fn work(
         let due = every.is_some_and(|e| (step as f64 / e).floor() > ((step - 1) as f64 / e).floor());
         if let Some(dev) = dev.filter(|_| due || step == total) {
             let started = Instant::now();
-            let mut progress = |done: usize, all: usize| bar.set_message(format!("dev picture {done} of {all}"));
+            let mut progress =
+                |done: usize, all: usize| bar.set_message(format!("dev picture {done} of {all}"));
             let score = trainer.evaluate(dev, &best, &mut progress)?;
             let is_best = trainer.best().is_some_and(|(_, at)| at == step);
             let seconds = started.elapsed().as_secs_f64();

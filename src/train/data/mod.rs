@@ -110,15 +110,18 @@ impl Dataset {
     /// read or parsed, or where nothing usable is left.
     pub fn load(sources: &[Source], base: &Path) -> Result<Self> {
         let mut dataset = Self::default();
+        let mut first = None;
         for source in sources {
             for listed in source.list(base, &dataset.warnings)? {
+                first.get_or_insert_with(|| listed.path.clone());
                 dataset.samples.extend(check(listed, &dataset.warnings));
             }
         }
         if dataset.samples.is_empty() {
             return Err(Error::InvalidData(format!(
-                "no pictures to train on in {} source(s); check the paths. {}",
+                "no pictures to train on in {} source(s); check the paths{}. {}",
                 sources.len(),
+                first.map_or_else(String::new, |p| format!(" (the first picture is looked for at {})", p.display())),
                 dataset.warnings
             )));
         }

@@ -1,0 +1,172 @@
+//! `farface train` as a user runs it, and as a power cut ends it.
+#![cfg(all(unix, feature = "cli", feature = "train"))]
+
+#[path = "common/faces.rs"]
+mod faces;
+
+use farface::graph::init::Rng;
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+const RECIPE: &str = r#"
+[model]
+detector = "farface-nano"
+[data]
+train = [{ kind = "wider", list = "faces.txt", images = "images" }]
+[data.dev]
+list = "faces.txt"
+images = "images"
+every-epochs = 4
+[batch]
+size = 2
+sides = [{ side = 64, share = 1.0 }]
+[matching]
+kind = "first-step"
+[mining]
+[loss]
+classification = { kind = "regression-aware-focal" }
+box = { kind = "neg-ln-iou" }
+[optimizer]
+kind = "adamw"
+[schedule]
+lr = 1e-3
+unit = "steps"
+length = 90
+[ema]
+[run]
+checkpoint-every = 1
+log-every = 3
+"#;
+
+fn command(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_farface"));
+    command.current_dir(dir).args(args).env_remove("FARFACE_ISA");
+    command
+}
+
+fn run(dir: &Path, args: &[&str]) -> Output {
+    command(dir, args).output().unwrap()
+}
+
+fn succeeds(dir: &Path, args: &[&str]) -> String {
+    let output = run(dir, args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn fails(dir: &Path, args: &[&str]) -> String {
+    let output = run(dir, args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
+    assert!(stderr.starts_with("error: ") && stderr.lines().count() == 1, "{args:?}: {stderr}");
+    stderr
+}
+
+/// The log's lines of a kind, without what differs from run to run.
+fn lines(dir: &Path, kind: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(dir.join("log.jsonl")).unwrap();
+    let all = text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap_or_else(|e| panic!("{l}: {e}")));
+    let mut lines: Vec<Value> = all.filter(|v| v["kind"] == kind).collect();
+    for line in &mut lines {
+        for key in ["seconds", "images_per_second"] {
+            line.as_object_mut().unwrap().remove(key);
+        }
+    }
+    lines
+}
+
+fn steps(dir: &Path, kind: &str) -> Vec<u64> {
+    lines(dir, kind).iter().map(|l| l["step"].as_u64().unwrap()).collect()
+}
+
+fn listed(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_training_that_was_killed_again_and_again_ends_with_the_same_bits() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path();
+    faces::draw(dir, 6, 80, 1);
+    std::fs::write(dir.join("tiny.toml"), RECIPE).unwrap();
+    let args = |out| ["train", "tiny.toml", "--out", out, "--threads", "2"];
+    succeeds(dir, &args("whole"));
+    let (whole, killed) = (dir.join("whole"), dir.join("killed"));
+    let log = killed.join("log.jsonl");
+    let length = || std::fs::metadata(&log).map_or(0, |m| m.len());
+    let mut rng = Rng::new(std::process::id().into());
+    let mut kills = 0;
+    while kills < 7 {
+        // Until the log has a few lines more: in the start, among the steps, in an evaluation; most of the time goes into
+        // checkpoints.
+        let enough = length() + 300 * rng.below(4) as u64;
+        let mut child =
+            command(dir, &args("killed")).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        while length() <= enough && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_micros(rng.below(40_000) as u64));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if killed.join("final.safetensors").exists() {
+            break;
+        }
+        kills += 1;
+    }
+    assert!(kills > 2 && killed.join("last.checkpoint").exists(), "only {kills} kills struck");
+    // Killed in the middle of a write.
+    let cut = format!("{}{{\"kind\":\"step\",\"st", std::fs::read_to_string(&log).unwrap());
+    std::fs::write(&log, cut).unwrap();
+    std::fs::write(killed.join("last.checkpoint.1.part"), "half a check").unwrap();
+    succeeds(dir, &args("killed"));
+
+    for file in ["final.safetensors", "best.safetensors", "last.checkpoint"] {
+        let bytes = |run: &Path| std::fs::read(run.join(file)).unwrap();
+        assert!(bytes(&whole) == bytes(&killed), "{file} differs");
+    }
+    assert_eq!(steps(&killed, "step"), (1..=30).map(|i| 3 * i).collect::<Vec<u64>>());
+    assert_eq!(lines(&killed, "dev"), lines(&whole, "dev"));
+    assert_eq!(steps(&killed, "dev"), [12, 24, 36, 48, 60, 72, 84, 90]);
+    assert_eq!(lines(&killed, "end"), lines(&whole, "end"));
+    let files = ["best.safetensors", "final.safetensors", "last.checkpoint", "log.jsonl", "recipe.toml"];
+    assert_eq!(listed(&killed), files);
+
+    // Done is done: nothing is trained or logged twice.
+    let bytes = std::fs::read(whole.join("final.safetensors")).unwrap();
+    succeeds(dir, &args("whole"));
+    assert!(std::fs::read(whole.join("final.safetensors")).unwrap() == bytes);
+    assert_eq!((steps(&whole, "end"), steps(&whole, "step").len()), (vec![90], 30));
+}
+
+#[test]
+fn a_training_stops_at_its_deadline_starts_anew_and_refuses_another_recipe() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path();
+    faces::draw(dir, 4, 80, 2);
+    std::fs::write(dir.join("tiny.toml"), RECIPE.replace("length = 90", "length = 6")).unwrap();
+    let text = succeeds(dir, &["train", "tiny.toml", "--minutes", "0"]);
+    assert!(text.contains("stopped at step 0"), "{text}");
+    let text = succeeds(dir, &["train", "tiny.toml", "--minutes", "1e300"]);
+    assert!(text.contains("steps 0 to 6") && text.contains("done: runs/tiny/final.safetensors"), "{text}");
+    let first = std::fs::read(dir.join("runs/tiny/final.safetensors")).unwrap();
+
+    std::fs::write(dir.join("tiny.toml"), RECIPE.replace("length = 90", "length = 7")).unwrap();
+    let error = fails(dir, &["train", "tiny.toml"]);
+    assert!(error.contains("another recipe") && error.contains("--restart"), "{error}");
+    let text = succeeds(dir, &["train", "tiny.toml", "--restart"]);
+    assert!(text.contains("steps 0 to 7"), "{text}");
+    assert!(std::fs::read(dir.join("runs/tiny/final.safetensors")).unwrap() != first);
+    assert_eq!(steps(&dir.join("runs/tiny"), "step"), [3, 6, 7]);
+
+    let error = fails(dir, &["train", "none.toml"]);
+    assert!(error.contains("none.toml: No such file"), "{error}");
+    std::fs::write(dir.join("bad.toml"), RECIPE.replace("log-every", "log-evry")).unwrap();
+    let error = fails(dir, &["train", "bad.toml"]);
+    assert!(error.contains("bad.toml") && error.contains("log-evry"), "{error}");
+}
