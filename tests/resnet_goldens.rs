@@ -21,6 +21,9 @@ struct Case {
     net: ResNet,
     enlarge: Interpolation,
     size: [usize; 2],
+    /// What f32 rounding may change of a training step's outputs, relative to the largest value, where normalisations by
+    /// the statistics of a dozen values a channel follow each other. PyTorch's own in f32 changes 3e-6 and 5e-5.
+    rounding: f32,
 }
 
 const CASES: [Case; 2] = [
@@ -29,12 +32,14 @@ const CASES: [Case; 2] = [
         net: ResNet { width: 8, ..ResNet::R18 },
         enlarge: Interpolation::Nearest,
         size: [64, 96],
+        rounding: 2e-5,
     },
     Case {
         name: "resnet50",
         net: ResNet { width: 8, ..ResNet::R50 },
         enlarge: Interpolation::Bilinear,
         size: [70, 90],
+        rounding: 1e-3,
     },
 ];
 
@@ -76,7 +81,7 @@ fn golden(all: &Weights, name: &str) -> Tensor {
     Tensor::from_nchw(Shape::new(n, c, h, w), &t.data)
 }
 
-/// Dozens of layers deep, each rounded: relative to the largest value.
+/// Within `tolerance` of the largest value.
 fn close(what: &str, got: &Tensor, expected: &Tensor, tolerance: f32) {
     assert_eq!(got.shape, expected.shape, "{what}");
     let largest = expected.data.iter().fold(0.0f32, |m, v| m.max(v.abs()));
@@ -98,7 +103,7 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         let hold = |by: &str, got: &[Tensor]| {
             for ((name, _), got) in graph.outputs.iter().zip(got) {
                 let expected = golden(&all, &format!("{}.eval/{name}", case.name));
-                close(&format!("{} {name}, {by}", case.name), got, &expected, 2e-5);
+                close(&format!("{} {name}, {by}", case.name), got, &expected, 1e-5);
             }
         };
         hold("plain loops", &plain);
@@ -130,7 +135,7 @@ fn a_training_steps_outputs_and_gradients_are_pytorchs() {
             let y = net.output(i);
             if name != "p2" {
                 let expected = golden(&all, &format!("{}.train/{name}", case.name));
-                close(&format!("{} {name}, training", case.name), &y, &expected, 1e-4);
+                close(&format!("{} {name}, training", case.name), &y, &expected, case.rounding);
             }
             let d = drawn(&format!("{}.d{}", case.name, i + 2), y.shape.len());
             d_outputs.push(Tensor::from_nchw(y.shape, &d));
@@ -151,7 +156,7 @@ fn a_training_steps_outputs_and_gradients_are_pytorchs() {
             let [expected_norm, expected_product] = [values[0], values[1]].map(f64::from);
             let off = (norm - expected_norm).abs().max((product - expected_product).abs()) / expected_norm;
             assert!(
-                off < 1e-3,
+                off < f64::from(10.0 * case.rounding),
                 "{what}: norm {norm}, probe {product}; PyTorch {expected_norm}, {expected_product}"
             );
         }
