@@ -109,11 +109,17 @@ fn mixed(rng: &mut Rng) -> Graph {
     let smooth = b.upsample_to(pool, Interpolation::Bilinear, sum);
     let merged = b.add(smooth, sum);
     let odd = b.conv("odd", merged, Conv2d::new(2 * c3 + c2, 7, 1).stride(2).bias());
+    let gate = b.global_avg_pool(merged);
+    let small = b.upsample_to(stem, Interpolation::Bilinear, odd);
+    let small = b.max_pool(small, MaxPool { kernel: [3, 2], stride: [2, 3], padding: [0, 1, 2, 0] });
+    let small = bn(&mut b, "small_bn", small, c1, Some(leaky));
     let out = b.conv("out", merged, Conv2d::new(2 * c3 + c2, 5, 3).padding([0, 1, 2, 1]).bias());
     let s = b.activation(odd, Activation::Sigmoid);
     b.output("out", out);
     b.output("sigmoid", s);
     b.output("both", both);
+    b.output("small", small);
+    b.output("gate", gate);
     b.finish()
 }
 

@@ -30,3 +30,25 @@ pub fn fpn_merge(
     let p3 = top_down(p4, lateral[0], "merge1");
     [p3, p4, p5]
 }
+
+/// The pyramid of the paper on C2 to C5, of `in_channels` (section 3): 1x1 convolutions `lateral{2,3,4,5}` to `channels`,
+/// each summed with the coarser level enlarged to its size, then 3x3 convolutions `output{2,3,4,5}` against the
+/// aliasing of the enlargement. All with bias, without normalisation or activation. The paper enlarges to the nearest
+/// neighbour. Returns P2 to P5.
+pub fn fpn(
+    b: &mut Builder,
+    features: [NodeId; 4],
+    in_channels: [usize; 4],
+    channels: usize,
+    enlarge: Interpolation,
+) -> [NodeId; 4] {
+    let mut merged = [0, 1, 2, 3].map(|i| {
+        b.conv(&format!("lateral{}", i + 2), features[i], Conv2d::new(in_channels[i], channels, 1).bias())
+    });
+    for i in (0..3).rev() {
+        let up = b.upsample_to(merged[i + 1], enlarge, merged[i]);
+        merged[i] = b.add(merged[i], up);
+    }
+    [0, 1, 2, 3]
+        .map(|i| b.conv(&format!("output{}", i + 2), merged[i], Conv2d::new(channels, channels, 3).bias()))
+}

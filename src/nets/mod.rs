@@ -3,6 +3,7 @@
 pub mod fpn;
 pub mod mobilenet;
 pub mod nano;
+pub mod resnet;
 pub mod ssh;
 
 use crate::graph::{Builder, NodeId};

@@ -4,6 +4,7 @@
 //! the threads' order, so that a step gives the same bits whenever it is run on as many threads.
 
 use super::units::{units, Norm, Op, Unit};
+use crate::cpu::dense::resample::Resampling;
 use crate::cpu::dense::{conv, depthwise, maps, pages, Element, Geometry, Gradient, Scratch, Source};
 use crate::cpu::{isa, Isa, Pool};
 use crate::error::{Error, Result};
@@ -248,6 +249,12 @@ impl<T: Element> Network<T> {
                 }
                 statistics(z, c, &mut t.sums);
             }),
+            Op::MaxPool(_) | Op::Bilinear => {
+                let r = resampling(&unit.op, size(unit.inputs[0]), shape);
+                run(&|range, z, t| {
+                    r.forward(isa, source(unit.inputs[0], range), z, &mut t.sums, &mut t.scratch);
+                });
+            }
             Op::Plain { layer, params: ids } => {
                 let inputs: Vec<Tensor> = unit.inputs.iter().map(|&i| shown(isa, &maps[i], size(i))).collect();
                 let inputs = with_size(&self.graph, unit, inputs, shapes);
@@ -463,6 +470,19 @@ impl<T: Element> Network<T> {
                     first += part;
                 }
             }
+            Op::MaxPool(_) | Op::Bilinear => {
+                let from = size(unit.inputs[0]);
+                let r = resampling(&unit.op, from, shape);
+                if let Some((dx, add)) = &mut dxs[0] {
+                    let parts = split(dx, from.c * from.h * from.w, images, threads.len());
+                    let ranges = ranges(images, threads.len());
+                    let mut items: Vec<_> = ranges.iter().zip(threads.iter_mut()).zip(parts).collect();
+                    pool.run_each(&mut items, |_, ((range, t), dx)| {
+                        let (x, d) = (source(unit.inputs[0], range), gradient(range));
+                        r.backward(isa, x, d, dx, *add, &mut t.scratch);
+                    });
+                }
+            }
             Op::Plain { layer, params: ids } => {
                 let inputs: Vec<Tensor> = unit.inputs.iter().map(|&i| shown(isa, &maps[i], size(i))).collect();
                 let inputs = with_size(&self.graph, &unit, inputs, shapes);
@@ -597,6 +617,15 @@ fn geometry(conv: &Conv2d, x: Shape, out: Shape) -> Geometry {
     }
 }
 
+/// How a max pooling or bilinear interpolation makes `out` of `x`.
+fn resampling(op: &Op, x: Shape, out: Shape) -> Resampling {
+    let (from, to) = ([x.h, x.w], [out.h, out.w]);
+    match op {
+        Op::MaxPool(l) => Resampling::max(from, to, l.kernel, l.stride, [l.padding[0], l.padding[1]]),
+        _ => Resampling::bilinear(from, to),
+    }
+}
+
 /// What readers of a map see, in f32.
 fn shown<T: Element>(isa: Isa, map: &Map<T>, shape: Shape) -> Tensor {
     let mut t = Tensor::zeros(shape);
@@ -606,7 +635,7 @@ fn shown<T: Element>(isa: Isa, map: &Map<T>, shape: Shape) -> Tensor {
 
 /// The inputs as the layer lists them: one whose second gives a size alone gets zeros of that size.
 fn with_size(graph: &Graph, unit: &Unit, mut inputs: Vec<Tensor>, shapes: &[Shape]) -> Vec<Tensor> {
-    if let Op::Plain { layer: Layer::Upsample(_) | Layer::Crop(_), .. } = unit.op {
+    if let Op::Plain { layer: Layer::Crop(_), .. } = unit.op {
         if let Some(like) = graph.nodes[unit.node].inputs.get(1) {
             inputs.push(Tensor::zeros(shapes[like.0]));
         }

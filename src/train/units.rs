@@ -3,7 +3,7 @@
 
 use crate::graph::build::{NodeKind, ParamId};
 use crate::graph::{Graph, NodeId};
-use crate::layers::{Activation, Conv2d, Interpolation, Layer, UpsampleTo};
+use crate::layers::{Activation, Conv2d, Interpolation, Layer, MaxPool};
 
 /// What a unit computes before its normalisation and activation.
 #[derive(Clone, Debug)]
@@ -18,6 +18,10 @@ pub(super) enum Op {
     Sum { enlarged: Vec<bool> },
     /// Channels side by side.
     Concat,
+    /// Maximum over a window.
+    MaxPool(MaxPool),
+    /// Bilinear interpolation to the output's size.
+    Bilinear,
     /// Any other layer, by its plain loops; `params` as the graph's node lists them.
     Plain { layer: Layer, params: Vec<ParamId> },
 }
@@ -156,10 +160,11 @@ pub(super) fn units(graph: &Graph) -> (Vec<Unit>, Vec<Option<usize>>) {
                 new(Op::Sum { enlarged: enlarge }, inputs)
             }
             Layer::Concat(_) => new(Op::Concat, node.inputs.iter().map(unit).collect()),
+            Layer::MaxPool(pool) => new(Op::MaxPool(*pool), vec![unit(&x)]),
+            Layer::Upsample(_) => new(Op::Bilinear, vec![unit(&x)]),
             other => {
                 let inputs = match other {
-                    // Their second input gives a size alone.
-                    Layer::Upsample(l) if l.to == UpsampleTo::SizeOfSecond => vec![unit(&x)],
+                    // Its second input gives a size alone.
                     Layer::Crop(_) => vec![unit(&x)],
                     _ => node.inputs.iter().map(unit).collect(),
                 };

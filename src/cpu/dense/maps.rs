@@ -81,7 +81,7 @@ impl<'a, T: Element> Gradient<'a, T> {
 }
 
 /// One pass, over any registers.
-trait Pass {
+pub(super) trait Pass {
     /// Whether it stores bf16.
     const BF16: bool;
     /// # Safety
@@ -93,7 +93,7 @@ trait Pass {
 ///
 /// # Safety
 /// The lengths of the pass were checked.
-unsafe fn dispatch<P: Pass>(isa: Isa, pass: P) {
+pub(super) unsafe fn dispatch<P: Pass>(isa: Isa, pass: P) {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn avx2<P: Pass>(pass: P) {
@@ -146,6 +146,7 @@ macro_rules! for_registers {
         }
     }};
 }
+pub(super) use for_registers;
 
 /// max(slope * x, x).
 #[inline(always)]

@@ -18,6 +18,7 @@ mod element;
 mod gemm;
 pub mod maps;
 pub mod pages;
+pub mod resample;
 
 pub use band::{Geometry, Scratch};
 pub use element::Element;
