@@ -128,7 +128,7 @@ impl Head<'_> {
 
     /// Every anchor in order of the flat indices.
     fn places(&self) -> impl Iterator<Item = Place> + '_ {
-        let cells = |g: usize| (0..self.grid.groups[g].len()).map(move |cell| self.place(g, cell));
+        let cells = move |g: usize| (0..self.grid.groups[g].len()).map(move |cell| self.place(g, cell));
         (0..self.grid.groups.len()).flat_map(cells)
     }
 
