@@ -16,7 +16,13 @@ struct Step {
     params: Vec<Vec<f64>>,
 }
 
-fn plain_step(graph: &Graph, weights: &Weights, input: &Tensor<f64>, d_outputs: &[Tensor<f64>], frozen: bool) -> Step {
+fn plain_step(
+    graph: &Graph,
+    weights: &Weights,
+    input: &Tensor<f64>,
+    d_outputs: &[Tensor<f64>],
+    frozen: bool,
+) -> Step {
     let mut params: Vec<Vec<f64>> = graph
         .params
         .iter()
@@ -126,7 +132,8 @@ fn mixed(rng: &mut Rng) -> Graph {
 fn worst(a: &[f32], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     let size = (b.iter().map(|v| v * v).sum::<f64>() / b.len().max(1) as f64).sqrt().max(1e-3);
-    let error = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>() / b.len().max(1) as f64;
+    let error =
+        a.iter().zip(b).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>() / b.len().max(1) as f64;
     error.sqrt() / size
 }
 
@@ -167,7 +174,12 @@ fn check<T: Element>(seed: u64, threads: usize, frozen: bool, tolerance: f64) ->
     assert!(e < 3.0 * tolerance, "seed {seed}, {}: gradients off by {e}", T::NAME);
     for (i, p) in graph.params.iter().enumerate() {
         let e = worst(&net.grads[i], &plain.grads[i]);
-        assert!(tolerance > 1e-3 || e < 10.0 * tolerance, "seed {seed}, {}: gradient of {} off by {e}", T::NAME, p.name);
+        assert!(
+            tolerance > 1e-3 || e < 10.0 * tolerance,
+            "seed {seed}, {}: gradient of {} off by {e}",
+            T::NAME,
+            p.name
+        );
         let e = worst(&net.params[i], &plain.params[i]);
         assert!(e < tolerance, "seed {seed}, {}: {} off by {e} after the step", T::NAME, p.name);
     }

@@ -175,10 +175,7 @@ mod tests {
     fn outputs_are_a_logit_and_four_offsets_an_anchor_from_fine_to_coarse() {
         let graph = PyramidConfig::nano().graph();
         let names: Vec<&str> = graph.outputs.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(
-            names,
-            ["predict2", "predict3", "predict4", "predict5", "predict6"]
-        );
+        assert_eq!(names, ["predict2", "predict3", "predict4", "predict5", "predict6"]);
         // No side is a multiple of a stride: cells cover the picture to its end.
         let shapes = graph.shapes(&[Shape::new(1, 3, 101, 131)]).unwrap();
         for (i, (_, id)) in graph.outputs.iter().enumerate() {
@@ -197,7 +194,8 @@ mod tests {
             let anchors = config.anchors[i].len();
             let shape = Shape::new(1, 5 * anchors, 192 / stride, 256 / stride);
             let view = View::new(shape, floats.len(), [0; 4]);
-            let cells = (0..shape.h * shape.w).flat_map(|_| (0..5 * anchors).map(|v| if v < anchors { -20.0 } else { 0.0 }));
+            let cells = (0..shape.h * shape.w)
+                .flat_map(|_| (0..5 * anchors).map(|v| if v < anchors { -20.0 } else { 0.0 }));
             floats.extend(cells);
             if i == level {
                 let at = view.at(0, cell[0], cell[1]);

@@ -96,15 +96,30 @@ pub fn backward<T: Real>(
     };
     let weight = || params.first().copied().ok_or_else(wrong);
     match layer {
-        Layer::Conv2d(l) => {
-            l.backward(x, weight()?, dy, first.as_mut(), dw.ok_or_else(wrong)?, more.first_mut().map(|v| &mut v[..]))
-        }
-        Layer::ConvTranspose2d(l) => {
-            l.backward(x, weight()?, dy, first.as_mut(), dw.ok_or_else(wrong)?, more.first_mut().map(|v| &mut v[..]))
-        }
-        Layer::Linear(l) => {
-            l.backward(x, weight()?, dy, first.as_mut(), dw.ok_or_else(wrong)?, more.first_mut().map(|v| &mut v[..]))
-        }
+        Layer::Conv2d(l) => l.backward(
+            x,
+            weight()?,
+            dy,
+            first.as_mut(),
+            dw.ok_or_else(wrong)?,
+            more.first_mut().map(|v| &mut v[..]),
+        ),
+        Layer::ConvTranspose2d(l) => l.backward(
+            x,
+            weight()?,
+            dy,
+            first.as_mut(),
+            dw.ok_or_else(wrong)?,
+            more.first_mut().map(|v| &mut v[..]),
+        ),
+        Layer::Linear(l) => l.backward(
+            x,
+            weight()?,
+            dy,
+            first.as_mut(),
+            dw.ok_or_else(wrong)?,
+            more.first_mut().map(|v| &mut v[..]),
+        ),
         Layer::BatchNorm(l) => match (params, more) {
             ([scale, _, mean, variance], [db, ..]) => {
                 l.backward(x, scale, mean, variance, dy, first.as_mut(), dw.ok_or_else(wrong)?, db)

@@ -30,7 +30,8 @@ pub struct DevScore {
 impl DevScore {
     /// What the best weights are chosen by: the mean of what there is.
     pub fn mean(&self) -> f64 {
-        let parts: Vec<f64> = [self.easy, self.medium, self.hard, Some(self.all)].into_iter().flatten().collect();
+        let parts: Vec<f64> =
+            [self.easy, self.medium, self.hard, Some(self.all)].into_iter().flatten().collect();
         parts.iter().sum::<f64>() / parts.len() as f64
     }
 }
@@ -63,9 +64,17 @@ impl Dev {
     }
 
     /// Scores `model` at the pictures' own size, one scale, on `threads` threads. `progress(done, total)`.
-    pub fn score(&self, model: &Model, threads: usize, progress: &mut dyn FnMut(usize, usize)) -> Result<DevScore> {
-        let options =
-            Options { threads, score_threshold: model.config().eval_score_threshold, ..Options::for_model(model.config()) };
+    pub fn score(
+        &self,
+        model: &Model,
+        threads: usize,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<DevScore> {
+        let options = Options {
+            threads,
+            score_threshold: model.config().eval_score_threshold,
+            ..Options::for_model(model.config())
+        };
         let mut session = Session::with_options(model, options)?;
         let mut predictions = Predictions::new();
         for (i, (image, picture)) in self.truth.images.iter().zip(&self.pictures).enumerate() {
@@ -77,7 +86,12 @@ impl Dev {
         }
         let report = Evaluator::new(&self.truth, &predictions, &mut |_, _| {}).report()?;
         let ap = |curve: &Option<crate::eval::PrCurve>| curve.as_ref().map(|c| c.ap);
-        let score = DevScore { easy: ap(&report.easy), medium: ap(&report.medium), hard: ap(&report.hard), all: report.all.ap };
+        let score = DevScore {
+            easy: ap(&report.easy),
+            medium: ap(&report.medium),
+            hard: ap(&report.hard),
+            all: report.all.ap,
+        };
         if score.mean().is_finite() {
             Ok(score)
         } else {

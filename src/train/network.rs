@@ -50,6 +50,9 @@ struct Thread<T> {
     rows: [Vec<f32>; 3],
 }
 
+/// What a unit's forward pass does on a thread: its images, its part of the map, its buffers.
+type Job<'a, T> = dyn Fn(&Range<usize>, &mut [T], &mut Thread<T>) + Sync + 'a;
+
 /// A unit's map of the batch.
 #[derive(Default)]
 struct Map<T> {
@@ -167,7 +170,11 @@ impl<T: Element> Network<T> {
     /// Runs the network on a batch with the batch's statistics, which move the running ones. `inputs` in the graph's
     /// order, N x H x W x C; every input's values are written by `fill(input, image, values)`, image by image, on the
     /// threads.
-    pub fn forward(&mut self, inputs: &[Shape], fill: &(dyn Fn(usize, usize, &mut [T]) + Sync)) -> Result<()> {
+    pub fn forward(
+        &mut self,
+        inputs: &[Shape],
+        fill: &(dyn Fn(usize, usize, &mut [T]) + Sync),
+    ) -> Result<()> {
         self.shapes = self.graph.shapes(inputs)?;
         let images = inputs.first().map_or(0, |s| s.n);
         if inputs.iter().any(|s| s.n != images) {
@@ -179,7 +186,12 @@ impl<T: Element> Network<T> {
         Ok(())
     }
 
-    fn forward_unit(&mut self, u: usize, images: usize, fill: &(dyn Fn(usize, usize, &mut [T]) + Sync)) -> Result<()> {
+    fn forward_unit(
+        &mut self,
+        u: usize,
+        images: usize,
+        fill: &(dyn Fn(usize, usize, &mut [T]) + Sync),
+    ) -> Result<()> {
         let unit = &self.units[u];
         let shape = self.shapes[unit.node];
         let (c, per_image) = (shape.c, shape.c * shape.h * shape.w);
@@ -200,7 +212,7 @@ impl<T: Element> Network<T> {
         };
         let zeros = vec![0.0; c];
         let bias_of = |bias: Option<ParamId>| bias.map_or(&zeros[..], |b| &params[b.0]);
-        let mut run = |job: &(dyn Fn(&Range<usize>, &mut [T], &mut Thread<T>) + Sync)| {
+        let mut run = |job: &Job<T>| {
             let mut items = share(&mut z, per_image, images, &mut self.threads);
             self.pool.run_each(&mut items, |_, (range, z, thread)| job(range, z, thread));
         };
@@ -256,7 +268,8 @@ impl<T: Element> Network<T> {
                 });
             }
             Op::Plain { layer, params: ids } => {
-                let inputs: Vec<Tensor> = unit.inputs.iter().map(|&i| shown(isa, &maps[i], size(i))).collect();
+                let inputs: Vec<Tensor> =
+                    unit.inputs.iter().map(|&i| shown(isa, &maps[i], size(i))).collect();
                 let inputs = with_size(&self.graph, unit, inputs, shapes);
                 let values: Vec<&[f32]> = ids.iter().map(|p| &params[p.0][..]).collect();
                 let y = exec::forward(layer, &inputs.iter().collect::<Vec<_>>(), &values)?;
@@ -401,7 +414,9 @@ impl<T: Element> Network<T> {
                 };
                 let add = dxs[0].as_ref().is_some_and(|d| d.1);
                 let mut parts = match &mut dxs[0] {
-                    Some((dx, _)) => split(dx, in_image, images, threads.len()).into_iter().map(Some).collect(),
+                    Some((dx, _)) => {
+                        split(dx, in_image, images, threads.len()).into_iter().map(Some).collect()
+                    }
                     None => (0..threads.len()).map(|_| None).collect::<Vec<_>>(),
                 };
                 let ranges = ranges(images, threads.len());
@@ -413,7 +428,17 @@ impl<T: Element> Network<T> {
                     if let Some(transposed) = &transposed {
                         conv::backward(isa, &g, x, d, transposed, dx, &mut t.dw, db, &mut t.scratch);
                     } else if let Some([weights, turned]) = &turned {
-                        depthwise::backward(isa, &g, x, d, [weights, turned], dx, &mut t.dw, db, &mut t.scratch);
+                        depthwise::backward(
+                            isa,
+                            &g,
+                            x,
+                            d,
+                            [weights, turned],
+                            dx,
+                            &mut t.dw,
+                            db,
+                            &mut t.scratch,
+                        );
                     }
                 });
                 drop(items);
@@ -484,7 +509,8 @@ impl<T: Element> Network<T> {
                 }
             }
             Op::Plain { layer, params: ids } => {
-                let inputs: Vec<Tensor> = unit.inputs.iter().map(|&i| shown(isa, &maps[i], size(i))).collect();
+                let inputs: Vec<Tensor> =
+                    unit.inputs.iter().map(|&i| shown(isa, &maps[i], size(i))).collect();
                 let inputs = with_size(&self.graph, &unit, inputs, shapes);
                 let y = Tensor::from_vec(shape, maps[u].z.iter().map(|v| v.f32()).collect());
                 let mut d = Tensor::zeros(shape);
@@ -495,7 +521,8 @@ impl<T: Element> Network<T> {
                     .map(|(i, x)| dxs.get(i).and_then(Option::as_ref).map(|_| Tensor::zeros(x.shape)))
                     .collect();
                 let values: Vec<&[f32]> = ids.iter().map(|p| &params[p.0][..]).collect();
-                let mut dparams: Vec<Vec<f32>> = ids.iter().map(|p| std::mem::take(&mut grads[p.0])).collect();
+                let mut dparams: Vec<Vec<f32>> =
+                    ids.iter().map(|p| std::mem::take(&mut grads[p.0])).collect();
                 let refs: Vec<&Tensor> = inputs.iter().collect();
                 let done = exec::backward(layer, &refs, &values, &y, &d, &mut plain, &mut dparams);
                 for (id, g) in ids.iter().zip(dparams) {
@@ -811,12 +838,12 @@ impl<T: Element> Engine for Network<T> {
         (&mut self.params, &mut self.grads)
     }
     fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>> {
-        let values: Vec<Vec<T>> =
-            table.value.iter().map(|v| v.iter().map(|&v| T::of(v)).collect()).collect();
+        let values: Vec<Vec<T>> = table.value.iter().map(|v| v.iter().map(|&v| T::of(v)).collect()).collect();
         let image = shape.h * shape.w * 3;
         Network::forward(self, &[shape], &|_, n, z: &mut [T]| {
             let [r, g, b] = table.channel;
-            let [v0, v1, v2]: [&[T; 256]; 3] = [0, 1, 2].map(|i| values[i][..].try_into().expect("256 values"));
+            let [v0, v1, v2]: [&[T; 256]; 3] =
+                [0, 1, 2].map(|i| values[i][..].try_into().expect("256 values"));
             for (z, p) in z.chunks_exact_mut(3).zip(pixels[n * image..(n + 1) * image].chunks_exact(3)) {
                 z[0] = v0[usize::from(p[r])];
                 z[1] = v1[usize::from(p[g])];

@@ -7,7 +7,8 @@ use super::losses::{
     ScaleAwareMargin,
 };
 use super::matching::{
-    match_anchors, mine_high_quality_anchors, AnchorGrid, AnchorMining, FaceBox, MatchingRecipe, Matches, Mined,
+    match_anchors, mine_high_quality_anchors, AnchorGrid, AnchorMining, FaceBox, Matches, MatchingRecipe,
+    Mined,
 };
 use super::sampler::{GroupSample, SamplerRecipe};
 use crate::detect::anchors::Anchor;
@@ -202,8 +203,7 @@ impl Objective {
         let maps = |n: usize| -> Vec<&[f32]> {
             outputs.iter().map(|o| &o.data[n * (o.data.len() / images)..][..o.data.len() / images]).collect()
         };
-        let assigned: Vec<Assigned> =
-            parallel(images, threads, |n| self.assign(&head, &maps(n), &faces[n]));
+        let assigned: Vec<Assigned> = parallel(images, threads, |n| self.assign(&head, &maps(n), &faces[n]));
         let mut counts = BatchCounts::default();
         for a in &assigned {
             counts.matched += a.matches.label.iter().filter(|&&l| l >= 0).count();
@@ -296,7 +296,8 @@ impl Objective {
         }
         let value = |i: usize| {
             let Place { level, logit, .. } = head.at(i);
-            let size = matches.face(i).map(|f| [assigned.faces[f].bbox.width(), assigned.faces[f].bbox.height()]);
+            let size =
+                matches.face(i).map(|f| [assigned.faces[f].bbox.width(), assigned.faces[f].bbox.height()]);
             let mut slope = [0.0];
             let loss = self.loss.classification.value(&maps[level][logit..=logit], size, margin, &mut slope);
             (loss, slope[0])
@@ -345,7 +346,8 @@ impl Objective {
         gradient: &mut [Vec<f32>],
         losses: &mut Losses,
     ) {
-        let (anchor, target) = ([center[0], center[1], size[0], size[1]], [face.x1, face.y1, face.x2, face.y2]);
+        let (anchor, target) =
+            ([center[0], center[1], size[0], size[1]], [face.x1, face.y1, face.x2, face.y2]);
         let value = self.loss.boxes.value(place.offsets(maps), anchor, self.variances, target);
         losses.boxes += f64::from(value.loss * weight);
         losses.iou += f64::from(value.iou);

@@ -271,7 +271,8 @@ mod tests {
 
     #[test]
     fn sides_follow_their_shares() {
-        let text = format!("{LEAST}\n[batch]\nsides = [{{ side = 320, share = 3 }}, {{ side = 640, share = 1 }}]");
+        let text =
+            format!("{LEAST}\n[batch]\nsides = [{{ side = 320, share = 3 }}, {{ side = 640, share = 1 }}]");
         let r = Recipe::parse(&text).unwrap();
         assert_eq!([0, 74, 75, 99].map(|s| r.side(s, 100)), [320, 320, 640, 640]);
     }

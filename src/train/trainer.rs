@@ -109,14 +109,18 @@ impl Trainer {
         if !start.tensors.contains_key("predict2.weight") {
             detector.set_prior(&mut weights, PRIOR);
         }
-        let frozen =
-            Frozen { parameters: recipe.model.freeze.clone(), statistics: recipe.model.freeze_statistics.clone() };
+        let frozen = Frozen {
+            parameters: recipe.model.freeze.clone(),
+            statistics: recipe.model.freeze_statistics.clone(),
+        };
         let half = match recipe.run.precision {
             Precision::F32 => false,
             Precision::Auto => bf16_supported(),
             Precision::Bf16 if bf16_supported() => true,
             Precision::Bf16 => {
-                return Err(Error::Unsupported("run.precision bf16: this CPU has no AMX; take f32 or auto".into()))
+                return Err(Error::Unsupported(
+                    "run.precision bf16: this CPU has no AMX; take f32 or auto".into(),
+                ))
             }
         };
         let levels = STRIDES
@@ -326,7 +330,12 @@ impl Trainer {
     }
 
     /// Scores the model as it is; where it is the best so far, writes it to `best`.
-    pub fn evaluate(&mut self, dev: &Dev, best: &Path, progress: &mut dyn FnMut(usize, usize)) -> Result<DevScore> {
+    pub fn evaluate(
+        &mut self,
+        dev: &Dev,
+        best: &Path,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<DevScore> {
         let weights = self.model()?;
         let model = Model::from_weights(&weights)?;
         let score = dev.score(&model, self.engine.threads(), progress)?;
@@ -354,7 +363,8 @@ fn options(recipe: &Recipe, engine: &dyn Engine) -> Vec<ParamOptions> {
         .zip(trainable)
         .map(|(p, &trainable)| {
             let fits = |(prefix, _): &(&String, &f32)| p.name.starts_with(prefix.as_str());
-            let longest = recipe.model.learning_rate.iter().filter(fits).max_by_key(|(prefix, _)| prefix.len());
+            let longest =
+                recipe.model.learning_rate.iter().filter(fits).max_by_key(|(prefix, _)| prefix.len());
             ParamOptions {
                 lr_multiplier: longest.map_or(1.0, |(_, m)| *m),
                 decay: matches!(p.role, ParamRole::Weight { .. }),

@@ -94,9 +94,10 @@ pub(super) fn units(graph: &Graph) -> (Vec<Unit>, Vec<Option<usize>>) {
         };
         let x = node.inputs[0];
         // The unit that shows the input to this node alone, if it is still open for a normalisation or activation.
-        let open = enlarged[x.0].is_none().then(|| unit(&x)).filter(|&u| {
-            readers[x.0] == 1 && made[u].slope == 1.0 && !matches!(made[u].op, Op::Input(_))
-        });
+        let open = enlarged[x.0]
+            .is_none()
+            .then(|| unit(&x))
+            .filter(|&u| readers[x.0] == 1 && made[u].slope == 1.0 && !matches!(made[u].op, Op::Input(_)));
         let slope = match layer {
             Layer::Activation(Activation::Relu) => Some(0.0),
             Layer::Activation(Activation::LeakyRelu(slope)) => Some(*slope),
@@ -200,7 +201,9 @@ mod tests {
         assert_eq!(units.len(), 5, "input, c + n + relu, d, relu, sum with its enlargement");
         assert_eq!((of[c.0], of[n.0], of[a.0]), (None, None, Some(1)));
         assert!(units[1].norm.is_some() && units[1].slope == 0.0);
-        assert!(matches!(&units[3].op, Op::Sum { enlarged } if enlarged == &[false]) && units[3].slope == 0.0);
+        assert!(
+            matches!(&units[3].op, Op::Sum { enlarged } if enlarged == &[false]) && units[3].slope == 0.0
+        );
         assert!(matches!(&units[4].op, Op::Sum { enlarged } if enlarged == &[false, true]));
         assert_eq!((units[4].inputs.clone(), of[up.0]), (vec![2, 1], None));
     }

@@ -224,7 +224,7 @@ pub(super) fn product(a: &[bf16], a_pixel: usize, pixels: usize, b: &Packed<bf16
     assert!(c.len() >= rows * c_row, "result too short");
     let chunk = tile_depth(depth);
     let panel = depth * 16; // values of 16 channels
-    // SAFETY: the lengths were checked; `b` was packed in blocks of 16 channels of `depth` values.
+                            // SAFETY: the lengths were checked; `b` was packed in blocks of 16 channels of `depth` values.
     unsafe {
         let _tiles = Tiles::configure(chunk);
         for y in (0..rows).step_by(32) {

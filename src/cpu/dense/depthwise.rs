@@ -141,8 +141,11 @@ pub fn backward<T: Element>(
 
             // Input rows that this band writes, and the gradient rows that they and the band's weights need.
             let last = band.end == g.out[0];
-            let owned = (band.start * g.stride[0]).min(g.input[0])
-                ..if last { g.input[0] } else { (band.end * g.stride[0]).min(g.input[0]) };
+            let owned = (band.start * g.stride[0]).min(g.input[0])..if last {
+                g.input[0]
+            } else {
+                (band.end * g.stride[0]).min(g.input[0])
+            };
             let reach = (g.dilation[0] * (g.kernel[0] - 1)) as isize;
             let (top, step) = (g.padding[0] as isize, g.stride[0] as isize);
             let first = (owned.start as isize + top - reach).div_euclid(step).min(band.start as isize);
@@ -186,7 +189,9 @@ pub fn backward<T: Element>(
                 run(isa, &d[from..], d_columns, c, g, [1, 1], turned, zeros, out, size);
             } else {
                 let args = DepthwiseDataArgs {
-                    d: d.as_ptr().wrapping_add(back[1] * c).wrapping_offset(-first * (d_columns * c) as isize),
+                    d: d.as_ptr()
+                        .wrapping_add(back[1] * c)
+                        .wrapping_offset(-first * (d_columns * c) as isize),
                     d_row: d_columns * c,
                     d_pixel: c,
                     out: g.out,

@@ -1,13 +1,27 @@
 //! How values of maps are stored while training.
 
-use super::gemm::Packed;
+use super::Packed;
 use crate::cpu::kernels::{bf16_bits, Vector};
 use crate::cpu::Isa;
 use half::bf16;
 
-/// f32, or bf16 where AMX multiplies it. Sealed: its registers are this crate's own.
-#[allow(private_bounds, private_interfaces)]
-pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + PartialEq + 'static {
+/// Loads and stores in registers.
+pub(crate) trait Stored: Copy {
+    /// A register of `n` values at `p`, zeros in the other lanes.
+    ///
+    /// # Safety
+    /// As [`Vector`]'s loads.
+    unsafe fn load<V: Vector>(p: *const Self, n: usize) -> V;
+    /// Stores `n` lanes.
+    ///
+    /// # Safety
+    /// As [`Vector`]'s stores.
+    unsafe fn store<V: Vector>(v: V, p: *mut Self, n: usize);
+}
+
+/// f32, or bf16 where AMX multiplies it; no other type can be one.
+#[allow(private_bounds)] // which is what seals it
+pub trait Element: Stored + Default + Send + Sync + std::fmt::Debug + PartialEq + 'static {
     /// Name in recipes and logs.
     const NAME: &'static str;
     #[doc(hidden)]
@@ -16,20 +30,6 @@ pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + PartialEq + 
     fn f32(self) -> f32;
     /// Nearest value; ties to even.
     fn of(v: f32) -> Self;
-    /// A register of `n` values at `p`, zeros in the other lanes.
-    ///
-    /// # Safety
-    /// As [`Vector`]'s loads.
-    #[doc(hidden)]
-    unsafe fn load<V: Vector>(p: *const Self, n: usize) -> V;
-    /// Stores `n` lanes.
-    ///
-    /// # Safety
-    /// As [`Vector`]'s stores.
-    #[doc(hidden)]
-    unsafe fn store<V: Vector>(v: V, p: *mut Self, n: usize);
-    /// Packs a `depth` x `channels` matrix for [`Element::product`].
-    fn pack(isa: Isa, depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Packed<Self>;
     /// `c[p][n] = sum over k of a[p][k] * b[k][n]`: `a` is `pixels` x `a_pixel` values, `c`
     /// `pixels` x [`channel_stride`](super::gemm::channel_stride). Rows past `pixels` up to the next 16 may be read
     /// and written: both buffers have them.
@@ -47,17 +47,7 @@ pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + PartialEq + 
     );
 }
 
-impl Element for f32 {
-    const NAME: &'static str = "f32";
-    const BF16: bool = false;
-    #[inline(always)]
-    fn f32(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    fn of(v: f32) -> Self {
-        v
-    }
+impl Stored for f32 {
     #[inline(always)]
     unsafe fn load<V: Vector>(p: *const Self, n: usize) -> V {
         // SAFETY: the same contract.
@@ -68,8 +58,18 @@ impl Element for f32 {
         // SAFETY: the same contract.
         unsafe { v.store_upto(p, n) }
     }
-    fn pack(isa: Isa, depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Packed<Self> {
-        super::gemm::pack_f32(isa, depth, channels, at)
+}
+
+impl Element for f32 {
+    const NAME: &'static str = "f32";
+    const BF16: bool = false;
+    #[inline(always)]
+    fn f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn of(v: f32) -> Self {
+        v
     }
     fn product(isa: Isa, a: &[Self], a_pixel: usize, pixels: usize, b: &Packed<Self>, c: &mut [f32]) {
         super::gemm::product_f32(isa, a, a_pixel, pixels, b, c);
@@ -86,17 +86,7 @@ impl Element for f32 {
     }
 }
 
-impl Element for bf16 {
-    const NAME: &'static str = "bf16";
-    const BF16: bool = true;
-    #[inline(always)]
-    fn f32(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-    #[inline(always)]
-    fn of(v: f32) -> Self {
-        Self::from_bits(bf16_bits(v))
-    }
+impl Stored for bf16 {
     #[inline(always)]
     unsafe fn load<V: Vector>(p: *const Self, n: usize) -> V {
         // SAFETY: the same contract; bf16 is its bits.
@@ -107,8 +97,18 @@ impl Element for bf16 {
         // SAFETY: the same contract; bf16 is its bits.
         unsafe { v.store_bf16(p.cast(), n) }
     }
-    fn pack(_: Isa, depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Packed<Self> {
-        super::gemm::pack_bf16(depth, channels, at)
+}
+
+impl Element for bf16 {
+    const NAME: &'static str = "bf16";
+    const BF16: bool = true;
+    #[inline(always)]
+    fn f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn of(v: f32) -> Self {
+        Self::from_bits(bf16_bits(v))
     }
     #[cfg(target_arch = "x86_64")]
     fn product(_: Isa, a: &[Self], a_pixel: usize, pixels: usize, b: &Packed<Self>, c: &mut [f32]) {

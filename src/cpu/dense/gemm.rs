@@ -5,7 +5,6 @@ use crate::cpu::kernels::backward::OuterArgs;
 use crate::cpu::kernels::conv::{panel_registers, panels, ConvArgs, Residual};
 use crate::cpu::kernels::Kernels;
 use crate::cpu::Isa;
-use half::bf16;
 
 /// Channels of a row of results: padded to whole tiles of 16.
 pub fn channel_stride(channels: usize) -> usize {
@@ -28,52 +27,57 @@ pub fn operand_stride(values: usize) -> usize {
 pub struct Packed<T> {
     pub(super) depth: usize,
     pub(super) channels: usize,
-    /// f32: panels of `[depth][panel width]`. bf16: blocks of 16 channels, `[depth / 2][16][2]`.
+    /// Panels of channels; in each `[depth / group][panel width][group]`: groups of 1 for f32, pairs for bf16.
     pub(super) values: Vec<T>,
+    /// Channels of a panel, as a power of two, and of the last one.
+    panel_bits: u32,
+    last_width: usize,
+    /// Depth with its padding.
+    rows: usize,
+    /// Values of consecutive depth that stand together, as a power of two.
+    group_bits: u32,
     /// Zeros, one a lane (the f32 kernel adds a bias).
     zeros: Vec<f32>,
 }
 
 impl<T: Element> Packed<T> {
-    /// Packs from a function of (depth, channel).
-    pub fn new(isa: Isa, depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Self {
+    /// Zeros.
+    pub fn new(isa: Isa, depth: usize, channels: usize) -> Self {
         assert!(depth > 0 && channels > 0, "a product of nothing");
-        T::pack(isa, depth, channels, at)
-    }
-}
-
-pub(super) fn pack_f32(
-    isa: Isa,
-    depth: usize,
-    channels: usize,
-    at: &dyn Fn(usize, usize) -> f32,
-) -> Packed<f32> {
-    let lanes = Kernels::of(isa).lanes;
-    let mut values = Vec::new();
-    for p in 0..panels(channels, lanes) {
-        let first = p * 2 * lanes;
-        let width = panel_registers(channels, lanes, p) * lanes;
-        for k in 0..depth {
-            values.extend((first..first + width).map(|n| if n < channels { at(k, n) } else { 0.0 }));
+        let lanes = Kernels::of(isa).lanes;
+        let (panel, last_width, rows, group_bits) = if T::BF16 {
+            (16, 16, operand_stride(depth), 1)
+        } else {
+            let last = panels(channels, lanes) - 1;
+            (2 * lanes, panel_registers(channels, lanes, last) * lanes, depth, 0)
+        };
+        let before = (channels.div_ceil(panel) - 1) * panel;
+        Self {
+            depth,
+            channels,
+            values: vec![T::default(); (before + last_width) * rows],
+            panel_bits: panel.trailing_zeros(),
+            last_width,
+            rows,
+            group_bits,
+            zeros: if T::BF16 { Vec::new() } else { vec![0.0; channels.next_multiple_of(panel)] },
         }
     }
-    let zeros = vec![0.0; channels.next_multiple_of(2 * lanes)];
-    Packed { depth, channels, values, zeros }
-}
 
-pub(super) fn pack_bf16(depth: usize, channels: usize, at: &dyn Fn(usize, usize) -> f32) -> Packed<bf16> {
-    let mut values = Vec::with_capacity(operand_stride(depth) * channel_stride(channels));
-    for first in (0..channels).step_by(16) {
-        for pair in (0..operand_stride(depth)).step_by(2) {
-            for n in first..first + 16 {
-                for k in pair..pair + 2 {
-                    let v = if n < channels && k < depth { at(k, n) } else { 0.0 };
-                    values.push(Element::of(v));
-                }
-            }
-        }
+    /// Sets value (k, n).
+    #[inline(always)]
+    pub fn set(&mut self, k: usize, n: usize, v: f32) {
+        let panel = n >> self.panel_bits;
+        let first = panel << self.panel_bits;
+        let width = if (panel + 1) << self.panel_bits >= self.channels {
+            self.last_width
+        } else {
+            1 << self.panel_bits
+        };
+        let at = (((k >> self.group_bits) * width + n - first) << self.group_bits)
+            + (k & ((1 << self.group_bits) - 1));
+        self.values[first * self.rows + at] = T::of(v);
     }
-    Packed { depth, channels, values, zeros: Vec::new() }
 }
 
 /// [`Element::product`] on the tiles of the inference kernels: a convolution of one row, one tap.

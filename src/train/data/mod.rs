@@ -121,7 +121,10 @@ impl Dataset {
             return Err(Error::InvalidData(format!(
                 "no pictures to train on in {} source(s); check the paths{}. {}",
                 sources.len(),
-                first.map_or_else(String::new, |p| format!(" (the first picture is looked for at {})", p.display())),
+                first.map_or_else(String::new, |p| format!(
+                    " (the first picture is looked for at {})",
+                    p.display()
+                )),
                 dataset.warnings
             )));
         }

@@ -88,7 +88,10 @@ fn jpeg_is_complete(file: &[u8]) -> bool {
 /// The picture file that an annotation means; an error that names it where there is none under any extension.
 pub fn find_picture(path: &Path) -> Result<PathBuf> {
     find(path).ok_or_else(|| {
-        Error::io(path, std::io::Error::new(std::io::ErrorKind::NotFound, "no such picture, under any extension"))
+        Error::io(
+            path,
+            std::io::Error::new(std::io::ErrorKind::NotFound, "no such picture, under any extension"),
+        )
     })
 }
 
