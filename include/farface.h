@@ -200,6 +200,16 @@ farface_status farface_model_load(const char *path, farface_model **model);
 farface_status farface_model_load_memory(const void *data, size_t size, farface_model **model);
 
 /**
+ * The model within the library: no file is read. A library built without the feature
+ * `default-model`, as firmware may be, has none.
+ *
+ * Ownership: `*model` is the caller's, for farface_model_destroy().
+ * Threads: any.
+ * Errors: FARFACE_ERROR_UNSUPPORTED where the library has no model; `*model` is then NULL.
+ */
+farface_status farface_model_default(farface_model **model);
+
+/**
  * Gives the model back. NULL is fine. Sessions made from it keep working.
  *
  * Threads: any, but no other call may be using the handle.

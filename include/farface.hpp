@@ -106,6 +106,14 @@ public:
         handle_.reset(handle);
     }
 
+    /** The model within the library; throws where it was built without one. */
+    static Model default_model()
+    {
+        farface_model *handle = nullptr;
+        check(farface_model_default(&handle));
+        return Model(handle);
+    }
+
     /** Name, or "". */
     std::string name() const { return text(farface_model_name); }
     /** Licence of the weights, or "". */
@@ -128,6 +136,8 @@ private:
     struct Destroy {
         void operator()(farface_model *handle) const { farface_model_destroy(handle); }
     };
+
+    explicit Model(farface_model *handle) noexcept : handle_(handle) {}
 
     std::string text(farface_status (*getter)(const farface_model *, const char **)) const
     {

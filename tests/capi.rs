@@ -56,6 +56,7 @@ fn null_is_an_error_that_names_the_argument() {
     unsafe {
         check(farface_model_load(null(), &mut model_out), "path");
         check(farface_model_load(path, null_mut()), "model");
+        check(farface_model_default(null_mut()), "model");
         check(farface_model_load_memory(null(), 5, &mut model_out), "data");
         check(farface_model_load_memory(path.cast(), 1, null_mut()), "model");
         check(farface_model_name(null(), &mut text), "model");
@@ -571,4 +572,20 @@ fn sizes_beyond_the_caps_are_refused_before_memory_is_taken() {
         assert_eq!(farface_session_warmup(session.0, 640, 480), FARFACE_ERROR_LIMIT_EXCEEDED);
     }
     assert!(message().contains("min_face_px"), "{}", message());
+}
+
+#[test]
+fn the_default_model_detects_or_says_which_feature_it_lacks() {
+    let mut model = null_mut();
+    // SAFETY: a live place.
+    let status = unsafe { farface_model_default(&mut model) };
+    if cfg!(feature = "default-model") {
+        assert_eq!(status, FARFACE_OK, "{}", message());
+        let model = capi::Model(model);
+        let session = capi::session(&model, &capi::options(&model));
+        all(&session, &Picture::rgb(160, 120, 1).view());
+    } else {
+        assert_eq!((status, model), (FARFACE_ERROR_UNSUPPORTED, null_mut()));
+        assert!(message().contains("default-model"), "{}", message());
+    }
 }

@@ -364,7 +364,9 @@ fn a_bad_model_is_named_with_its_reason() {
     let text = error("short.safetensors");
     assert!(text.contains("short.safetensors: not a complete safetensors file"), "{text}");
     assert!(error("none.safetensors").contains("none.safetensors: No such file"));
-    assert!(bench.error(&["detect", "a.png"]).contains("--model"));
+    if cfg!(not(feature = "default-model")) {
+        assert!(bench.error(&["detect", "a.png"]).contains("--model"));
+    }
 }
 
 #[test]
@@ -550,6 +552,18 @@ fn convert_takes_the_detector_by_name_and_writes_onnx() {
     assert!(holds("any.onnx", "predict2.height") && !holds("vga.onnx", "predict2.height"));
     assert!(holds("any.onnx", "\"kind\":\"pyramid\"") && holds("vga.onnx", "body.stage1.0.0.weight"));
     assert_eq!(file("copy.safetensors"), file("nano.safetensors"));
+}
+
+#[test]
+#[cfg(feature = "default-model")]
+fn commands_use_the_built_in_model_where_none_is_named() {
+    let bench = Bench::new();
+    bench.picture("a.png", 160, 120);
+    let text = bench.ok(&["detect", "a.png", "--json"]);
+    assert!(serde_json::from_str::<Value>(&text).unwrap()["faces"].is_array(), "{text}");
+    let inspect: Value = serde_json::from_str(&bench.ok(&["inspect", "--json"])).unwrap();
+    assert_eq!((&inspect["file"], &inspect["config"]["name"]), (&Value::Null, &"farface-nano".into()));
+    assert!(bench.ok(&["bench", "--size", "96x64", "--runs", "1"]).contains("96x64:"));
 }
 
 /// Parts of the first line that starts with `name`.

@@ -81,6 +81,22 @@ pub unsafe extern "C" fn farface_model_load_memory(
     })
 }
 
+/// The model within the library: no file is read. A library built without the feature
+/// `default-model`, as firmware may be, has none.
+///
+/// Ownership: `*model` is the caller's, for farface_model_destroy().
+/// Threads: any.
+/// Errors: FARFACE_ERROR_UNSUPPORTED where the library has no model; `*model` is then NULL.
+#[no_mangle]
+pub unsafe extern "C" fn farface_model_default(model: *mut *mut farface_model) -> farface_status {
+    guard(|| {
+        // SAFETY: the caller's promise about `model`.
+        let out = unsafe { handle_out(model)? };
+        deliver(&out, Model::default_model()?);
+        Ok(())
+    })
+}
+
 /// Gives the model back. NULL is fine. Sessions made from it keep working.
 ///
 /// Threads: any, but no other call may be using the handle.

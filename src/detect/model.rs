@@ -23,7 +23,25 @@ struct Inner {
     reach: Reach,
 }
 
+/// The model file within the library, where it was built with one.
+#[cfg(feature = "default-model")]
+const DEFAULT_MODEL: Option<&[u8]> = Some(include_bytes!("../../models/farface-nano.safetensors"));
+#[cfg(not(feature = "default-model"))]
+const DEFAULT_MODEL: Option<&[u8]> = None;
+
 impl Model {
+    /// The model within the library, `farface-nano`: no file is read.
+    ///
+    /// Errors: [`Error::Unsupported`] in a build without the feature `default-model`.
+    pub fn default_model() -> Result<Self> {
+        Self::from_bytes(DEFAULT_MODEL.ok_or_else(|| {
+            Error::Unsupported(
+                "no model is within this build, which lacks the feature `default-model`; load a model file"
+                    .into(),
+            )
+        })?)
+    }
+
     /// Loads a safetensors model file. Errors name the file and the tensor; a file above
     /// [`MAX_FILE_BYTES`](crate::graph::weights::MAX_FILE_BYTES) is refused unread.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
@@ -79,5 +97,25 @@ impl Model {
     /// Receptive field and largest stride of the network.
     pub fn reach(&self) -> Reach {
         self.0.reach
+    }
+}
+
+#[cfg(all(test, feature = "default-model"))]
+mod tests {
+    use super::*;
+    use crate::detect::Session;
+    use crate::pixels::{ImageView, PixelFormat};
+
+    #[test]
+    fn the_default_model_is_small_says_what_it_is_and_runs() {
+        assert!(DEFAULT_MODEL.is_some_and(|bytes| bytes.len() < 1_000_000));
+        let model = Model::default_model().unwrap();
+        let config = model.config();
+        assert_eq!(config.name, "farface-nano");
+        assert!(!config.licence.is_empty() && !config.data.is_empty(), "licence and data must be stated");
+        let grey = vec![127; 160 * 120 * 3];
+        let picture = ImageView::packed(160, 120, PixelFormat::Rgb8, &grey).unwrap();
+        let found = Session::new(&model).unwrap().detect(&picture).unwrap().len();
+        assert!(found <= config.max_candidates);
     }
 }

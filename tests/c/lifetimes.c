@@ -114,6 +114,9 @@ int main(int argc, char **argv)
 
     MUST(argc == 2 && farface_abi_version() == FARFACE_ABI_VERSION);
     MUST(farface_model_load("no such file", &model) == FARFACE_ERROR_IO && model == NULL);
+    /* The default model, or NULL where the library was built without. */
+    MUST((farface_model_default(&model) == FARFACE_OK) == (model != NULL));
+    farface_model_destroy(model);
     MUST(farface_model_load(argv[1], &model) == FARFACE_OK);
 
     /* From memory, given back before use; cut short, refused. */

@@ -31,6 +31,8 @@ int main(int, char **argv)
 {
     MUST(thrown([] { farface::Model model("no such file"); }) == FARFACE_ERROR_IO);
     MUST(thrown([] { farface::Model model("short", 5); }) == FARFACE_ERROR_INVALID_MODEL);
+    const farface_status status = thrown([] { MUST(farface::Model::default_model().name() == "farface-nano"); });
+    MUST(status == FARFACE_OK || status == FARFACE_ERROR_UNSUPPORTED);
 
     farface::Model first(argv[1]);
     MUST(first.name() == "random-1" && first.licence().empty() && first.training_data().empty());

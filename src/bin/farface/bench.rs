@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 /// against the multiply-adds that this processor was just measured to do.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
-  farface bench --model m.safetensors --size 640x480 --size 1920x1080 --threads 2
+  farface bench --size 640x480 --size 1920x1080 --threads 2
   farface bench --model m.safetensors --image crowd.jpg --layers")]
 pub struct Args {
     #[command(flatten)]

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 /// and the exit code is 1.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
-  farface detect photo.jpg --model m.safetensors -o out
+  farface detect photo.jpg -o out
       prints the faces and draws them on out/photo.faces.png
   farface detect crowd.png --model m.safetensors --min-face 6 --threshold 0.3
       searches enlarged copies too, for faces from 6 pixels

@@ -17,17 +17,25 @@ use std::path::PathBuf;
 /// at a picture size, then the steps that they are compiled to on this processor.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
+  farface inspect
   farface inspect model.safetensors
   farface inspect model.safetensors --size 1920x1080 --json")]
 pub struct Args {
-    /// Model file (safetensors)
-    model: PathBuf,
+    /// Model file (safetensors); without, the one built in
+    model: Option<PathBuf>,
     /// Picture size that shapes, multiply-adds and memory are told for
     #[arg(long, value_name = "WxH", default_value = "640x480")]
     size: PictureSize,
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+impl Args {
+    /// The file's name; None for the model built in.
+    fn file(&self) -> Option<String> {
+        self.model.as_ref().map(|path| path.display().to_string())
+    }
 }
 
 /// A layer as built.
@@ -40,7 +48,7 @@ struct LayerInfo {
 }
 
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
-    let model = Model::load(&args.model)?;
+    let model = crate::model::load(args.model.as_deref())?;
     let input = [Shape::new(1, 3, args.size.height, args.size.width)];
     let layers = layers(&model, &input)?;
     let steps = Plan::describe(model.network(), &input)?;
@@ -133,7 +141,7 @@ fn to_text(
             format!("{} bytes for {}", group(packed as u64), farface::cpu::isa::detected().name()),
         ),
     ];
-    writeln!(out, "{}", args.model.display())?;
+    writeln!(out, "{}", args.file().unwrap_or_else(|| "built in".into()))?;
     for (name, value) in facts {
         writeln!(out, "  {name:<16} {value}")?;
     }
@@ -169,7 +177,8 @@ fn to_text(
 /// The same facts in JSON; sizes are N, C, H, W.
 #[derive(Serialize)]
 struct Json<'a> {
-    file: String,
+    /// Null for the model built in.
+    file: Option<String>,
     config: &'a ModelConfig,
     width: usize,
     height: usize,
@@ -227,7 +236,7 @@ fn json<'a>(
         multiply_adds: s.macs,
     };
     Json {
-        file: args.model.display().to_string(),
+        file: args.file(),
         config: model.config(),
         width: args.size.width,
         height: args.size.height,

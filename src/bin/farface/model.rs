@@ -1,12 +1,12 @@
 //! Which model a command uses.
 
-use anyhow::{bail, Result};
+use anyhow::{Context, Result};
 use farface::detect::Model;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub struct ModelArg {
-    /// Model file (safetensors)
+    /// Model file (safetensors); without, the one built in
     #[arg(long, short, value_name = "FILE")]
     model: Option<PathBuf>,
 }
@@ -14,11 +14,15 @@ pub struct ModelArg {
 impl ModelArg {
     /// The model named, or the one built in.
     pub fn load(&self) -> Result<Model> {
-        match &self.model {
-            Some(path) => Ok(Model::load(path)?),
-            None => bail!(
-                "no model is built into this program yet; name one with --model FILE (`farface convert` makes one of public weights)"
-            ),
-        }
+        load(self.model.as_deref())
+    }
+}
+
+/// The model of this file, or the one built in.
+pub fn load(path: Option<&Path>) -> Result<Model> {
+    match path {
+        Some(path) => Ok(Model::load(path)?),
+        None => Model::default_model()
+            .context("name a model with --model FILE (`farface convert` makes one of public weights)"),
     }
 }
