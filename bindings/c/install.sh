@@ -7,17 +7,18 @@
 # PREFIX/lib      libfarface.a, libfarface.so (with soname), pkgconfig/farface.pc, cmake/farface
 #
 # DESTDIR is put before PREFIX while copying, LIBDIR names the library folder (default lib), CARGO
-# the cargo to use. Without cargo options the bare library is built: --no-default-features.
+# the cargo to use. Without cargo options the bare library is built, with the default
+# model in it: --no-default-features --features default-model.
 set -eu
 
-[ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 prefix=$1
 case $prefix in
 /*) ;;
 *) echo "PREFIX must be absolute: $prefix" >&2; exit 2 ;;
 esac
 shift
-[ $# -gt 0 ] || set -- --no-default-features
+[ $# -gt 0 ] || set -- --no-default-features --features default-model
 root=$(cd "$(dirname "$0")/../.." && pwd)
 libdir=${LIBDIR:-lib}
 out=${DESTDIR:-}$prefix
