@@ -162,6 +162,7 @@ macro_rules! unroll {
     };
 }
 
+#[cfg(feature = "train")]
 pub(crate) use unroll;
 
 /// MR pixels x NR registers of channels, all taps, then bias, residual, activation, store.
