@@ -7,7 +7,7 @@ python=${FARFACE_PYTHON:-}
 if [ -z "$python" ]; then
     venv=target/onnx-venv
     [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet numpy onnx onnxruntime
+    "$venv/bin/python" -m pip install --quiet numpy onnx onnxruntime safetensors
     python=$PWD/$venv/bin/python
 fi
 log=$(mktemp)
