@@ -140,8 +140,21 @@ fn worst(a: &[f32], b: &[f64]) -> f64 {
 fn check<T: Element>(seed: u64, threads: usize, frozen: bool, tolerance: f64) -> Vec<Vec<f32>> {
     let mut rng = Rng::new(seed);
     let graph = mixed(&mut rng);
-    let weights = Weights::random(&graph, seed);
     let shape = Shape::new(1 + rng.below(4), 3, 20 + rng.below(30), 20 + rng.below(30));
+    check_graph::<T>(graph, shape, rng, seed, threads, frozen, tolerance)
+}
+
+/// One step of `graph` on random values of `shape` against the plain loops.
+fn check_graph<T: Element>(
+    graph: Graph,
+    shape: Shape,
+    mut rng: Rng,
+    seed: u64,
+    threads: usize,
+    frozen: bool,
+    tolerance: f64,
+) -> Vec<Vec<f32>> {
+    let weights = Weights::random(&graph, seed);
     let values: Vec<f32> = (0..shape.len()).map(|_| half::bf16::from_f32(rng.normal()).to_f32()).collect();
     let shapes = graph.shapes(&[shape]).unwrap();
     let d_outputs: Vec<Tensor> = graph
@@ -201,6 +214,29 @@ fn bf16_follows_the_plain_loops_within_its_precision() {
     }
     for seed in 0..12 {
         check::<half::bf16>(seed, 1 + seed as usize % 3, seed % 4 == 3, 0.03);
+    }
+}
+
+/// Inputs that no window reads, in bands behind the first; kernels smaller and larger than their stride.
+#[test]
+fn strided_depthwise_convolutions_leave_what_they_skip_without_gradient() {
+    for (i, (conv, side)) in [
+        (Conv2d::depthwise(256, 1).stride(2), 16),
+        (Conv2d::depthwise(256, 3).stride(2).padding([0; 4]), 12),
+        (Conv2d::depthwise(40, 3).stride(3), 40),
+        (Conv2d::depthwise(24, 5).stride(2).padding([4, 4, 4, 4]), 33),
+        (Conv2d::depthwise(17, 3).dilation(2).stride(2), 29),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut b = Builder::new();
+        let x = b.input("x", 3);
+        let y = b.conv("first", x, Conv2d::new(3, conv.in_channels, 1));
+        let y = b.conv("depthwise", y, conv);
+        b.output("y", y);
+        let shape = Shape::new(2, 3, side, side + 1);
+        check_graph::<f32>(b.finish(), shape, Rng::new(i as u64), i as u64, 2, false, 2e-5);
     }
 }
 

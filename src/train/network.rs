@@ -83,7 +83,8 @@ impl<T: Element> Map<T> {
 /// Which batch normalisations and parameters stand still.
 #[derive(Clone, Debug, Default)]
 pub struct Frozen {
-    /// Parameters whose names begin so are not trained, and their batch normalisations keep their statistics.
+    /// Parameters whose names begin so are not trained; a batch normalisation whose running mean is among them keeps its
+    /// statistics.
     pub parameters: Vec<String>,
     /// Batch normalisations whose parameters' names begin so keep their statistics; scale and shift are trained.
     pub statistics: Vec<String>,
@@ -340,6 +341,8 @@ impl<T: Element> Network<T> {
     /// Adds to all gradients what follows from those of the outputs, `d_outputs` in the graph's order (as
     /// [`Network::output`]).
     pub fn backward(&mut self, d_outputs: &[Tensor]) -> Result<()> {
+        // What an earlier call left that failed.
+        self.spare.extend(self.maps.iter_mut().filter_map(|m| m.dy.take()));
         for (index, d) in d_outputs.iter().enumerate() {
             let u = self.shown_by[self.graph.outputs[index].1 .0].expect("an output is shown");
             if d.shape != self.shapes[self.units[u].node] {
@@ -854,7 +857,12 @@ impl<T: Element> Engine for Network<T> {
     }
     fn backward(&mut self, d_outputs: &[Tensor]) -> Result<()> {
         self.clear_gradients();
-        Network::backward(self, d_outputs)
+        Network::backward(self, d_outputs)?;
+        // What is frozen has no part in the gradient's norm.
+        for (g, _) in self.grads.iter_mut().zip(&self.trainable).filter(|(_, &trained)| !trained) {
+            g.fill(0.0);
+        }
+        Ok(())
     }
     fn threads(&self) -> usize {
         Network::threads(self)

@@ -170,7 +170,7 @@ impl Objective {
         Ok(())
     }
 
-    /// The anchors of a picture of `side` x `side` pixels whose outputs have these shapes, and output and place of
+    /// The anchors of a picture whose outputs have these shapes, and output and place of
     /// every group.
     fn grid(&self, outputs: &[Shape]) -> (AnchorGrid, Vec<(usize, usize)>) {
         let (mut grid, mut groups) = (AnchorGrid::new(), Vec::new());

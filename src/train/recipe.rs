@@ -60,7 +60,8 @@ pub struct ModelRecipe {
     /// Put before the names in that file.
     #[serde(default)]
     pub start_prefix: String,
-    /// Parameters whose names begin so are not trained, and their batch normalisations stand still.
+    /// Parameters whose names begin so are not trained; a batch normalisation whose running mean is among them keeps its
+    /// statistics.
     #[serde(default)]
     pub freeze: Vec<String>,
     /// Batch normalisations whose names begin so keep their statistics.
@@ -97,7 +98,7 @@ pub struct DataRecipe {
 pub struct DevRecipe {
     /// Text list of the pictures.
     pub list: PathBuf,
-    /// Folder of the event folders.
+    /// Folder of the event folders. All pictures stay in memory, decoded, beside `cache-gb`.
     pub images: PathBuf,
     /// Folder of the evaluator's .mat files, for Easy, Medium and Hard; without it the AP over all faces alone.
     #[serde(default)]

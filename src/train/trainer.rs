@@ -95,6 +95,8 @@ impl Trainer {
         if let Some(path) = &recipe.model.start {
             let file = Weights::load(base.join(path))?;
             for (name, tensor) in file.tensors {
+                // A training's checkpoint: its parameters (averages and optimiser buffers are named otherwise).
+                let name = name.strip_prefix("param/").unwrap_or(&name);
                 start.tensors.insert(format!("{}{name}", recipe.model.start_prefix), tensor);
             }
             if !graph.params.iter().any(|p| start.tensors.contains_key(&p.name)) {
@@ -103,6 +105,17 @@ impl Trainer {
                     path.display(),
                     recipe.model.start_prefix
                 )));
+            }
+            for p in &graph.params {
+                if let Some(t) = start.tensors.get(&p.name).filter(|t| t.shape != p.shape) {
+                    return Err(Error::InvalidArgument(format!(
+                        "model.start {}: {} has shape {:?}, the network needs {:?}",
+                        path.display(),
+                        p.name,
+                        t.shape,
+                        p.shape
+                    )));
+                }
             }
         }
         let mut weights = fresh(&graph, &start, recipe.run.seed);

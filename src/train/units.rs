@@ -49,7 +49,7 @@ pub(super) struct Unit {
     pub op: Op,
     /// Units whose values the operation reads.
     pub inputs: Vec<usize>,
-    /// Second inputs that only give a size, as nodes.
+    /// The normalisation behind the operation.
     pub norm: Option<Norm>,
     /// 1 none, 0 ReLU, between leaky.
     pub slope: f32,

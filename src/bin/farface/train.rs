@@ -170,8 +170,15 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     if checkpoint.exists() && !args.restart {
         trainer.resume(&checkpoint).context("--restart starts anew, --out takes another folder")?;
     } else {
-        for old in [&checkpoint, &log_path] {
-            let _ = std::fs::remove_file(old);
+        for old in
+            ["last.checkpoint", "log.jsonl", "best.safetensors", "final.safetensors"].map(|n| dir.join(n))
+        {
+            match std::fs::remove_file(&old) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(farface::Error::io(&old, e).into())
+                }
+                _ => {}
+            }
         }
         files::write(&dir.join("recipe.toml"), text.as_bytes())?;
     }

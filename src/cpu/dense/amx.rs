@@ -4,6 +4,7 @@
 //! tmm0..3 hold sums (2 x 2 tiles), tmm4, 5 the left operand, tmm6, 7 the right one.
 
 use super::gemm::{channel_stride, operand_stride};
+use super::maps::holds;
 use super::Packed;
 use crate::cpu::Isa;
 use half::bf16;
@@ -220,7 +221,7 @@ pub(super) fn product(a: &[bf16], a_pixel: usize, pixels: usize, b: &Packed<bf16
     let depth = operand_stride(b.depth);
     let c_row = channel_stride(b.channels);
     let rows = pixels.next_multiple_of(16);
-    assert!(a_pixel >= depth && a.len() >= rows * a_pixel, "operand too short");
+    assert!(a_pixel >= depth && holds(a.len(), rows, a_pixel), "operand too short");
     assert!(c.len() >= rows * c_row, "result too short");
     let chunk = tile_depth(depth);
     let panel = depth * 16; // values of 16 channels
@@ -269,8 +270,8 @@ pub(super) fn outer(
     let depth = pixels.next_multiple_of(32);
     let (rows, columns) = (channel_stride(inputs), channel_stride(channels));
     // A block of 16 values is read whole, past the last pixel's end.
-    assert!(a_pixel >= inputs && a.len() >= depth * a_pixel + 16, "operand too short");
-    assert!(d_pixel >= channels && d.len() >= depth * d_pixel + 16, "gradient too short");
+    assert!(a_pixel >= inputs && holds(a.len().saturating_sub(16), depth, a_pixel), "operand too short");
+    assert!(d_pixel >= channels && holds(d.len().saturating_sub(16), depth, d_pixel), "gradient too short");
     assert!(sums.len() >= rows * columns, "sums too short");
     if scratch.len() < depth * (rows + columns) {
         scratch.resize(depth * (rows + columns), bf16::ZERO);

@@ -63,8 +63,8 @@ impl Geometry {
     }
 }
 
-/// `z = conv(source) + bias` for the images of `source`; `sums`, `[2][C]`, gains the sums of the stored values and of
-/// their squares.
+/// `z = conv(source) + bias` for the images of `source`; `sums`, `[2][C]`, gains the sums of the values (before they
+/// are rounded to be stored) and of their squares.
 pub fn forward<T: Element>(
     isa: Isa,
     g: &Geometry,
@@ -279,7 +279,7 @@ impl<'a, T: Element> RowSums<'a, T> {
             let Some(y) = (self.first + r).checked_sub(g.padding[0]).filter(|&y| y < height) else {
                 continue;
             };
-            let from = &from[g.padding[1] * ci..][..inside * ci];
+            let from = &from[g.padding[1].min(columns) * ci..][..inside * ci];
             deposit(isa, from, ci, ci, &mut self.dx[y * width * ci..][..inside * ci], self.add);
             if !self.add {
                 self.dx[(y * width + inside) * ci..(y + 1) * width * ci].fill(T::default());

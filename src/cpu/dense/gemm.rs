@@ -1,5 +1,6 @@
 //! Matrices packed for the products, and the products in f32.
 
+use super::maps::holds;
 use super::Element;
 use crate::cpu::kernels::backward::OuterArgs;
 use crate::cpu::kernels::conv::{panel_registers, panels, ConvArgs, Residual};
@@ -25,6 +26,8 @@ pub fn operand_stride(values: usize) -> usize {
 
 /// A `depth` x `channels` matrix in the order its product reads it.
 pub struct Packed<T> {
+    /// Lanes of the registers it was packed for.
+    lanes: usize,
     pub(super) depth: usize,
     pub(super) channels: usize,
     /// Panels of channels; in each `[depth / group][panel width][group]`: groups of 1 for f32, pairs for bf16.
@@ -53,6 +56,7 @@ impl<T: Element> Packed<T> {
         };
         let before = (channels.div_ceil(panel) - 1) * panel;
         Self {
+            lanes,
             depth,
             channels,
             values: vec![T::default(); (before + last_width) * rows],
@@ -90,10 +94,12 @@ pub(super) fn product_f32(
     c: &mut [f32],
 ) {
     let stride = channel_stride(b.channels);
+    let kernels = Kernels::of(isa);
+    assert_eq!(b.lanes, kernels.lanes, "weights packed for another instruction set");
     if pixels == 0 {
         return;
     }
-    assert!(a_pixel >= b.depth && a.len() >= (pixels - 1) * a_pixel + b.depth, "operand too short");
+    assert!(a_pixel >= b.depth && holds(a.len() + a_pixel - b.depth, pixels, a_pixel), "operand too short");
     assert!(c.len() >= pixels * stride, "result too short");
     let args = ConvArgs {
         input: a.as_ptr(),
@@ -116,7 +122,6 @@ pub(super) fn product_f32(
         add_rows: &[],
         add_columns: &[],
     };
-    let kernels = Kernels::of(isa);
     // SAFETY: the lengths were checked; weights and zeros were packed for these lanes.
     unsafe { (kernels.conv)(&args, 0..1, 0..panels(b.channels, kernels.lanes)) }
 }
@@ -133,8 +138,11 @@ pub(super) fn outer_f32(
         return;
     }
     let sums_row = channel_stride(channels);
-    assert!(a_pixel >= inputs && a.len() >= (pixels - 1) * a_pixel + inputs, "operand too short");
-    assert!(d_pixel >= channels && d.len() >= (pixels - 1) * d_pixel + channels, "gradient too short");
+    assert!(a_pixel >= inputs && holds(a.len() + a_pixel - inputs, pixels, a_pixel), "operand too short");
+    assert!(
+        d_pixel >= channels && holds(d.len() + d_pixel - channels, pixels, d_pixel),
+        "gradient too short"
+    );
     assert!(sums.len() >= inputs * sums_row, "sums too short");
     let args = OuterArgs {
         a: a.as_ptr(),

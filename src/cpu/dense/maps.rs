@@ -80,6 +80,11 @@ impl<'a, T: Element> Gradient<'a, T> {
     }
 }
 
+/// Whether `len` values hold `rows` rows of `stride`, which may be beyond any size.
+pub(super) fn holds(len: usize, rows: usize, stride: usize) -> bool {
+    rows.checked_mul(stride).is_some_and(|n| len >= n)
+}
+
 /// One pass, over any registers.
 pub(super) trait Pass {
     /// Whether it stores bf16.
@@ -188,7 +193,10 @@ impl<T: Element, O: Element> Pass for Read<'_, T, O> {
 /// Writes what readers of `source` see to `to`, `pixel` values a pixel (those past the channels 0).
 pub fn read<T: Element, O: Element>(isa: Isa, source: Source<'_, T>, to: &mut [O], pixel: usize) {
     let (pixels, c) = (source.checked(), source.channels());
-    assert!(pixel >= c && to.len() >= pixels * pixel, "no room for what is read");
+    assert!(pixel >= c && holds(to.len(), pixels, pixel), "no room for what is read");
+    if pixels == 0 {
+        return;
+    }
     // SAFETY: the lengths were checked.
     unsafe { dispatch(isa, Read { source, pixels, to, pixel }) };
     clear_rest(to, pixels, pixel, c);
@@ -240,7 +248,10 @@ impl<T: Element, O: Element> Pass for PullBack<'_, T, O> {
 /// Writes `dz` to `to`, `pixel` values a pixel (those past the channels 0).
 pub fn pull_back<T: Element, O: Element>(isa: Isa, gradient: Gradient<'_, T>, to: &mut [O], pixel: usize) {
     let (pixels, c) = (gradient.checked(), gradient.channels());
-    assert!(pixel >= c && to.len() >= pixels * pixel, "no room for the gradient");
+    assert!(pixel >= c && holds(to.len(), pixels, pixel), "no room for the gradient");
+    if pixels == 0 {
+        return;
+    }
     // SAFETY: the lengths were checked.
     unsafe { dispatch(isa, PullBack { gradient, pixels, to, pixel }) };
     clear_rest(to, pixels, pixel, c);
@@ -296,6 +307,9 @@ impl<T: Element> Pass for GradientSums<'_, T> {
 pub fn gradient_sums<T: Element>(isa: Isa, gradient: Gradient<'_, T>, sums: &mut [f32]) {
     let pixels = gradient.checked();
     assert_eq!(sums.len(), 2 * gradient.channels(), "two sums a channel");
+    if pixels == 0 {
+        return;
+    }
     // SAFETY: the lengths were checked.
     unsafe { dispatch(isa, GradientSums { gradient, pixels, sums }) };
 }
@@ -358,7 +372,10 @@ pub fn finish<T: Element>(
 ) {
     let c = bias.len();
     let pixels = z.len() / c.max(1);
-    assert!(stride >= c && from.len() >= pixels * stride && sums.len() == 2 * c, "lengths of a result");
+    assert!(stride >= c && holds(from.len(), pixels, stride) && sums.len() == 2 * c, "lengths of a result");
+    if pixels == 0 {
+        return;
+    }
     // SAFETY: the lengths were checked.
     unsafe { dispatch(isa, Finish { from, stride, bias, pixels, z, sums }) };
 }
@@ -396,7 +413,10 @@ impl<T: Element> Pass for Deposit<'_, T> {
 /// `to = from` or, where `add`, `to += from`: `stride` values a pixel of `from`, `channels` of them taken.
 pub fn deposit<T: Element>(isa: Isa, from: &[f32], stride: usize, channels: usize, to: &mut [T], add: bool) {
     let pixels = to.len() / channels.max(1);
-    assert!(stride >= channels && from.len() >= pixels * stride, "lengths of a gradient");
+    assert!(stride >= channels && holds(from.len(), pixels, stride), "lengths of a gradient");
+    if pixels == 0 {
+        return;
+    }
     // SAFETY: the lengths were checked.
     unsafe { dispatch(isa, Deposit { from, stride, channels, pixels, to, add }) };
 }
@@ -432,6 +452,9 @@ impl<T: Element> Pass for ColumnSums<'_, T> {
 pub fn column_sums<T: Element>(isa: Isa, from: &[T], stride: usize, sums: &mut [f32]) {
     assert!(stride >= sums.len(), "sums of more channels than there are");
     let pixels = from.len() / stride.max(1);
+    if pixels == 0 {
+        return;
+    }
     // SAFETY: the lengths were checked.
     unsafe { dispatch(isa, ColumnSums { from, stride, pixels, sums }) };
 }

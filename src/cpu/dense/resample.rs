@@ -61,7 +61,7 @@ impl Resampling {
         Self { input, rows, columns, largest: false }
     }
 
-    /// Makes `z` of the images of `source`; `sums`, `[2][C]`, gains the sums of the stored values and of their squares.
+    /// Makes `z` of the images of `source`; `sums`, `[2][C]`, gains the sums of the values and of their squares.
     pub fn forward<T: Element>(
         &self,
         isa: Isa,

@@ -13,7 +13,8 @@ fn mask(n: usize) -> __mmask16 {
     (1u16 << n) - 1
 }
 
-// SAFETY of every block below: the trait's contract (the caller is compiled for AVX-512F, the
+// SAFETY of every block below: the trait's contract (the caller is compiled for AVX-512 F, BW and VL, for
+// `store_bf16` for BF16 too, which its callers check; the
 // pointers are good for the lanes named).
 impl Vector for F32x16 {
     const LANES: usize = 16;

@@ -279,12 +279,13 @@ unsafe fn data_columns<V: Vector>(a: &DepthwiseDataArgs, y: usize, phase: usize,
             }
         }
         // The rest; taps that are not there have weight 0 and read the first one's place.
-        let first = if held == 0 { a.d.wrapping_add(c) } else { taps[0].1 };
+        let first = taps[0].1; // not read where none is held: row 0 may lie before what `d` holds
         for tap in &mut taps[held..] {
             *tap = (V::splat(0.0), first);
         }
         match held {
-            0 | 1 => tap_sums::<V, 1>(a, &taps, to, pixels, n, add),
+            0 => tap_sums::<V, 0>(a, &taps, to, pixels, n, add),
+            1 => tap_sums::<V, 1>(a, &taps, to, pixels, n, add),
             2 => tap_sums::<V, 2>(a, &taps, to, pixels, n, add),
             3 | 4 => tap_sums::<V, 4>(a, &taps, to, pixels, n, add),
             _ => tap_sums::<V, HELD_TAPS>(a, &taps, to, pixels, n, add),
