@@ -31,7 +31,7 @@ pub trait Element: Stored + Default + Send + Sync + std::fmt::Debug + PartialEq 
     /// Nearest value; ties to even.
     fn of(v: f32) -> Self;
     /// `c[p][n] = sum over k of a[p][k] * b[k][n]`: `a` is `pixels` x `a_pixel` values, `c`
-    /// `pixels` x [`channel_stride`](super::gemm::channel_stride). Rows past `pixels` up to the next 16 may be read
+    /// `pixels` x `channel_stride` (whole blocks of 16). Rows past `pixels` up to the next 16 may be read
     /// and written: both buffers have them.
     fn product(isa: Isa, a: &[Self], a_pixel: usize, pixels: usize, b: &Packed<Self>, c: &mut [f32]);
     /// `sums[k][n] += sum over p of a[p][k] * d[p][n]` for operands (values, stride, width); `sums` has

@@ -22,7 +22,7 @@ pub struct Source<'a, T> {
 }
 
 /// The gradient with respect to a stored map, from the gradient `dy` that its readers left:
-/// `dz = a[c] * g + b[c] * z + c[c]`, where g = dy * act'(scale[c] * z + shift[c]). With a batch normalisation
+/// `dz = a[c] * g + b[c] * z + c[c]`, where `g = dy * act'(scale[c] * z + shift[c])`. With a batch normalisation
 /// of batch statistics (Ioffe and Szegedy 2015, section 3), and M values a channel,
 /// a = gamma / std, b = -gamma * dgamma / (M * std^2), c = -b * mean - gamma * dbeta / (M * std).
 #[derive(Clone, Copy)]
