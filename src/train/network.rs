@@ -1,4 +1,4 @@
-//! A network while it is trained: forward and backward over a batch, on the units of [`units`](super::units).
+//! A network while it is trained: forward and backward over a batch, on the units of `train/units.rs`.
 //!
 //! The batch is split over the threads by images; sums over a batch (statistics, parameter gradients) are added up in
 //! the threads' order, so that a step gives the same bits whenever it is run on as many threads.
