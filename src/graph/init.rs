@@ -59,6 +59,24 @@ impl Weights {
         }
         weights
     }
+
+    /// These weights with the parameters of `graph` that they lack as a new network starts: He-scaled normal weights (He et al.
+    /// 2015, equation 10), zero biases, neutral normalisations.
+    #[cfg(feature = "train")]
+    pub fn completed(&self, graph: &Graph, seed: u64) -> Self {
+        let random = Self::random(graph, seed);
+        let mut all = Self { metadata: self.metadata.clone(), ..Self::default() };
+        for p in &graph.params {
+            let data = match (self.tensors.get(&p.name), p.role) {
+                (Some(t), _) if t.shape == p.shape => t.data.clone(),
+                (_, ParamRole::Weight { .. }) => random.tensors[&p.name].data.clone(),
+                (_, ParamRole::NormScale | ParamRole::NormVariance) => vec![1.0; p.len()],
+                (_, ParamRole::Bias | ParamRole::NormShift | ParamRole::NormMean) => vec![0.0; p.len()],
+            };
+            all.insert(&p.name, &p.shape, data);
+        }
+        all
+    }
 }
 
 fn random_value(p: &Param, rng: &mut Rng) -> f32 {

@@ -4,7 +4,7 @@ use super::checkpoint::{write_whole, Checkpoint};
 use super::data::Dataset;
 use super::dev::{Dev, DevScore};
 use super::loader::{Batch, Loader, LoaderConfig, Sides};
-use super::network::{fresh, Engine, Frozen, InputTable, Network};
+use super::network::{Engine, Frozen, InputTable, Network};
 use super::objective::{Level, Losses, Objective};
 use super::optim::{clip_global_norm, first_non_finite, global_norm, Ema, Optimizer, ParamOptions, Schedule};
 use super::recipe::{Precision, Recipe};
@@ -118,7 +118,7 @@ impl Trainer {
                 }
             }
         }
-        let mut weights = fresh(&graph, &start, recipe.run.seed);
+        let mut weights = start.completed(&graph, recipe.run.seed);
         if !start.tensors.contains_key("predict2.weight") {
             detector.set_prior(&mut weights, PRIOR);
         }

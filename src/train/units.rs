@@ -55,6 +55,21 @@ pub(super) struct Unit {
     pub slope: f32,
 }
 
+impl Unit {
+    /// Parameters it trains.
+    pub(super) fn params(&self) -> Vec<ParamId> {
+        let mut all: Vec<ParamId> = match &self.op {
+            Op::Conv { weight, bias, .. } | Op::Depthwise { weight, bias, .. } => {
+                std::iter::once(*weight).chain(*bias).collect()
+            }
+            Op::Plain { params, .. } => params.clone(),
+            _ => Vec::new(),
+        };
+        all.extend(self.norm.iter().flat_map(|n: &Norm| [n.scale, n.shift]));
+        all
+    }
+}
+
 /// Units of `graph` in its order, and for every node the unit that shows its value (None where the value exists
 /// nowhere: it is between a unit's operation and its activation, or enlarged on the way).
 pub(super) fn units(graph: &Graph) -> (Vec<Unit>, Vec<Option<usize>>) {

@@ -1,0 +1,82 @@
+//! The seam between trainer and network: what a GPU's network will implement, too.
+
+use super::Network;
+use crate::cpu::dense::Element;
+use crate::error::Result;
+use crate::graph::Graph;
+use crate::shape::{Shape, Tensor};
+
+/// What the trainer asks of whatever walks the network: this crate's CPU kernels, at either precision.
+pub trait Engine: Send {
+    /// The network.
+    fn graph(&self) -> &Graph;
+    /// Whether each parameter is trained.
+    fn trainable(&self) -> &[bool];
+    /// Parameters in the order of the graph's, PyTorch's layout.
+    fn params(&mut self) -> &mut [Vec<f32>];
+    /// Parameters to change, and their gradients.
+    fn params_and_grads(&mut self) -> (&mut [Vec<f32>], &mut [Vec<f32>]);
+    /// Outputs for a batch of `shape`, of pixels N x H x W x 3 in RGB. `table` gives the network's value of each pixel value
+    /// by input channel, and which channel of the pixel each is.
+    fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>>;
+    /// Clears the gradients and sets them from those of the outputs.
+    fn backward(&mut self, d_outputs: &[Tensor]) -> Result<()>;
+    /// Threads it runs on.
+    fn threads(&self) -> usize;
+    /// How maps are stored.
+    fn precision(&self) -> &'static str;
+}
+
+/// Network input by pixel value.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InputTable {
+    /// For every input channel: the pixel's channel it comes from.
+    pub channel: [usize; 3],
+    /// For every input channel and pixel value.
+    pub value: [Vec<f32>; 3],
+}
+
+impl<T: Element> Engine for Network<T> {
+    fn graph(&self) -> &Graph {
+        &self.graph
+    }
+    fn trainable(&self) -> &[bool] {
+        &self.trainable
+    }
+    fn params(&mut self) -> &mut [Vec<f32>] {
+        &mut self.params
+    }
+    fn params_and_grads(&mut self) -> (&mut [Vec<f32>], &mut [Vec<f32>]) {
+        (&mut self.params, &mut self.grads)
+    }
+    fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>> {
+        let values: Vec<Vec<T>> = table.value.iter().map(|v| v.iter().map(|&v| T::of(v)).collect()).collect();
+        let image = shape.h * shape.w * 3;
+        Network::forward(self, &[shape], &|_, n, z: &mut [T]| {
+            let [r, g, b] = table.channel;
+            let [v0, v1, v2]: [&[T; 256]; 3] =
+                [0, 1, 2].map(|i| values[i][..].try_into().expect("256 values"));
+            for (z, p) in z.chunks_exact_mut(3).zip(pixels[n * image..(n + 1) * image].chunks_exact(3)) {
+                z[0] = v0[usize::from(p[r])];
+                z[1] = v1[usize::from(p[g])];
+                z[2] = v2[usize::from(p[b])];
+            }
+        })?;
+        Ok((0..self.graph.outputs.len()).map(|i| self.output(i)).collect())
+    }
+    fn backward(&mut self, d_outputs: &[Tensor]) -> Result<()> {
+        self.clear_gradients();
+        Network::backward(self, d_outputs)?;
+        // What is frozen has no part in the gradient's norm.
+        for (g, _) in self.grads.iter_mut().zip(&self.trainable).filter(|(_, &trained)| !trained) {
+            g.fill(0.0);
+        }
+        Ok(())
+    }
+    fn threads(&self) -> usize {
+        Network::threads(self)
+    }
+    fn precision(&self) -> &'static str {
+        T::NAME
+    }
+}

@@ -1,0 +1,186 @@
+//! The forward pass of a batch, and what readers of each map apply.
+
+use super::batch::{on_parts, Job};
+use super::sum::sum_forward;
+use super::{geometry, resampling, shown, with_size, Network};
+use crate::cpu::dense::{conv, depthwise, maps, pages, Element};
+use crate::error::{Error, Result};
+use crate::graph::build::ParamId;
+use crate::graph::exec;
+use crate::shape::{Shape, Tensor};
+use crate::train::units::Op;
+use std::ops::Range;
+
+impl<T: Element> Network<T> {
+    /// Runs the network on a batch with the batch's statistics, which move the running ones. `inputs` in the graph's
+    /// order, N x H x W x C; every input's values are written by `fill(input, image, values)`, image by image, on the
+    /// threads.
+    pub fn forward(
+        &mut self,
+        inputs: &[Shape],
+        fill: &(dyn Fn(usize, usize, &mut [T]) + Sync),
+    ) -> Result<()> {
+        self.shapes = self.graph.shapes(inputs)?;
+        let images = inputs.first().map_or(0, |s| s.n);
+        if inputs.iter().any(|s| s.n != images) {
+            return Err(Error::InvalidArgument("inputs of different batch sizes".into()));
+        }
+        for u in 0..self.units.len() {
+            self.forward_unit(u, images, fill)?;
+        }
+        Ok(())
+    }
+
+    fn forward_unit(
+        &mut self,
+        u: usize,
+        images: usize,
+        fill: &(dyn Fn(usize, usize, &mut [T]) + Sync),
+    ) -> Result<()> {
+        let unit = &self.units[u];
+        let shape = self.shapes[unit.node];
+        let (c, per_image) = (shape.c, shape.c * shape.h * shape.w);
+        let mut z = std::mem::take(&mut self.maps[u].z);
+        if z.capacity() < shape.len() {
+            z = pages::buffer(shape.len());
+        }
+        z.resize(shape.len(), T::default());
+        for t in &mut self.threads {
+            t.sums.clear();
+            t.sums.resize(2 * c, 0.0);
+        }
+        let (maps, shapes, isa, params) = (&self.maps, &self.shapes, self.isa, &self.params);
+        let size = |i: usize| shapes[self.units[i].node];
+        let source = |i: usize, images: &Range<usize>| {
+            let s = size(i);
+            maps[i].source(images, s.c * s.h * s.w)
+        };
+        let zeros = vec![0.0; c];
+        let bias_of = |bias: Option<ParamId>| bias.map_or(&zeros[..], |b| &params[b.0]);
+        let (pool, threads) = (&mut self.pool, &mut self.threads);
+        let mut run = |job: &Job<T>| on_parts(pool, threads, &mut z, per_image, images, job);
+        match &unit.op {
+            Op::Input(place) => run(&|range, z, _| {
+                for (n, z) in range.clone().zip(z.chunks_exact_mut(per_image.max(1))) {
+                    fill(*place, n, z);
+                }
+            }),
+            Op::Conv { conv, weight, bias } => {
+                let g = geometry(conv, size(unit.inputs[0]), shape);
+                let packed = g.pack::<T>(isa, &params[weight.0]);
+                let bias = bias_of(*bias);
+                run(&|range, z, t| {
+                    let x = source(unit.inputs[0], range);
+                    conv::forward(isa, &g, x, &packed, bias, z, &mut t.sums, &mut t.scratch);
+                });
+            }
+            Op::Depthwise { conv, weight, bias } => {
+                let g = geometry(conv, size(unit.inputs[0]), shape);
+                let packed = depthwise::pack(&g, &params[weight.0], false);
+                let bias = bias_of(*bias);
+                run(&|range, z, t| {
+                    let x = source(unit.inputs[0], range);
+                    depthwise::forward(isa, &g, x, &packed, bias, z, &mut t.sums, &mut t.scratch);
+                });
+            }
+            Op::Sum { enlarged } => run(&|range, z, t| {
+                let inputs = unit.inputs.iter().zip(enlarged).map(|(&i, &e)| (source(i, range), size(i), e));
+                sum_forward(isa, shape, &inputs.collect::<Vec<_>>(), z, t);
+            }),
+            Op::Concat => run(&|range, z, t| {
+                let mut first = 0;
+                for &i in &unit.inputs {
+                    let x = source(i, range);
+                    let part = x.channels();
+                    let [values, ..] = &mut t.rows;
+                    values.resize(x.z.len(), 0.0);
+                    maps::read(isa, x, values, part);
+                    for (to, from) in z.chunks_exact_mut(c).zip(values.chunks_exact(part)) {
+                        for (to, from) in to[first..first + part].iter_mut().zip(from) {
+                            *to = T::of(*from);
+                        }
+                    }
+                    first += part;
+                }
+                statistics(z, c, &mut t.sums);
+            }),
+            Op::MaxPool(_) | Op::Bilinear => {
+                let r = resampling(&unit.op, size(unit.inputs[0]), shape);
+                run(&|range, z, t| {
+                    r.forward(isa, source(unit.inputs[0], range), z, &mut t.sums, &mut t.scratch);
+                });
+            }
+            Op::Plain { layer, params: ids } => {
+                let inputs: Vec<Tensor> =
+                    unit.inputs.iter().map(|&i| shown(isa, &maps[i], size(i))).collect();
+                let inputs = with_size(&self.graph, unit, inputs, shapes);
+                let values: Vec<&[f32]> = ids.iter().map(|p| &params[p.0][..]).collect();
+                let y = exec::forward(layer, &inputs.iter().collect::<Vec<_>>(), &values)?;
+                z.iter_mut().zip(&y.data).for_each(|(z, &v)| *z = T::of(v));
+                statistics(&z, c, &mut self.threads[0].sums);
+            }
+        }
+        let mut sums = vec![0.0; 2 * c];
+        for t in &self.threads {
+            sums.iter_mut().zip(&t.sums).for_each(|(s, v)| *s += v);
+        }
+        self.maps[u].z = z;
+        self.normalise(u, &sums, (images * shape.h * shape.w) as f64)
+    }
+
+    /// What readers of unit `u` apply, from its sums over `count` values a channel; moves the running statistics.
+    fn normalise(&mut self, u: usize, sums: &[f64], count: f64) -> Result<()> {
+        let unit = &self.units[u];
+        let c = sums.len() / 2;
+        let map = &mut self.maps[u];
+        map.slope = unit.slope;
+        map.scale.clear();
+        map.shift.clear();
+        let Some(norm) = unit.norm else {
+            map.scale.resize(c, 1.0);
+            map.shift.resize(c, 0.0);
+            return Ok(());
+        };
+        map.mean.clear();
+        map.inv_std.clear();
+        if !self.frozen_norm[u] && count < 2.0 {
+            return Err(Error::InvalidArgument(format!(
+                "{}: a batch normalisation trains on two or more values a channel; use a larger batch or picture",
+                unit.name
+            )));
+        }
+        for i in 0..c {
+            let (mean, variance) = if self.frozen_norm[u] {
+                (f64::from(self.params[norm.mean.0][i]), f64::from(self.params[norm.variance.0][i]))
+            } else {
+                let mean = sums[i] / count;
+                let variance = (sums[c + i] / count - mean * mean).max(0.0);
+                let m = norm.momentum;
+                let unbiased = variance * count / (count - 1.0);
+                let running = &mut self.params[norm.mean.0][i];
+                *running = ((1.0 - m) * f64::from(*running) + m * mean) as f32;
+                let running = &mut self.params[norm.variance.0][i];
+                *running = ((1.0 - m) * f64::from(*running) + m * unbiased) as f32;
+                (mean, variance)
+            };
+            let inv_std = 1.0 / (variance + norm.eps).sqrt();
+            let scale = f64::from(self.params[norm.scale.0][i]) * inv_std;
+            map.mean.push(mean as f32);
+            map.inv_std.push(inv_std as f32);
+            map.scale.push(scale as f32);
+            map.shift.push((f64::from(self.params[norm.shift.0][i]) - mean * scale) as f32);
+        }
+        Ok(())
+    }
+}
+
+/// Adds the sums of values and of their squares.
+fn statistics<T: Element>(z: &[T], c: usize, sums: &mut [f64]) {
+    for z in z.chunks_exact(c) {
+        for (i, v) in z.iter().enumerate() {
+            let v = f64::from(v.f32());
+            sums[i] += v;
+            sums[c + i] += v * v;
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! A network while it is trained: forward and backward over a batch, on the units of `train/units.rs`.
+//!
+//! The batch is split over the threads by images; sums over a batch (statistics, parameter gradients) are added up in
+//! the threads' order, so that a step gives the same bits whenever it is run on as many threads.
+
+mod backward;
+mod batch;
+mod engine;
+mod forward;
+mod sum;
+
+use super::units::{units, Op, Unit};
+use crate::cpu::dense::resample::Resampling;
+use crate::cpu::dense::{maps, Element, Geometry, Scratch, Source};
+use crate::cpu::{isa, Isa, Pool};
+use crate::error::{Error, Result};
+use crate::graph::build::ParamId;
+use crate::graph::{Graph, Weights};
+use crate::layers::{Conv2d, Layer};
+use crate::shape::{Shape, Tensor};
+use std::ops::Range;
+
+pub use engine::{Engine, InputTable};
+
+/// A network, its parameters, their gradients, and the maps of the batch at hand, stored as `T`.
+pub struct Network<T: Element> {
+    graph: Graph,
+    units: Vec<Unit>,
+    /// For every node the unit that shows it.
+    shown_by: Vec<Option<usize>>,
+    /// For every unit whether anything trainable lies at or before it.
+    wanted: Vec<bool>,
+    /// For every parameter.
+    trainable: Vec<bool>,
+    /// Batch normalisations that keep their running statistics.
+    frozen_norm: Vec<bool>,
+    /// Values in the order of [`Graph::params`], PyTorch's layout.
+    pub params: Vec<Vec<f32>>,
+    /// Gradients, likewise; [`Network::backward`] adds to them.
+    pub grads: Vec<Vec<f32>>,
+    isa: Isa,
+    pool: Pool,
+    threads: Vec<Thread<T>>,
+    maps: Vec<Map<T>>,
+    /// Gradient buffers not in use.
+    spare: Vec<Vec<T>>,
+    shapes: Vec<Shape>,
+}
+
+/// A thread's buffers.
+#[derive(Default)]
+struct Thread<T> {
+    scratch: Scratch<T>,
+    sums: Vec<f64>,
+    dw: Vec<f32>,
+    db: Vec<f32>,
+    rows: [Vec<f32>; 3],
+}
+
+/// A unit's map of the batch.
+#[derive(Default)]
+struct Map<T> {
+    /// As stored.
+    z: Vec<T>,
+    /// What readers apply.
+    scale: Vec<f32>,
+    shift: Vec<f32>,
+    slope: f32,
+    /// Of the batch, where there is a normalisation.
+    mean: Vec<f32>,
+    inv_std: Vec<f32>,
+    /// Gradient with respect to what readers see, once one has left some.
+    dy: Option<Vec<T>>,
+}
+
+impl<T: Element> Map<T> {
+    fn source(&self, images: &Range<usize>, per_image: usize) -> Source<'_, T> {
+        Source {
+            z: &self.z[images.start * per_image..images.end * per_image],
+            scale: &self.scale,
+            shift: &self.shift,
+            slope: self.slope,
+        }
+    }
+}
+
+/// Which batch normalisations and parameters stand still.
+#[derive(Clone, Debug, Default)]
+pub struct Frozen {
+    /// Parameters whose names begin so are not trained; a batch normalisation whose running mean is among them keeps its
+    /// statistics.
+    pub parameters: Vec<String>,
+    /// Batch normalisations whose parameters' names begin so keep their statistics; scale and shift are trained.
+    pub statistics: Vec<String>,
+}
+
+impl<T: Element> Network<T> {
+    /// A network with the values of `weights` (all of them there), on `threads` threads.
+    pub fn new(graph: Graph, weights: &Weights, frozen: &Frozen, threads: usize) -> Result<Self> {
+        let params = graph
+            .params
+            .iter()
+            .map(|p| Ok(weights.get(&p.name, &p.shape)?.to_vec()))
+            .collect::<Result<Vec<_>>>()?;
+        let begins = |name: &str, with: &[String]| with.iter().any(|w| name.starts_with(w.as_str()));
+        for prefix in frozen.parameters.iter().chain(&frozen.statistics) {
+            if !graph.params.iter().any(|p| p.name.starts_with(prefix.as_str())) {
+                return Err(Error::InvalidArgument(format!("no parameter's name begins with {prefix:?}")));
+            }
+        }
+        let trainable: Vec<bool> =
+            graph.params.iter().map(|p| p.trained() && !begins(&p.name, &frozen.parameters)).collect();
+        let still = |p: ParamId| {
+            let name = &graph.params[p.0].name;
+            begins(name, &frozen.parameters) || begins(name, &frozen.statistics)
+        };
+        let (units, shown_by) = units(&graph);
+        let frozen_norm = units.iter().map(|u| u.norm.is_some_and(|n| still(n.mean))).collect();
+        let mut wanted: Vec<bool> = Vec::with_capacity(units.len());
+        for u in &units {
+            let own = u.params().iter().any(|p| trainable[p.0]);
+            wanted.push(own || u.inputs.iter().any(|&i| wanted[i]));
+        }
+        let grads = params.iter().map(|p: &Vec<f32>| vec![0.0; p.len()]).collect();
+        let pool = Pool::new(threads).map_err(|e| Error::Unsupported(format!("threads: {e}")))?;
+        let threads = (0..pool.threads()).map(|_| Thread::default()).collect();
+        let maps = units.iter().map(|_| Map::default()).collect();
+        Ok(Self {
+            graph,
+            units,
+            shown_by,
+            wanted,
+            trainable,
+            frozen_norm,
+            params,
+            grads,
+            isa: isa::detected(),
+            pool,
+            threads,
+            maps,
+            spare: Vec::new(),
+            shapes: Vec::new(),
+        })
+    }
+
+    /// The network as built.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// Whether each parameter is trained.
+    pub fn trainable(&self) -> &[bool] {
+        &self.trainable
+    }
+
+    /// The parameters by name.
+    pub fn weights(&self) -> Weights {
+        let mut weights = Weights::default();
+        for (p, v) in self.graph.params.iter().zip(&self.params) {
+            weights.insert(&p.name, &p.shape, v.clone());
+        }
+        weights
+    }
+
+    /// Threads it runs on.
+    pub fn threads(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Sets all gradients to zero.
+    pub fn clear_gradients(&mut self) {
+        self.grads.iter_mut().for_each(|g| g.fill(0.0));
+    }
+
+    /// The graph's output `index` of the last batch, N x H x W x C.
+    pub fn output(&self, index: usize) -> Tensor {
+        let node = self.graph.outputs[index].1;
+        let u = self.shown_by[node.0].expect("an output is shown");
+        shown(self.isa, &self.maps[u], self.shapes[self.units[u].node])
+    }
+}
+
+fn geometry(conv: &Conv2d, x: Shape, out: Shape) -> Geometry {
+    Geometry {
+        input: [x.h, x.w],
+        out: [out.h, out.w],
+        channels: [x.c, out.c],
+        kernel: conv.kernel,
+        stride: conv.stride,
+        dilation: conv.dilation,
+        padding: conv.padding,
+    }
+}
+
+/// How a max pooling or bilinear interpolation makes `out` of `x`.
+fn resampling(op: &Op, x: Shape, out: Shape) -> Resampling {
+    let (from, to) = ([x.h, x.w], [out.h, out.w]);
+    match op {
+        Op::MaxPool(l) => Resampling::max(from, to, l.kernel, l.stride, [l.padding[0], l.padding[1]]),
+        _ => Resampling::bilinear(from, to),
+    }
+}
+
+/// What readers of a map see, in f32.
+fn shown<T: Element>(isa: Isa, map: &Map<T>, shape: Shape) -> Tensor {
+    let mut t = Tensor::zeros(shape);
+    maps::read(isa, map.source(&(0..shape.n), shape.c * shape.h * shape.w), &mut t.data, shape.c);
+    t
+}
+
+/// The inputs as the layer lists them: one whose second gives a size alone gets zeros of that size.
+fn with_size(graph: &Graph, unit: &Unit, mut inputs: Vec<Tensor>, shapes: &[Shape]) -> Vec<Tensor> {
+    if let Op::Plain { layer: Layer::Crop(_), .. } = unit.op {
+        if let Some(like) = graph.nodes[unit.node].inputs.get(1) {
+            inputs.push(Tensor::zeros(shapes[like.0]));
+        }
+    }
+    inputs
+}

@@ -1,0 +1,83 @@
+//! Sums of maps, one of which may be enlarged by nearest neighbours on the way (top-down paths).
+
+use super::Thread;
+use crate::cpu::dense::{maps, Element, Gradient, Source};
+use crate::cpu::Isa;
+use crate::layers::upsample::nearest_source;
+use crate::shape::Shape;
+
+/// Sum of maps, each as it is or enlarged, a row at a time.
+pub(super) fn sum_forward<T: Element>(
+    isa: Isa,
+    out: Shape,
+    inputs: &[(Source<'_, T>, Shape, bool)],
+    z: &mut [T],
+    t: &mut Thread<T>,
+) {
+    let (c, row) = (out.c, out.w * out.c);
+    let zeros = vec![0.0; c];
+    let [sum, one, sums] = &mut t.rows;
+    sum.resize(sum.len().max(row), 0.0);
+    sums.clear();
+    sums.resize(2 * c, 0.0);
+    let sum = &mut sum[..row];
+    for (at, z) in z.chunks_exact_mut(row).enumerate() {
+        let (n, y) = (at / out.h, at % out.h);
+        sum.fill(0.0);
+        for (source, from, enlarged) in inputs {
+            let sy = if *enlarged { nearest_source(y, from.h, out.h) } else { y };
+            let first = (n * from.h + sy) * from.w;
+            one.resize(one.len().max(from.w * c), 0.0);
+            maps::read(isa, source.pixels(first..first + from.w), &mut one[..from.w * c], c);
+            if *enlarged {
+                for (x, sum) in sum.chunks_exact_mut(c).enumerate() {
+                    let sx = nearest_source(x, from.w, out.w);
+                    maps::add(isa, &one[sx * c..(sx + 1) * c], sum);
+                }
+            } else {
+                maps::add(isa, &one[..row], sum);
+            }
+        }
+        maps::finish(isa, sum, c, &zeros, z, sums);
+        t.sums.iter_mut().zip(sums.iter_mut()).for_each(|(total, v)| *total += f64::from(std::mem::take(v)));
+    }
+}
+
+/// Gradient of [`sum_forward`] for one input.
+pub(super) fn sum_backward<T: Element>(
+    isa: Isa,
+    out: Shape,
+    gradient: Gradient<'_, T>,
+    from: Shape,
+    enlarged: bool,
+    dx: &mut [T],
+    add: bool,
+    t: &mut Thread<T>,
+) {
+    let (c, row) = (out.c, out.w * out.c);
+    let [d, sums, _] = &mut t.rows;
+    d.resize(d.len().max(row), 0.0);
+    let d = &mut d[..row];
+    let image = from.h * from.w * c;
+    sums.resize(sums.len().max(image), 0.0);
+    for (n, dx) in dx.chunks_exact_mut(image).enumerate() {
+        let sums = &mut sums[..image];
+        sums.fill(0.0);
+        for y in 0..out.h {
+            let first = (n * out.h + y) * out.w;
+            maps::pull_back(isa, gradient.pixels(first..first + out.w), d, c);
+            if enlarged {
+                let sy = nearest_source(y, from.h, out.h);
+                for (x, d) in d.chunks_exact(c).enumerate() {
+                    let at = (sy * from.w + nearest_source(x, from.w, out.w)) * c;
+                    maps::add(isa, d, &mut sums[at..at + c]);
+                }
+            } else {
+                maps::deposit(isa, d, c, c, &mut dx[y * row..(y + 1) * row], add);
+            }
+        }
+        if enlarged {
+            maps::deposit(isa, sums, c, c, dx, add);
+        }
+    }
+}
