@@ -36,6 +36,12 @@ pub mod eval;
 #[forbid(unsafe_code)]
 pub mod train;
 
+#[forbid(unsafe_code)]
+pub mod files;
+#[cfg(any(feature = "cli", feature = "train"))]
+#[forbid(unsafe_code)]
+pub mod picture;
+
 pub use error::{Error, Result};
 
 #[cfg(doctest)]

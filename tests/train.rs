@@ -32,8 +32,8 @@ sides = [{ side = 64, share = 0.5 }, { side = 96, share = 0.5 }]
 grey = 0.3
 blur = { probability = 0.3 }
 jpeg = { probability = 0.3 }
-low_resolution = { probability = 0.3 }
-scale_jitter = { weight = 1.0 }
+low-resolution = { probability = 0.3 }
+scale-jitter = { weight = 1.0 }
 [matching]
 kind = "first-step"
 [mining]
@@ -139,12 +139,76 @@ fn checkpoints_of_another_recipe_or_cut_short_are_refused() {
         let error = trainer(RECIPE, dir.path(), 1).resume(&path).unwrap_err().to_string();
         assert!(error.contains("state.checkpoint"), "{error}");
     }
+    // A picture less, a box moved, another precision.
+    std::fs::write(&path, &bytes).unwrap();
+    let list = dir.path().join("faces.txt");
+    let text = std::fs::read_to_string(&list).unwrap();
+    let last = text.trim_end().rfind("0--Drawn").unwrap();
+    std::fs::write(&list, &text[..last]).unwrap();
+    let error = trainer(RECIPE, dir.path(), 1).resume(&path).unwrap_err().to_string();
+    assert!(error.contains("trained on 4 pictures, now there are 3"), "{error}");
+    std::fs::write(&list, &text).unwrap();
+    if bf16_supported() {
+        let f32 = format!("{RECIPE}[run]\nprecision = \"f32\"\n");
+        let mut narrow = trainer(&f32, dir.path(), 1);
+        let path = dir.path().join("f32.checkpoint");
+        narrow.save(&path).unwrap();
+        assert!(trainer(&f32, dir.path(), 1).resume(&path).is_ok());
+        let wide =
+            Trainer::from_checkpoint(&f32.replace("\"f32\"", "\"auto\""), dir.path(), resources(1), &path);
+        assert!(wide.err().unwrap().to_string().contains("another recipe"));
+    }
+    // More threads are a note.
+    let mut more = Trainer::new(RECIPE, dir.path(), Resources { threads: 3, workers: 1 }).unwrap();
+    more.resume(&path).unwrap();
+    assert!(more.notes().iter().any(|note| note.contains("2 threads before, 3 now")), "{:?}", more.notes());
     // A refused checkpoint leaves the training as it was.
     let before = state(&mut one, dir.path());
     let cut = dir.path().join("cut.checkpoint");
     std::fs::write(&cut, &bytes[..1000]).unwrap();
     assert!(one.resume(&cut).is_err());
     assert!(state(&mut one, dir.path()) == before);
+}
+
+#[test]
+fn going_on_needs_no_start_and_a_start_says_what_it_gave() {
+    let dir = tempfile::tempdir().unwrap();
+    faces::draw(dir.path(), 4, 100, 1);
+    let start = dir.path().join("start.safetensors");
+    trainer(RECIPE, dir.path(), 1).model().unwrap().save(&start).unwrap();
+    let text = RECIPE.replace("[data]", "start = \"start.safetensors\"\n[data]");
+    let mut one = trainer(&text, dir.path(), 1);
+    let all = one.model().unwrap().tensors.len();
+    assert_eq!(one.notes(), [format!("{all} of {all} tensors from start.safetensors")]);
+    let bytes = state(&mut one, dir.path());
+    std::fs::remove_file(start).unwrap();
+    let path = dir.path().join("state.checkpoint");
+    let mut two = Trainer::from_checkpoint(&text, dir.path(), resources(1), &path).unwrap();
+    assert!(state(&mut two, dir.path()) == bytes);
+    assert!(Trainer::new(&text, dir.path(), resources(1))
+        .err()
+        .unwrap()
+        .to_string()
+        .contains("start.safetensors"));
+}
+
+#[test]
+fn what_could_not_be_read_again_is_not_written() {
+    let dir = tempfile::tempdir().unwrap();
+    faces::draw(dir.path(), 3, 100, 1);
+    // One step of this rate takes the weights beyond any number.
+    let text = RECIPE
+        .replace("kind = \"adamw\"", "kind = \"sgd\"")
+        .replace("[data]", "learning-rate = { \"\" = 100.0 }\n[data]")
+        .replace("lr = 1e-3", "lr = 1e38")
+        .replace("warm-up = { length = 2 }", "");
+    let mut one = trainer(&text, dir.path(), 1);
+    let before = state(&mut one, dir.path());
+    steps(&mut one, 1);
+    let path = dir.path().join("state.checkpoint");
+    let error = one.save(&path).unwrap_err().to_string();
+    assert!(error.contains("no longer finite") && one.model().is_err(), "{error}");
+    assert!(std::fs::read(path).unwrap() == before);
 }
 
 #[test]
@@ -199,6 +263,8 @@ fn what_is_wrong_with_a_recipe_is_named() {
         ("\"farface-nano\"", "\"farface-micro\"", "farface-micro"),
         ("\"farface-nano\"", "\"retinaface-mobile025\"", "retinaface-mobile025 cannot be trained"),
         ("\"farface-nano\"", "\"farface-nano\"\nfreeze = [\"spine\"]", "spine"),
+        ("\"farface-nano\"", "\"farface-nano\"\nlearning-rate = { \"spine\" = 0.1 }", "spine"),
+        ("[mining]", "[sampler]\n[mining]", "sampler"),
         ("\"farface-nano\"", "\"farface-nano\"\nstart = \"none.safetensors\"", "none.safetensors"),
         ("list = \"faces.txt\"", "list = \"none.txt\"", "none.txt"),
     ] {
@@ -276,12 +342,15 @@ fn cases() -> Vec<(&'static str, Objective)> {
     let square = BoxLoss::LeastSquareIou { no_overlap: NoOverlap::Zero };
     let focal = ClassLoss::Focal { alpha: 0.25, gamma: 2.0 };
     let aware = ClassLoss::RegressionAwareFocal { alpha: 0.25, gamma: 2.0 };
+    let quality = ClassLoss::QualityFocal { beta: 2.0 };
     vec![
         ("sigmoid", objective(ClassLoss::Sigmoid {}, smooth, None, all(false))),
         ("sigmoid in groups", objective(ClassLoss::Sigmoid {}, square, None, all(true))),
         ("focal", objective(focal, ln, None, all(false))),
         ("focal with mined anchors", objective(focal, ln, mining, all(false))),
         ("regression-aware focal", objective(aware, ln, mining, SamplerRecipe::default())),
+        ("quality focal", objective(quality, ln, None, SamplerRecipe::default())),
+        ("quality focal with mined anchors", objective(quality, ln, mining, SamplerRecipe::default())),
     ]
 }
 
@@ -291,8 +360,8 @@ fn parts(o: &Objective, outputs: &[Tensor], faces: &[Vec<Annotated>]) -> ([f64; 
     ([losses.class, losses.boxes * f64::from(o.loss.box_weight)], losses)
 }
 
-/// The roles of anchors and F_i depend on the offsets, but no gradient flows that way (they are constants in the papers'
-/// losses). So a logit is compared with the classification, an offset with the boxes, and where mining chooses otherwise on
+/// The roles of anchors, F_i and a face's quality depend on the offsets, but no gradient flows that way (they are constants
+/// in the papers' losses). So a logit is compared with the classification, an offset with the boxes, and where mining chooses otherwise on
 /// one side of a point there is nothing to compare.
 #[test]
 fn the_objectives_gradients_are_those_of_its_losses() {
@@ -327,7 +396,9 @@ fn the_objectives_gradients_are_those_of_its_losses() {
                 compared[offset] += usize::from(gradient != 0.0);
                 if offset == 0 {
                     assert_eq!(above[1], below[1], "{name}: a logit moved the boxes' loss");
-                } else if o.mining.is_none() {
+                } else if o.mining.is_none()
+                    && !matches!(o.loss.classification, ClassLoss::QualityFocal { .. })
+                {
                     assert_eq!(above[0], below[0], "{name}: an offset moved the classification");
                 }
             }
@@ -385,12 +456,12 @@ images = "images"
 size = 10
 sides = [{ side = 160, share = 1.0 }]
 [augment]
-random_square = { factors = [1.0] }
-data_anchor_sampling = { weight = 0.0 }
+random-square = { factors = [1.0] }
+data-anchor-sampling = { weight = 0.0 }
 photometric = { probability = 0.0 }
 blur = { probability = 0.0 }
 jpeg = { probability = 0.0 }
-low_resolution = { probability = 0.0 }
+low-resolution = { probability = 0.0 }
 [matching]
 kind = "first-step"
 [mining]
@@ -416,8 +487,8 @@ fn learn_whole_pictures(start: &Path) -> String {
         .replace("\"farface-nano\"", &start)
         .replace("side = 160", "side = 320")
         .replace(
-            "random_square = { factors = [1.0] }",
-            "random_square = { weight = 0.0 }\nexpand = { weight = 1.0, max = 1.0 }",
+            "random-square = { factors = [1.0] }",
+            "random-square = { weight = 0.0 }\nexpand = { weight = 1.0, max = 1.0 }",
         )
         .replace("length = 300", "length = 400")
 }

@@ -123,7 +123,7 @@ fn a_training_that_was_killed_again_and_again_ends_with_the_same_bits() {
     // Killed in the middle of a write.
     let cut = format!("{}{{\"kind\":\"step\",\"st", std::fs::read_to_string(&log).unwrap());
     std::fs::write(&log, cut).unwrap();
-    std::fs::write(killed.join("last.checkpoint.1.part"), "half a check").unwrap();
+    std::fs::write(killed.join(".last.checkpoint.1.part"), "half a check").unwrap();
     succeeds(dir, &args("killed"));
 
     for file in ["final.safetensors", "best.safetensors", "last.checkpoint"] {
@@ -169,4 +169,43 @@ fn a_training_stops_at_its_deadline_starts_anew_and_refuses_another_recipe() {
     std::fs::write(dir.join("bad.toml"), RECIPE.replace("log-every", "log-evry")).unwrap();
     let error = fails(dir, &["train", "bad.toml"]);
     assert!(error.contains("bad.toml") && error.contains("log-evry"), "{error}");
+}
+
+#[test]
+fn a_training_outlives_its_reader_shares_its_folder_with_none_and_keeps_models() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path();
+    faces::draw(dir, 4, 80, 2);
+    std::fs::write(dir.join("tiny.toml"), RECIPE).unwrap();
+    let mut child =
+        command(dir, &["train", "tiny.toml"]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    // The reader leaves; the second training finds the first at work.
+    drop(child.stdout.take());
+    while !dir.join("runs/tiny/last.checkpoint").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "ended early");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let error = fails(dir, &["train", "tiny.toml"]);
+    assert!(error.contains("another training is at work"), "{error}");
+    assert!(child.wait().unwrap().success());
+    let model = dir.join("runs/tiny/final.safetensors");
+    let bytes = std::fs::read(&model).unwrap();
+
+    std::fs::remove_file(dir.join("runs/tiny/last.checkpoint")).unwrap();
+    let error = fails(dir, &["train", "tiny.toml"]);
+    assert!(error.contains("no checkpoint to go on from") && error.contains("--restart"), "{error}");
+    // A new start that fails removes nothing.
+    std::fs::write(
+        dir.join("tiny.toml"),
+        RECIPE.replace("[data.dev]\nlist = \"faces.txt\"", "[data.dev]\nlist = \"no.txt\""),
+    )
+    .unwrap();
+    let error = fails(dir, &["train", "tiny.toml", "--restart"]);
+    assert!(error.contains("no.txt"), "{error}");
+    assert!(std::fs::read(&model).unwrap() == bytes);
+
+    std::fs::write(dir.join("tiny.toml"), RECIPE.replace("length = 90", "length = 3")).unwrap();
+    succeeds(dir, &["train", "tiny.toml", "--restart"]);
+    let error = fails(dir, &["convert", "runs/tiny/last.checkpoint", "x.safetensors"]);
+    assert!(error.contains("checkpoint of a training") && error.contains("best.safetensors"), "{error}");
 }

@@ -124,12 +124,12 @@ impl ModelConfig {
         }
     }
 
-    /// Our smallest model: 0.31 million parameters, 0.44 billion multiply-adds at 640x480.
+    /// Our smallest model: 0.30 million parameters, 0.35 billion multiply-adds at 640x480.
     pub fn farface_nano() -> Self {
         Self::pyramid("farface-nano", PyramidConfig::nano())
     }
 
-    /// Our small model: 1.04 million parameters, 2.9 billion multiply-adds at 640x480.
+    /// Our small model: 0.96 million parameters, 1.4 billion multiply-adds at 640x480.
     pub fn farface_small() -> Self {
         Self::pyramid("farface-small", PyramidConfig::small())
     }

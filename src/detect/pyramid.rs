@@ -1,5 +1,5 @@
-//! Our own small detectors: a feature pyramid of five levels with anchors of the mean face's shape on
-//! each, after RetinaFace (Deng et al. 2019) with a level more at the fine end, where far faces are.
+//! Our own small detectors: a feature pyramid with anchors of the mean face's shape on each level, after RetinaFace
+//! (Deng et al. 2019), with a level more at the coarse end and, where wanted, one more at the fine end.
 //! `farface-nano` and `farface-small` differ in their settings alone.
 
 use super::anchors::{owned_cells, Anchor};
@@ -23,7 +23,8 @@ pub struct PyramidConfig {
     pub plain_convs: bool,
     /// Blocks between a level's smoothing and its outputs.
     pub head_blocks: usize,
-    /// Width and height of each anchor in pixels, a list for each of the [`STRIDES`].
+    /// Width and height of each anchor in pixels, a list for each of the [`STRIDES`]. Where the first list is empty there is
+    /// no level of stride 4.
     pub anchors: Vec<Vec<[f32; 2]>>,
     /// Of centre and size in the box code.
     pub variances: [f32; 2],
@@ -36,10 +37,10 @@ const MAX_ANCHORS: usize = 32;
 /// Height over width of the mean face of WIDER FACE, and of the anchors of RefineFace
 /// (Zhang et al. 2019, section 3.2).
 const ASPECT: f32 = 1.25;
-/// Square roots of the anchors' areas in pixels: twice and 2.8 times the stride; the coarsest level
-/// goes on to the largest faces.
+/// Square roots of the anchors' areas in pixels: twice and 2.8 times the stride; the finest level also has those of the
+/// level below it (which would double the network's maps), the coarsest goes on to the largest faces.
 const SIDES: [&[f32]; 5] =
-    [&[8.0, 11.3], &[16.0, 22.6], &[32.0, 45.3], &[64.0, 90.5], &[128.0, 181.0, 256.0, 362.0]];
+    [&[], &[8.0, 11.3, 16.0, 22.6], &[32.0, 45.3], &[64.0, 90.5], &[128.0, 181.0, 256.0, 362.0]];
 
 impl PyramidConfig {
     /// `farface-nano`: 0.3 million parameters.
@@ -71,9 +72,11 @@ impl PyramidConfig {
             ));
         }
         let levels = self.anchors.len() == STRIDES.len();
-        if !(levels && self.anchors.iter().all(|level| sane(level.len(), MAX_ANCHORS))) {
+        let sane_level =
+            |(i, level): (usize, &Vec<_>)| sane(level.len(), MAX_ANCHORS) || (i == 0 && level.is_empty());
+        if !(levels && self.anchors.iter().enumerate().all(sane_level)) {
             return Err(Error::InvalidModel(format!(
-                "detector pyramid: anchors of {} levels, 1..{MAX_ANCHORS} each",
+                "detector pyramid: anchors of {} levels, 1..{MAX_ANCHORS} each (the first may have none)",
                 STRIDES.len()
             )));
         }
@@ -90,7 +93,8 @@ impl PyramidConfig {
     /// al. 2017, section 4.1), so that the many background anchors do not swamp the first steps.
     #[cfg(feature = "train")]
     pub fn set_prior(&self, weights: &mut crate::graph::Weights, probability: f32) {
-        for (level, anchors) in crate::nets::nano::LEVELS.zip(&self.anchors) {
+        for (stride, anchors) in self.levels() {
+            let level = stride.ilog2();
             if let Some(w) = weights.tensors.get_mut(&format!("predict{level}.weight")) {
                 // He's deviation, for a fan-in of some tens, becomes about 0.01.
                 w.data.iter_mut().for_each(|v| *v *= 0.05);
@@ -99,6 +103,14 @@ impl PyramidConfig {
                 b.data[..anchors.len()].fill((probability / (1.0 - probability)).ln());
             }
         }
+    }
+
+    /// Stride and anchors of the levels that are there, from fine to coarse: the outputs' order.
+    pub fn levels(&self) -> impl Iterator<Item = (usize, &[[f32; 2]])> {
+        STRIDES
+            .into_iter()
+            .zip(self.anchors.iter().map(Vec::as_slice))
+            .filter(|(_, anchors)| !anchors.is_empty())
     }
 
     fn net(&self) -> Nano {
@@ -125,7 +137,7 @@ impl Detector for PyramidConfig {
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
         // sigmoid(logit) > threshold where the logit is above this.
         let least = (threshold.max(f32::MIN_POSITIVE) / (1.0 - threshold).max(f32::MIN_POSITIVE)).ln();
-        for ((map, stride), anchors) in maps.iter().zip(STRIDES).zip(&self.anchors) {
+        for (map, (stride, anchors)) in maps.iter().zip(self.levels()) {
             for y in owned_cells(&window.owned_y, stride, map.height()) {
                 for x in owned_cells(&window.owned_x, stride, map.width()) {
                     let (logits, offsets) = map.pixel(y, x).split_at(anchors.len());
@@ -175,13 +187,18 @@ mod tests {
     fn outputs_are_a_logit_and_four_offsets_an_anchor_from_fine_to_coarse() {
         let graph = PyramidConfig::nano().graph();
         let names: Vec<&str> = graph.outputs.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(names, ["predict2", "predict3", "predict4", "predict5", "predict6"]);
-        // No side is a multiple of a stride: cells cover the picture to its end.
-        let shapes = graph.shapes(&[Shape::new(1, 3, 101, 131)]).unwrap();
-        for (i, (_, id)) in graph.outputs.iter().enumerate() {
-            let (stride, anchors) = (STRIDES[i], PyramidConfig::nano().anchors[i].len());
-            let expected = Shape::new(1, 5 * anchors, 101usize.div_ceil(stride), 131usize.div_ceil(stride));
-            assert_eq!(shapes[id.0], expected, "{}", names[i]);
+        assert_eq!(names, ["predict3", "predict4", "predict5", "predict6"]);
+        let with_finest = PyramidConfig { anchors: vec![vec![[8.0, 10.0]; 3]; 5], ..PyramidConfig::nano() };
+        for config in [PyramidConfig::nano(), with_finest] {
+            // No side is a multiple of a stride: cells cover the picture to its end.
+            let graph = config.graph();
+            let shapes = graph.shapes(&[Shape::new(1, 3, 101, 131)]).unwrap();
+            assert_eq!(graph.outputs.len(), config.levels().count());
+            for ((stride, anchors), (name, id)) in config.levels().zip(&graph.outputs) {
+                let side = |n: usize| n.div_ceil(stride);
+                assert_eq!(shapes[id.0], Shape::new(1, 5 * anchors.len(), side(101), side(131)), "{name}");
+                assert_eq!(*name, format!("predict{}", stride.ilog2()));
+            }
         }
     }
 
@@ -190,8 +207,8 @@ mod tests {
         let config = PyramidConfig::nano();
         let mut floats = Vec::new();
         let mut views = Vec::new();
-        for (i, stride) in STRIDES.into_iter().enumerate() {
-            let anchors = config.anchors[i].len();
+        for (i, (stride, anchors)) in config.levels().enumerate() {
+            let anchors = anchors.len();
             let shape = Shape::new(1, 5 * anchors, 192 / stride, 256 / stride);
             let view = View::new(shape, floats.len(), [0; 4]);
             let cells = (0..shape.h * shape.w)
@@ -213,8 +230,8 @@ mod tests {
     #[test]
     fn a_logit_gives_its_anchors_box_moved_and_scaled_by_the_offsets() {
         let nano = PyramidConfig::nano();
-        for (level, stride) in STRIDES.into_iter().enumerate() {
-            for (anchor, &[w, h]) in nano.anchors[level].iter().enumerate() {
+        for (level, (stride, anchors)) in nano.levels().enumerate() {
+            for (anchor, &[w, h]) in anchors.iter().enumerate() {
                 let (y, x) = (192 / stride - 1, 1);
                 let faces = decoded(level, [y, x], anchor, 2.0, &Window::whole());
                 assert_eq!(faces.len(), 1, "stride {stride} anchor {anchor}");
@@ -233,9 +250,10 @@ mod tests {
 
     #[test]
     fn what_is_below_the_threshold_or_not_owned_or_no_number_is_passed_over() {
+        // Stride 16.
         assert!(decoded(1, [3, 4], 0, -0.01, &Window::whole()).is_empty());
         assert!(decoded(1, [3, 4], 0, f32::NAN, &Window::whole()).is_empty());
-        let right = Window { owned_x: 36.5..f32::INFINITY, ..Window::whole() };
+        let right = Window { owned_x: 72.5..f32::INFINITY, ..Window::whole() };
         assert!(decoded(1, [3, 4], 0, 3.0, &right).is_empty());
         assert_eq!(decoded(1, [3, 5], 0, 3.0, &right).len(), 1);
     }
@@ -246,7 +264,8 @@ mod tests {
             let DetectorConfig::Pyramid(detector) = &config.detector else { panic!("{}", config.name) };
             let mut weights = Weights::random(&detector.graph(), 1);
             // Offsets of zero, so that every box is an anchor.
-            for (level, anchors) in (2..).zip(&detector.anchors) {
+            for (stride, anchors) in detector.levels() {
+                let level = stride.ilog2();
                 for name in [format!("predict{level}.weight"), format!("predict{level}.bias")] {
                     let t = weights.tensors.get_mut(&name).unwrap();
                     let logits = t.data.len() / 5; // the first fifth, whatever comes behind an output channel
@@ -265,7 +284,7 @@ mod tests {
             assert!(faces.len() > 10, "{}: {} faces of random logits", config.name, faces.len());
             for face in faces {
                 let b = face.bbox;
-                let fits = STRIDES.iter().zip(&detector.anchors).any(|(&stride, anchors)| {
+                let fits = detector.levels().any(|(stride, anchors)| {
                     let whole =
                         |v: f32| (v / stride as f32 - 0.5 - (v / stride as f32 - 0.5).round()).abs() < 1e-3;
                     let near = |a: f32, b: f32| (a - b).abs() < 1e-2;

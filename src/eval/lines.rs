@@ -33,18 +33,6 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
     String::from_utf8(bytes).map_err(|_| Error::InvalidData(format!("{}: not UTF-8 text", path.display())))
 }
 
-/// Writes a text file whole or not at all: a temporary file beside it, then a rename.
-pub(crate) fn write_text(path: &Path, text: &str) -> Result<()> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{}.tmp", std::process::id()));
-    let temporary = Path::new(&name);
-    std::fs::write(temporary, text).and_then(|()| std::fs::rename(temporary, path)).map_err(|e| {
-        // The error at hand says more than a failing removal would.
-        let _ = std::fs::remove_file(temporary);
-        Error::io(path, e)
-    })
-}
-
 /// Walks the non-blank lines of a text, remembering where it is.
 pub(crate) struct Lines<'a> {
     file: String,

@@ -98,16 +98,7 @@ impl Weights {
 
     /// Writes a safetensors file in f32, whole or not at all (temporary file, then rename).
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        let file = self.to_bytes()?;
-        // A name of our own beside the target: the rename is atomic and touches nobody's file.
-        let mut name = path.file_name().unwrap_or_default().to_os_string();
-        name.push(format!(".{}.part", std::process::id()));
-        let part = path.with_file_name(name);
-        std::fs::write(&part, file).and_then(|()| std::fs::rename(&part, path)).map_err(|e| {
-            let _ = std::fs::remove_file(&part);
-            Error::io(path, e)
-        })
+        crate::files::write_whole(path.as_ref(), &self.to_bytes()?)
     }
 
     /// Adds or replaces a tensor; `data` fills `shape` (PyTorch's order).

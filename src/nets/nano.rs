@@ -1,5 +1,5 @@
-//! The network of our own small detectors: MobileNet-V1, a feature pyramid of five levels down to
-//! stride 4, and a head a level.
+//! The network of our own small detectors: MobileNet-V1, a feature pyramid of four levels down to stride 8, or of five down
+//! to stride 4, and a head a level.
 //!
 //! ```text
 //! image -> C2 -> C3 -> C4 -> C5 -> C6          strides 4, 8, 16, 32, 64
@@ -24,18 +24,18 @@ pub struct Nano {
     pub width: usize,
     /// Channels of levels 3 to 6.
     pub channels: usize,
-    /// Channels of level 2, whose cells are most of all.
+    /// Channels of level 2, whose cells are most of all; unused where it has no anchors.
     pub fine_channels: usize,
     /// Blocks behind the pyramid are 3x3 convolutions instead of depthwise separable ones.
     pub plain_convs: bool,
     /// Blocks between a level's smoothing and its outputs.
     pub head_blocks: usize,
-    /// Anchors a cell on levels 2 to 6.
+    /// Anchors a cell on levels 2 to 6. Level 2 is left out where it has none.
     pub anchors: [usize; 5],
 }
 
-/// The network on `image` (3 channels). Outputs `class2`, `box2`, ... `class6`, `box6`: a logit and
-/// four offsets an anchor.
+/// The network on `image` (3 channels). Outputs `predict2` (where that level has anchors) to `predict6`: a logit for each
+/// anchor, then four offsets for each.
 pub fn nano(b: &mut Builder, image: NodeId, net: &Nano) {
     let (w, c, fine) = (net.width, net.channels, net.fine_channels);
     let leaky = Some(Activation::LeakyRelu(0.1));
@@ -45,7 +45,7 @@ pub fn nano(b: &mut Builder, image: NodeId, net: &Nano) {
         let mut lateral = |level: usize, x: NodeId, channels: usize, to: usize| {
             conv_bn(b, &format!("lateral{level}"), x, Conv2d::new(channels, to, 1), leaky)
         };
-        let l2 = lateral(2, c2, 4 * w, fine);
+        let l2 = (net.anchors[0] > 0).then(|| lateral(2, c2, 4 * w, fine));
         let l3 = lateral(3, c3, 8 * w, c);
         let l4 = lateral(4, c4, 16 * w, c);
         let l5 = lateral(5, c5, 32 * w, c);
@@ -53,13 +53,16 @@ pub fn nano(b: &mut Builder, image: NodeId, net: &Nano) {
         let p5 = top_down(b, p6, l5);
         let p4 = top_down(b, p5, l4);
         let p3 = top_down(b, p4, l3);
-        // Narrowed before it is upsampled: a quarter of the cells.
-        let narrow = conv_bn(b, "narrow3", p3, Conv2d::new(c, fine, 1), None);
-        let p2 = top_down(b, narrow, l2);
-        [p2, p3, p4, p5, p6]
+        let p2 = l2.map(|l2| {
+            // Narrowed before it is upsampled: a quarter of the cells.
+            let narrow = conv_bn(b, "narrow3", p3, Conv2d::new(c, fine, 1), None);
+            top_down(b, narrow, l2)
+        });
+        [p2, Some(p3), Some(p4), Some(p5), Some(p6)]
     });
 
     for ((level, p), anchors) in LEVELS.zip(pyramid).zip(net.anchors) {
+        let Some(p) = p else { continue };
         let channels = if level == 2 { fine } else { c };
         let mut x = block(b, &format!("smooth{level}"), p, channels, net.plain_convs);
         for i in 0..net.head_blocks {

@@ -2,10 +2,9 @@
 
 use super::optim::OptimizerState;
 use crate::error::{Error, Result};
+use crate::files::write_durably;
 use crate::graph::{Graph, Weights};
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 
 /// State of a training between two steps.
@@ -23,9 +22,26 @@ pub struct Checkpoint {
     pub best: Option<(f64, u64)>,
     /// The recipe's text.
     pub recipe: String,
+    /// On what it was trained.
+    pub setting: Setting,
 }
 
-const KEY: &str = "farface-checkpoint";
+/// What else than the recipe a training's bits depend on.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Setting {
+    /// Of the maps.
+    pub precision: String,
+    /// Of the network.
+    pub threads: usize,
+    /// Pictures, in their order.
+    pub pictures: usize,
+    /// FNV-1a over the pictures' names and boxes.
+    pub data: u64,
+}
+
+const VERSION: u32 = 2;
+/// Metadata entry of checkpoints.
+pub const KEY: &str = "farface-checkpoint";
 
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Header {
@@ -35,6 +51,7 @@ struct Header {
     optimizer_step: u64,
     best: Option<(f64, u64)>,
     recipe: String,
+    setting: Setting,
 }
 
 impl Checkpoint {
@@ -52,16 +69,17 @@ impl Checkpoint {
             file.insert(&format!("optimizer/{name}"), &[values.len()], values.clone());
         }
         let header = Header {
-            version: 1,
+            version: VERSION,
             step: self.step,
             updates: self.average.as_ref().map(|a| a.0),
             optimizer_step: self.optimizer.step,
             best: self.best,
             recipe: self.recipe.clone(),
+            setting: self.setting.clone(),
         };
         let json = serde_json::to_string(&header).map_err(|e| Error::Internal(e.to_string()))?;
         file.metadata = HashMap::from([(KEY.to_string(), json)]);
-        write_whole(path, &file.to_bytes()?)
+        write_durably(path, &file.to_bytes()?)
     }
 
     /// Reads a checkpoint of a training of `graph`.
@@ -69,10 +87,15 @@ impl Checkpoint {
         let mut file = Weights::load(path)?;
         let bad = |what: String| Error::InvalidData(format!("{}: {what}", path.display()));
         let json = file.metadata.get(KEY).ok_or_else(|| bad("not a checkpoint of a training".into()))?;
-        let header: Header = serde_json::from_str(json).map_err(|e| bad(e.to_string()))?;
-        if header.version != 1 {
-            return Err(bad(format!("checkpoint version {}, this program reads 1", header.version)));
+        #[derive(serde::Deserialize)]
+        struct Version {
+            version: u32,
         }
+        let Version { version } = serde_json::from_str(json).map_err(|e| bad(e.to_string()))?;
+        if version != VERSION {
+            return Err(bad(format!("checkpoint version {version}, this program reads {VERSION}")));
+        }
+        let header: Header = serde_json::from_str(json).map_err(|e| bad(e.to_string()))?;
         let mut all = |kind: &str| -> Result<Vec<Vec<f32>>> {
             let named = |p: &crate::graph::build::Param| {
                 let name = format!("{kind}/{}", p.name);
@@ -88,30 +111,14 @@ impl Checkpoint {
             .filter_map(|(name, t)| Some((name.strip_prefix("optimizer/")?.to_string(), t.data)))
             .collect();
         let optimizer = OptimizerState { step: header.optimizer_step, buffers };
-        Ok(Self { step: header.step, params, average, optimizer, best: header.best, recipe: header.recipe })
+        Ok(Self {
+            step: header.step,
+            params,
+            average,
+            optimizer,
+            best: header.best,
+            recipe: header.recipe,
+            setting: header.setting,
+        })
     }
-}
-
-/// Writes a file whole or not at all, on the disk when this returns.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.part", std::process::id()));
-    let part = path.with_file_name(name);
-    let write = || {
-        let mut file = File::create(&part)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        drop(file);
-        std::fs::rename(&part, path)?;
-        // The rename itself is in the folder.
-        match path.parent().filter(|p| !p.as_os_str().is_empty()) {
-            #[cfg(unix)]
-            Some(folder) => File::open(folder)?.sync_all(),
-            _ => Ok(()),
-        }
-    };
-    write().map_err(|e| {
-        let _ = std::fs::remove_file(&part);
-        Error::io(path, e)
-    })
 }

@@ -44,6 +44,9 @@ impl Dev {
             Some(folder) => GroundTruth::from_mat(&base.join(folder))?.restricted_to(&listed)?,
             None => listed,
         };
+        if !truth.images.iter().any(|image| !image.faces.is_empty()) {
+            return Err(Error::InvalidData(format!("{}: no faces to find", recipe.list.display())));
+        }
         let folder = base.join(&recipe.images);
         let pictures = truth
             .images

@@ -3,8 +3,8 @@
 
 use super::data::Annotated;
 use super::losses::{
-    regression_aware_box_weight, regression_aware_focal_loss, AnchorRole, BatchCounts, ClassLoss, LossRecipe,
-    ScaleAwareMargin,
+    quality_focal_loss, regression_aware_box_weight, regression_aware_focal_loss, AnchorRole, BatchCounts,
+    ClassLoss, LossRecipe, ScaleAwareMargin,
 };
 use super::matching::{
     match_anchors, mine_high_quality_anchors, AnchorGrid, AnchorMining, FaceBox, Matches, MatchingRecipe,
@@ -37,7 +37,7 @@ pub struct Objective {
     pub matching: MatchingRecipe,
     /// Online anchor mining, where wanted.
     pub mining: Option<AnchorMining>,
-    /// Which anchors count; not used by the regression-aware focal loss, which takes all.
+    /// Which anchors count; not used by the losses that take all (regression-aware and quality focal).
     pub sampler: SamplerRecipe,
     /// Losses.
     pub loss: LossRecipe,
@@ -50,9 +50,9 @@ pub struct Losses {
     pub class: f64,
     /// Boxes, before their weight.
     pub boxes: f64,
-    /// Anchors matched in the first step.
+    /// Anchors matched, of those that entered the loss.
     pub matched: usize,
-    /// Anchors mined.
+    /// Anchors mined, likewise.
     pub mined: usize,
     /// Faces to find.
     pub faces: usize,
@@ -157,7 +157,7 @@ impl Objective {
         }
         if self.loss.classification.logits() != 1 {
             return Err(Error::InvalidArgument(
-                "loss: softmax wants two logits an anchor, this detector has one: take sigmoid or a focal loss"
+                "loss: classification softmax (the default) wants two logits an anchor, this detector has one: name sigmoid, focal, quality-focal or regression-aware-focal"
                     .into(),
             ));
         }
@@ -212,11 +212,10 @@ impl Objective {
         let judged: Vec<(Losses, Vec<Vec<f32>>)> = parallel(images, threads, |n| {
             let maps = maps(n);
             let mut gradient: Vec<Vec<f32>> = maps.iter().map(|m| vec![0.0; m.len()]).collect();
-            let losses = match self.loss.classification {
-                ClassLoss::RegressionAwareFocal { .. } => {
-                    self.regression_aware(&head, &maps, &assigned[n], counts, &mut gradient)
-                }
-                _ => self.sampled(&head, &maps, &assigned[n], rng(n), images, &mut gradient),
+            let losses = if self.loss.classification.takes_all() {
+                self.every_anchor(&head, &maps, &assigned[n], counts, &mut gradient)
+            } else {
+                self.sampled(&head, &maps, &assigned[n], rng(n), images, &mut gradient)
             };
             (losses, gradient)
         });
@@ -243,8 +242,9 @@ impl Objective {
         Assigned { faces, matches, mined }
     }
 
-    /// HAMBox Eq. 1 and 2 over one picture's anchors.
-    fn regression_aware(
+    /// Over one picture's anchors, all of them, as a share of the batch's: HAMBox Eq. 1 and 2, or the quality focal loss and
+    /// the boxes' of its faces.
+    fn every_anchor(
         &self,
         head: &Head<'_>,
         maps: &[&[f32]],
@@ -254,6 +254,7 @@ impl Objective {
     ) -> Losses {
         let focal = self.loss.classification.focal().unwrap_or_default();
         let margin = ScaleAwareMargin { alpha: self.loss.margin };
+        let positives = 1.0 / (counts.matched + counts.compensated).max(1) as f32;
         let mut losses = Losses { faces: wanted(&assigned.faces), ..Losses::default() };
         for (i, place) in head.places().enumerate() {
             let Place { level, logit, .. } = place;
@@ -262,19 +263,29 @@ impl Objective {
                 AnchorRole::Matched { face } | AnchorRole::Compensated { face, .. } => Some(face),
                 AnchorRole::Background { .. } | AnchorRole::Ignored => None,
             };
-            let size = face.map(|f| [assigned.faces[f].bbox.width(), assigned.faces[f].bbox.height()]);
-            let x = margin.logit(maps[level][logit], size);
-            let (loss, slope) = regression_aware_focal_loss(x, role, counts, focal);
+            let bbox = face.map(|f| &assigned.faces[f].bbox);
+            let x = margin.logit(maps[level][logit], bbox.map(|b| [b.width(), b.height()]));
+            let (loss, slope, box_weight) = match self.loss.classification {
+                ClassLoss::QualityFocal { beta } => {
+                    let fits =
+                        |b: &BBox| head.grid.anchor(i).decode(&place.offsets(maps), self.variances).iou(b);
+                    let Some(quality) = role.quality(|| bbox.map_or(0.0, fits)) else { continue };
+                    let (loss, slope) = quality_focal_loss(x, quality, beta);
+                    (loss * positives, slope * positives, positives)
+                }
+                _ => {
+                    let (loss, slope) = regression_aware_focal_loss(x, role, counts, focal);
+                    (loss, slope, regression_aware_box_weight(role, counts))
+                }
+            };
             losses.class += f64::from(loss);
             gradient[level][logit] = slope;
-            let Some(face) = face else { continue };
+            let Some(bbox) = bbox else { continue };
             match role {
                 AnchorRole::Matched { .. } => losses.matched += 1,
                 _ => losses.mined += 1,
             }
-            let weight: f32 = regression_aware_box_weight(role, counts);
-            let bbox = &assigned.faces[face].bbox;
-            self.box_loss(head.grid.anchor(i), place, maps, bbox, weight, gradient, &mut losses);
+            self.box_loss(head.grid.anchor(i), place, maps, bbox, box_weight, gradient, &mut losses);
         }
         losses
     }

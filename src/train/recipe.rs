@@ -8,7 +8,7 @@ use super::optim::{EmaRecipe, OptimizerRecipe, ScheduleRecipe};
 use super::sampler::SamplerRecipe;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// The whole recipe.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,9 +30,9 @@ pub struct Recipe {
     /// Online anchor mining; none without this table.
     #[serde(default)]
     pub mining: Option<AnchorMining>,
-    /// Which anchors enter the loss.
+    /// Which anchors enter the loss; not for the losses that take all.
     #[serde(default)]
-    pub sampler: SamplerRecipe,
+    pub sampler: Option<SamplerRecipe>,
     /// Losses.
     pub loss: LossRecipe,
     /// Update rule.
@@ -87,7 +87,7 @@ pub struct DataRecipe {
     /// Pictures for choosing the best weights.
     #[serde(default)]
     pub dev: Option<DevRecipe>,
-    /// Decoded pictures are kept in memory up to this many gigabytes; default 8.
+    /// Decoded pictures are kept in memory up to this many gigabytes; default 2.
     #[serde(default = "cache")]
     pub cache_gb: f64,
 }
@@ -109,7 +109,7 @@ pub struct DevRecipe {
 }
 
 fn cache() -> f64 {
-    8.0
+    2.0
 }
 fn every() -> f64 {
     10.0
@@ -176,13 +176,7 @@ pub enum Precision {
 }
 
 impl Recipe {
-    /// Reads a recipe; errors name the file and the key.
-    pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-        Self::parse(&text).map_err(|e| Error::InvalidArgument(format!("{}: {e}", path.display())))
-    }
-
-    /// Reads a recipe from text.
+    /// Reads a recipe; errors name the key.
     pub fn parse(text: &str) -> Result<Self> {
         let recipe: Self = toml::from_str(text).map_err(|e| Error::InvalidArgument(e.to_string()))?;
         recipe.check()?;
@@ -214,8 +208,21 @@ impl Recipe {
         }
         self.augment.check()?;
         self.matching.check()?;
-        self.sampler.check()?;
+        if let Some(mining) = &self.mining {
+            mining.check()?;
+        }
         self.loss.check()?;
+        if let Some(sampler) = &self.sampler {
+            if self.loss.classification.takes_all() {
+                return bad("sampler: this loss takes all anchors; leave the table out");
+            }
+            sampler.check()?;
+        }
+        if let Some(ema) = &self.ema {
+            ema.check()?;
+        }
+        // The length in steps is known with the data alone.
+        self.schedule.schedule(f64::from(u32::MAX))?;
         self.optimizer.check()
     }
 
@@ -264,10 +271,35 @@ mod tests {
             ("[batch]\nsize = 0", "size"),
             ("[batch]\nsides = [{ side = 100, share = 1.0 }]", "sides"),
             ("[run]\nlog-every = 0", "log-every"),
+            ("[mining]\noverlap = 2.0", "overlap"),
+            ("[ema]\ndecay = 2.0", "decay"),
         ] {
             let error = Recipe::parse(&format!("{LEAST}\n{text}")).unwrap_err().to_string();
             assert!(error.contains(name), "{error}");
         }
+    }
+
+    #[test]
+    fn the_recipes_that_are_shipped_are_read() {
+        for text in [
+            include_str!("../../recipes/farface-nano.toml"),
+            include_str!("../../recipes/farface-small.toml"),
+        ] {
+            let recipe = Recipe::parse(text).unwrap();
+            assert!(recipe.data.dev.is_some() && recipe.ema.is_some());
+        }
+        let readme = include_str!("../../README.md");
+        let mut read = 0;
+        for block in readme.split("```toml\n").skip(1) {
+            let text = block.split("```").next().unwrap();
+            if text.contains("[model]") {
+                Recipe::parse(text).unwrap();
+                read += 1;
+            }
+        }
+        assert_eq!(read, 1, "README shows a recipe");
+        let sampler = format!("{LEAST}\n[sampler]").replace("sigmoid", "quality-focal");
+        assert!(Recipe::parse(&sampler).unwrap_err().to_string().contains("sampler"));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! One training from recipe to model file.
 
-use super::checkpoint::{write_whole, Checkpoint};
+use super::checkpoint::{Checkpoint, Setting};
 use super::data::Dataset;
 use super::dev::{Dev, DevScore};
 use super::loader::{Batch, Loader, LoaderConfig, Sides};
@@ -11,9 +11,9 @@ use super::recipe::{Precision, Recipe};
 use crate::cpu::dense::bf16_supported;
 use crate::detect::config::{DetectorConfig, METADATA_KEY};
 use crate::detect::detector::Detector;
-use crate::detect::pyramid::STRIDES;
 use crate::detect::{Model, ModelConfig};
 use crate::error::{Error, Result};
+use crate::files::write_durably;
 use crate::graph::build::ParamRole;
 use crate::graph::init::Rng;
 use crate::graph::Weights;
@@ -52,6 +52,7 @@ pub struct Trainer {
     loader: Option<Loader>,
     step: u64,
     best: Option<(f64, u64)>,
+    notes: Vec<String>,
 }
 
 /// What a step did.
@@ -76,6 +77,17 @@ pub struct StepReport {
 impl Trainer {
     /// A training of the recipe `text`, whose relative paths start at `base`.
     pub fn new(text: &str, base: &Path, resources: Resources) -> Result<Self> {
+        Self::build(text, base, resources, true)
+    }
+
+    /// A training of the recipe `text` that goes on from a checkpoint. The recipe's start is not read.
+    pub fn from_checkpoint(text: &str, base: &Path, resources: Resources, path: &Path) -> Result<Self> {
+        let mut trainer = Self::build(text, base, resources, false)?;
+        trainer.resume(path)?;
+        Ok(trainer)
+    }
+
+    fn build(text: &str, base: &Path, resources: Resources, from_start: bool) -> Result<Self> {
         let recipe = Recipe::parse(text)?;
         let config = ModelConfig::named(&recipe.model.detector).ok_or_else(|| {
             Error::InvalidArgument(format!(
@@ -92,7 +104,8 @@ impl Trainer {
         };
         let graph = detector.graph();
         let mut start = Weights::default();
-        if let Some(path) = &recipe.model.start {
+        let mut notes = Vec::new();
+        if let Some(path) = recipe.model.start.as_ref().filter(|_| from_start) {
             let file = Weights::load(base.join(path))?;
             for (name, tensor) in file.tensors {
                 // A training's checkpoint: its parameters (averages and optimiser buffers are named otherwise).
@@ -106,6 +119,8 @@ impl Trainer {
                     recipe.model.start_prefix
                 )));
             }
+            let found = graph.params.iter().filter(|p| start.tensors.contains_key(&p.name)).count();
+            notes.push(format!("{found} of {} tensors from {}", graph.params.len(), path.display()));
             for p in &graph.params {
                 if let Some(t) = start.tensors.get(&p.name).filter(|t| t.shape != p.shape) {
                     return Err(Error::InvalidArgument(format!(
@@ -119,7 +134,7 @@ impl Trainer {
             }
         }
         let mut weights = start.completed(&graph, recipe.run.seed);
-        if !start.tensors.contains_key("predict2.weight") {
+        if !start.tensors.contains_key("predict6.weight") {
             detector.set_prior(&mut weights, PRIOR);
         }
         let frozen = Frozen {
@@ -136,17 +151,14 @@ impl Trainer {
                 ))
             }
         };
-        let levels = STRIDES
-            .iter()
-            .zip(&detector.anchors)
-            .map(|(&stride, anchors)| Level { stride, anchors: anchors.clone() })
-            .collect();
+        let levels =
+            detector.levels().map(|(stride, anchors)| Level { stride, anchors: anchors.to_vec() }).collect();
         let objective = Objective {
             levels,
             variances: detector.variances,
             matching: recipe.matching,
             mining: recipe.mining,
-            sampler: recipe.sampler,
+            sampler: recipe.sampler.unwrap_or_default(),
             loss: recipe.loss,
         };
         objective.check()?;
@@ -156,10 +168,16 @@ impl Trainer {
         } else {
             Box::new(Network::<f32>::new(graph, &weights, &frozen, threads)?)
         };
+        for prefix in recipe.model.learning_rate.keys() {
+            if !engine.graph().params.iter().any(|p| p.name.starts_with(prefix.as_str())) {
+                return Err(Error::InvalidArgument(format!(
+                    "model.learning-rate: no parameter's name begins with {prefix:?}"
+                )));
+            }
+        }
         let optimizer = Optimizer::new(recipe.optimizer, options(&recipe, &*engine))?;
         let dataset = Arc::new(Dataset::load(&recipe.data.train, base)?);
-        let per_epoch = (dataset.samples.len() as u64).div_ceil(recipe.batch.size as u64);
-        let schedule = recipe.schedule.schedule(per_epoch)?;
+        let schedule = recipe.schedule.schedule(dataset.samples.len() as f64 / recipe.batch.size as f64)?;
         let ema = recipe.ema.map(|e| Ema::new(e, engine.params())).transpose()?;
         let table = input_table(&config)?;
         Ok(Self {
@@ -177,6 +195,7 @@ impl Trainer {
             loader: None,
             step: 0,
             best: None,
+            notes,
             recipe,
         })
     }
@@ -189,6 +208,11 @@ impl Trainer {
     /// Training pictures and what was wrong with them.
     pub fn dataset(&self) -> &Dataset {
         &self.dataset
+    }
+
+    /// What its user should know of how it began.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Steps done.
@@ -212,14 +236,56 @@ impl Trainer {
         Ok((graph.param_count(), graph.macs(&[Shape::new(1, 3, 480, 640)])?, self.engine.precision()))
     }
 
-    /// Goes on from a checkpoint of the same recipe.
+    fn setting(&self) -> Setting {
+        let mut data = 0xcbf2_9ce4_8422_2325_u64;
+        let mut add = |bytes: &[u8]| {
+            bytes.iter().for_each(|&b| data = (data ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        };
+        for sample in &self.dataset.samples {
+            add(sample.name.as_bytes());
+            for face in &sample.faces {
+                let b = face.bbox;
+                [b.x1, b.y1, b.x2, b.y2].iter().for_each(|v| add(&v.to_le_bytes()));
+                add(&[u8::from(face.ignore)]);
+            }
+        }
+        Setting {
+            precision: self.engine.precision().into(),
+            threads: self.engine.threads(),
+            pictures: self.dataset.samples.len(),
+            data,
+        }
+    }
+
+    /// Goes on from a checkpoint of the same recipe, on the same pictures and in the same precision. On another number of
+    /// threads the last bits differ, which [`Trainer::notes`] then tells.
     pub fn resume(&mut self, path: &Path) -> Result<()> {
         let c = Checkpoint::load(self.engine.graph(), path)?;
         if c.recipe != self.text {
             return Err(Error::InvalidArgument(format!(
-                "{}: belongs to another recipe; go on with the recipe beside it, or start a new run from its weights",
+                "{}: belongs to another recipe; recipe.toml beside it is a copy of its own, whose text the given one must have",
                 path.display()
             )));
+        }
+        let (was, is) = (&c.setting, self.setting());
+        let differs = |what: String| Err(Error::InvalidArgument(format!("{}: {what}", path.display())));
+        if was.precision != is.precision {
+            return differs(format!(
+                "trained in {}, this machine would go on in {}",
+                was.precision, is.precision
+            ));
+        }
+        if (was.pictures, was.data) != (is.pictures, is.data) {
+            return differs(format!(
+                "trained on {} pictures, now there are {}, or their names or boxes changed",
+                was.pictures, is.pictures
+            ));
+        }
+        if was.threads != is.threads {
+            self.notes.push(format!(
+                "{} threads before, {} now: the last bits will differ from those of a run that was not stopped",
+                was.threads, is.threads
+            ));
         }
         self.engine.params().clone_from_slice(&c.params);
         self.optimizer.load(&c.optimizer)?;
@@ -234,7 +300,9 @@ impl Trainer {
 
     /// Writes a checkpoint.
     pub fn save(&mut self, path: &Path) -> Result<()> {
+        self.check_finite()?;
         let checkpoint = Checkpoint {
+            setting: self.setting(),
             step: self.step,
             params: self.engine.params().to_vec(),
             average: self.ema.as_ref().map(|e| (e.updates, e.average.clone())),
@@ -243,6 +311,25 @@ impl Trainer {
             recipe: self.text.clone(),
         };
         checkpoint.save(self.engine.graph(), path)
+    }
+
+    /// Errors where a parameter, an average or the optimiser's state is no finite number: such a checkpoint or model could
+    /// not be read again, and must not take the place of a sound one.
+    fn check_finite(&mut self) -> Result<()> {
+        let names: Vec<String> = self.engine.graph().params.iter().map(|p| p.name.clone()).collect();
+        let average = self.ema.as_ref().map(|e| &e.average[..]).unwrap_or_default();
+        let params = self.engine.params().iter().zip(&names).chain(average.iter().zip(&names));
+        let bad = |v: &[f32]| !v.iter().all(|v| v.is_finite());
+        let mut broken = params.filter(|(v, _)| bad(v)).map(|(_, name)| name.clone()).next();
+        if broken.is_none() {
+            broken = self.optimizer.save().buffers.into_iter().find(|(_, v)| bad(v)).map(|(name, _)| name);
+        }
+        broken.map_or(Ok(()), |name| {
+            Err(Error::InvalidData(format!(
+                "training stopped at step {}: {name} is no longer finite (a lower learning rate or clip may help). The last checkpoint is sound",
+                self.step
+            )))
+        })
     }
 
     /// One step.
@@ -321,6 +408,7 @@ impl Trainer {
 
     /// The model as it is now: averaged weights where there are averages, with the configuration.
     pub fn model(&mut self) -> Result<Weights> {
+        self.check_finite()?;
         let mut weights = Weights::default();
         let values = match &self.ema {
             Some(ema) => ema.average.clone(),
@@ -354,7 +442,7 @@ impl Trainer {
         let score = dev.score(&model, self.engine.threads(), progress)?;
         if self.best.is_none_or(|(b, _)| score.mean() > b) {
             self.best = Some((score.mean(), self.step));
-            write_whole(best, &weights.to_bytes()?)?;
+            write_durably(best, &weights.to_bytes()?)?;
         }
         Ok(score)
     }

@@ -49,7 +49,7 @@ def networks():
         return fine + F.interpolate(coarse, fine.shape[2:], mode="nearest")
 
     class Nano(nn.Module):
-        def __init__(self, w=8, c=64, fine=32, heads=1, anchors=(2, 2, 2, 2, 4)):
+        def __init__(self, w=8, c=64, heads=1, anchors=(4, 2, 2, 4)):
             super().__init__()
             dw = lambda a, b, s=1: conv_dw(a * w, b * w, s)
             self.body = nn.ModuleDict({
@@ -57,28 +57,24 @@ def networks():
                 "stage2": nn.Sequential(dw(8, 16, 2), *(dw(16, 16) for _ in range(5))),
                 "stage3": nn.Sequential(dw(16, 32, 2), dw(32, 32))})
             self.fpn = nn.ModuleDict({
-                "lateral2": conv_bn(4 * w, fine, 1), "lateral3": conv_bn(8 * w, c, 1),
-                "lateral4": conv_bn(16 * w, c, 1), "lateral5": conv_bn(32 * w, c, 1),
-                "down6": conv_dw(32 * w, c, 2), "narrow3": nn.Sequential(conv(c, fine, 1), nn.BatchNorm2d(fine))})
-            for level, a in enumerate(anchors, 2):
-                n = fine if level == 2 else c
-                setattr(self, f"smooth{level}", conv_dw(n, n))
-                setattr(self, f"head{level}", nn.Sequential(*(conv_dw(n, n) for _ in range(heads))))
-                setattr(self, f"predict{level}", conv(n, a * 5, 1, bias=True))
+                "lateral3": conv_bn(8 * w, c, 1), "lateral4": conv_bn(16 * w, c, 1), "lateral5": conv_bn(32 * w, c, 1),
+                "down6": conv_dw(32 * w, c, 2)})
+            for level, a in enumerate(anchors, 3):
+                setattr(self, f"smooth{level}", conv_dw(c, c))
+                setattr(self, f"head{level}", nn.Sequential(*(conv_dw(c, c) for _ in range(heads))))
+                setattr(self, f"predict{level}", conv(c, a * 5, 1, bias=True))
 
         def forward(self, x):
-            c2 = self.body["stage1"][:4](x)
-            c3 = self.body["stage1"][4:](c2)
+            c3 = self.body["stage1"](x)
             c4 = self.body["stage2"](c3)
             c5 = self.body["stage3"](c4)
             p6 = self.fpn["down6"](c5)
             p5 = down(p6, self.fpn["lateral5"](c5))
             p4 = down(p5, self.fpn["lateral4"](c4))
             p3 = down(p4, self.fpn["lateral3"](c3))
-            p2 = down(self.fpn["narrow3"](p3), self.fpn["lateral2"](c2))
             part = lambda name, level: getattr(self, f"{name}{level}")
             return [part("predict", level)(part("head", level)(part("smooth", level)(p)))
-                    for level, p in enumerate((p2, p3, p4, p5, p6), 2)]
+                    for level, p in enumerate((p3, p4, p5, p6), 3)]
 
     class Block(nn.Module):
         def __init__(self, i, o, s):

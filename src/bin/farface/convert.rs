@@ -1,11 +1,12 @@
 //! `farface convert`: public weights to a model file, models to ONNX.
 
 use crate::settings::PictureSize;
-use crate::{files, Outcome};
+use crate::Outcome;
 use anyhow::{bail, Context, Result};
 use clap::builder::PossibleValuesParser;
 use farface::detect::config::METADATA_KEY;
 use farface::detect::{Model, ModelConfig};
+use farface::files;
 use farface::graph::onnx::to_onnx;
 use farface::graph::Weights;
 use safetensors::tensor::{Dtype, TensorView};
@@ -64,6 +65,9 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     let mut weights = Weights::load(&args.input)?;
     let in_file = || args.input.display().to_string();
     strip_data_parallel(&mut weights);
+    if weights.metadata.contains_key("farface-checkpoint") {
+        bail!("{}: this is the checkpoint of a training; best.safetensors and final.safetensors beside it are models", in_file());
+    }
     let mut config = configuration(args, &weights).with_context(in_file)?;
     let set = |field: &mut String, value: &Option<String>| {
         if let Some(v) = value {
@@ -80,7 +84,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     weights.tensors.retain(|name, _| used.contains(name.as_str()));
 
     let mut write = |path: &Path, bytes: &[u8]| -> Result<()> {
-        files::write(path, bytes)?;
+        files::write_whole(path, bytes)?;
         let (path, n) = (path.display(), weights.tensors.len());
         writeln!(out, "{path}: {}, {n} tensors, {} bytes", config.name, bytes.len())?;
         Ok(())

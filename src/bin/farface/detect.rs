@@ -3,10 +3,11 @@
 use crate::model::ModelArg;
 use crate::picture::{upright_face, Picture};
 use crate::settings::Settings;
-use crate::{draw, files, progress, report, report_error, Outcome};
+use crate::{draw, progress, report, report_error, Outcome};
 use anyhow::{bail, Context, Result};
 use farface::detect::{Detection, Face, Session};
 use farface::eval::wider::Predictions;
+use farface::files;
 use farface::pixels::Size;
 use std::collections::HashSet;
 use std::io::{Cursor, Write};
@@ -102,7 +103,7 @@ fn one(
             draw::faces(&mut canvas, &faces, args.labels);
             let mut png = Cursor::new(Vec::new());
             canvas.write_to(&mut png, image::ImageFormat::Png).with_context(|| file.display().to_string())?;
-            files::write(file, png.get_ref())?;
+            files::write_whole(file, png.get_ref())?;
         }
         Some(Target::Wider { dir, event, stem }) => {
             let mut one = Predictions::new();

@@ -10,7 +10,6 @@ mod convert;
 mod detect;
 mod draw;
 mod eval;
-mod files;
 mod inspect;
 mod model;
 mod peak;

@@ -1,9 +1,9 @@
 //! `farface plot`.
 
-use crate::files;
 use crate::Outcome;
 use anyhow::{bail, Context, Result};
 use farface::eval::plot::page::{linear_ticks, page_svg, Line, Look, Page, Panel};
+use farface::files;
 use serde::Deserialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -324,7 +324,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     for (run, name) in runs.iter_mut().zip(names(&args.runs)) {
         run.name = name;
     }
-    files::write(&path, page_svg(&page(&runs))?.as_bytes())?;
+    files::write_whole(&path, page_svg(&page(&runs))?.as_bytes())?;
     writeln!(out, "{}", path.display())?;
     Ok(Outcome::Complete)
 }

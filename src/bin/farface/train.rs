@@ -1,13 +1,13 @@
 //! `farface train`.
 
-use crate::files;
 use crate::Outcome;
 use anyhow::{bail, Context, Result};
+use farface::files;
 use farface::train::dev::{Dev, DevScore};
 use farface::train::trainer::{Resources, StepReport, Trainer};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -112,7 +112,7 @@ impl Log {
                     kept.push(b'\n');
                 }
             }
-            files::write(path, &kept)?;
+            files::write_whole(path, &kept)?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path);
         Ok(Self(file.with_context(|| path.display().to_string())?))
@@ -161,18 +161,31 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let resources =
         Resources { threads: args.threads.map_or(cores, usize::from), workers: usize::from(args.workers) };
-    let mut trainer = Trainer::new(&text, base, resources.clone())
-        .with_context(|| format!("recipe {}", args.recipe.display()))?;
     files::make_dir(&dir)?;
+    let _lock = lock(&dir)?;
     sweep(&dir)?;
     let checkpoint = dir.join("last.checkpoint");
     let log_path = dir.join("log.jsonl");
-    if checkpoint.exists() && !args.restart {
-        trainer.resume(&checkpoint).context("--restart starts anew, --out takes another folder")?;
+    let models = ["best.safetensors", "final.safetensors"];
+    let in_recipe = || format!("recipe {}", args.recipe.display());
+    let going_on = checkpoint.exists() && !args.restart;
+    let mut trainer = if going_on {
+        Trainer::from_checkpoint(&text, base, resources.clone(), &checkpoint)
+            .with_context(in_recipe)
+            .context("--restart starts anew, --out takes another folder")?
     } else {
-        for old in
-            ["last.checkpoint", "log.jsonl", "best.safetensors", "final.safetensors"].map(|n| dir.join(n))
-        {
+        if let Some(old) = models.iter().find(|name| !args.restart && dir.join(name).exists()) {
+            bail!(
+                "{} holds {old} but no checkpoint to go on from; --restart removes it, --out takes another folder",
+                dir.display()
+            );
+        }
+        Trainer::new(&text, base, resources.clone()).with_context(in_recipe)?
+    };
+    let dev = trainer.dev().context("dev pictures")?;
+    // Nothing is removed before all that the recipe names was read.
+    if !going_on {
+        for old in ["last.checkpoint", "log.jsonl"].into_iter().chain(models).map(|name| dir.join(name)) {
             match std::fs::remove_file(&old) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                     return Err(farface::Error::io(&old, e).into())
@@ -180,24 +193,29 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
                 _ => {}
             }
         }
-        files::write(&dir.join("recipe.toml"), text.as_bytes())?;
+        files::write_whole(&dir.join("recipe.toml"), text.as_bytes())?;
+        // From here on there is something to go on from.
+        trainer.save(&checkpoint)?;
     }
     let mut log = Log::open(&log_path, trainer.step_count())?;
     let (parameters, macs, precision) = trainer.describe()?;
-    writeln!(
+    say(
         out,
-        "{}: {parameters} parameters, {:.3} GMAC at 640x480, {precision}, {} threads and {} workers",
-        trainer.recipe().model.detector,
-        macs as f64 / 1e9,
-        resources.threads,
-        resources.workers
-    )?;
-    writeln!(out, "{} pictures, {} faces", trainer.dataset().samples.len(), trainer.dataset().faces())?;
+        &format!(
+            "{}: {parameters} parameters, {:.3} GMAC at 640x480, {precision}, {} threads and {} workers",
+            trainer.recipe().model.detector,
+            macs as f64 / 1e9,
+            resources.threads,
+            resources.workers
+        ),
+    );
+    say(out, &format!("{} pictures, {} faces", trainer.dataset().samples.len(), trainer.dataset().faces()));
     if !trainer.dataset().warnings.is_empty() {
-        writeln!(out, "{}", trainer.dataset().warnings)?;
+        say(out, &trainer.dataset().warnings.to_string());
     }
-    writeln!(out, "steps {} to {}, in {}", trainer.step_count(), trainer.total_steps(), dir.display())?;
-    out.flush()?;
+    trainer.notes().iter().for_each(|note| say(out, note));
+    let (step, total) = (trainer.step_count(), trainer.total_steps());
+    say(out, &format!("steps {step} to {total}, in {}", dir.display()));
     log.write(&Line::Start {
         version: env!("CARGO_PKG_VERSION"),
         step: trainer.step_count(),
@@ -210,7 +228,6 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
         threads: resources.threads,
         workers: resources.workers,
     })?;
-    let dev = trainer.dev().context("dev pictures")?;
     // None where it lies beyond what a clock can count.
     let deadline = args
         .minutes
@@ -218,7 +235,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     let complete = work(&mut trainer, dev.as_ref(), &dir, &mut log, deadline, out)?;
     trainer.save(&checkpoint)?;
     if !complete {
-        writeln!(out, "stopped at step {}; the same command goes on", trainer.step_count())?;
+        say(out, &format!("stopped at step {}; the same command goes on", trainer.step_count()));
         return Ok(Outcome::Complete);
     }
     let model = dir.join("final.safetensors");
@@ -229,12 +246,27 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
         best_mean: best.map(|b| b.0),
         best_step: best.map(|b| b.1),
     })?;
-    writeln!(out, "done: {}", model.display())?;
+    say(out, &format!("done: {}", model.display()));
     if let Some((mean, step)) = best {
         let path = dir.join("best.safetensors");
-        writeln!(out, "best on dev: mean AP {mean:.4} at step {step}: {}", path.display())?;
+        say(out, &format!("best on dev: mean AP {mean:.4} at step {step}: {}", path.display()));
     }
     Ok(Outcome::Complete)
+}
+
+/// A line for whoever reads along. A closed pipe must not end hours of training.
+fn say(out: &mut dyn Write, text: &str) {
+    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+}
+
+/// Keeps a second training out of the folder for as long as the result lives. None where the system has no such locks.
+fn lock(dir: &Path) -> Result<Option<File>> {
+    let Ok(folder) = File::open(dir) else { return Ok(None) };
+    match folder.try_lock() {
+        Ok(()) => Ok(Some(folder)),
+        Err(TryLockError::WouldBlock) => bail!("{}: another training is at work here", dir.display()),
+        Err(TryLockError::Error(_)) => Ok(None),
+    }
 }
 
 /// Removes the temporary files that a run left behind which was killed in the middle of a write.
@@ -243,11 +275,14 @@ fn sweep(dir: &Path) -> Result<()> {
         for entry in std::fs::read_dir(dir)? {
             let path = entry?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let ours = ["last.checkpoint.", "best.safetensors.", "final.safetensors."];
-            let part = name.ends_with(".part") && ours.iter().any(|o| name.starts_with(o));
-            let log = name.ends_with(".tmp")
-                && [".log.jsonl.", ".recipe.toml."].iter().any(|o| name.starts_with(o));
-            if part || log {
+            let ours = [
+                ".last.checkpoint.",
+                ".best.safetensors.",
+                ".final.safetensors.",
+                ".log.jsonl.",
+                ".recipe.toml.",
+            ];
+            if name.ends_with(".part") && ours.iter().any(|o| name.starts_with(o)) {
                 std::fs::remove_file(&path)?;
             }
         }
@@ -278,6 +313,7 @@ fn work(
     bar.set_position(trainer.step_count());
     bar.reset_eta();
     let mut means = Means::default();
+    let mut skipped = trainer.dataset().warnings.total();
     let mut since = Instant::now();
     while trainer.step_count() < total {
         if deadline.is_some_and(|d| Instant::now() >= d) {
@@ -334,17 +370,20 @@ fn work(
                 score.all,
                 if is_best { "  (best)" } else { "" }
             );
-            bar.suspend(|| writeln!(out, "{text}").and_then(|()| out.flush()))?;
-            since = Instant::now();
-            means = Means::default();
+            bar.suspend(|| say(out, &text));
+            // The clock of the steps stands still meanwhile.
+            since += started.elapsed();
+        }
+        // Pictures are decoded when their turn comes.
+        let warnings = &trainer.dataset().warnings;
+        if warnings.total() > skipped {
+            skipped = warnings.total();
+            bar.suspend(|| say(out, &warnings.to_string()));
         }
         if step.is_multiple_of(run.checkpoint_every) || step == total {
             trainer.save(&checkpoint)?;
         }
     }
     bar.finish_and_clear();
-    if total == 0 {
-        bail!("the schedule has no steps");
-    }
     Ok(true)
 }

@@ -6,18 +6,18 @@
 use super::gemm::{channel_stride, operand_stride};
 use super::maps::holds;
 use super::Packed;
-use crate::cpu::Isa;
+use crate::cpu::{isa, Isa};
 use half::bf16;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-/// Whether the CPU has AMX-BF16 and the operating system saves its tiles for us. Asks for the permission once;
+/// Whether the CPU has AMX-BF16 and the operating system saves its tiles for us (and `FARFACE_ISA` keeps nothing from use). Asks for the permission once;
 /// it holds for the process.
 pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
-        Isa::supported().contains(&Isa::Avx512)
+        isa::detected() == Isa::Avx512
             && is_x86_feature_detected!("avx512bf16")
             && has_amx_bf16()
             && permitted()

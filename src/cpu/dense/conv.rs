@@ -3,7 +3,7 @@
 use super::band::{flush, read_rows, room};
 use super::gemm::{channel_stride, operand_stride};
 use super::maps::{column_sums, deposit, finish, pull_back, read};
-use super::{Element, Geometry, Gradient, Packed, Scratch, Source};
+use super::{Element, Geometry, Gradient, Packed, Scratch, Source, Target};
 use crate::cpu::Isa;
 use std::ops::Range;
 
@@ -170,8 +170,9 @@ fn gather_short<T: Element>(
             let at = (y * g.out[1] + x) * width;
             for ky in 0..g.kernel[0] {
                 let from = ((y * g.stride[0] + ky * g.dilation[0]) * columns + x * g.stride[1]) * ci;
-                let from: [T; SHORT_RUN] = input[from..from + SHORT_RUN].try_into().expect("of that length");
-                to[at + ky * run..at + ky * run + SHORT_RUN].copy_from_slice(&from);
+                let block: Option<&[T; SHORT_RUN]> = input[from..].first_chunk();
+                *to[at + ky * run..].first_chunk_mut().expect("a block fits") =
+                    *block.expect("a block is there");
             }
             to[at + values..at + width].fill(T::default());
         }
@@ -187,9 +188,9 @@ pub fn backward<T: Element>(
     source: Source<'_, T>,
     gradient: Gradient<'_, T>,
     transposed: &Packed<T>,
-    dx: Option<(&mut [T], bool)>,
+    mut dx: Option<Target<'_, T>>,
     dw: &mut [f32],
-    db: Option<&mut [f32]>,
+    mut db: Option<&mut [f32]>,
     s: &mut Scratch<T>,
 ) {
     if g.is_pointwise() {
@@ -199,13 +200,12 @@ pub fn backward<T: Element>(
     let [in_pixels, out_pixels] = g.pixels();
     let (width, d_width) = (operand_stride(g.window_values()), operand_stride(co));
     let images = gradient.dy.len() / (out_pixels * co);
-    let (mut dx, mut db) = (dx, db);
     for n in 0..images {
         let image = source.pixels(n * in_pixels..(n + 1) * in_pixels);
         let d_image = gradient.pixels(n * out_pixels..(n + 1) * out_pixels);
-        let mut sum = dx.as_mut().map(|(dx, add)| {
-            let dx = &mut dx[n * in_pixels * ci..(n + 1) * in_pixels * ci];
-            RowSums::new(g, dx, *add, &mut s.rows)
+        let mut sum = dx.as_mut().map(|target| {
+            let add = target.adds();
+            RowSums::new(g, target.pixels(n * in_pixels..(n + 1) * in_pixels, ci), add, &mut s.rows)
         });
         for band in g.bands() {
             let pixels = band.len() * g.out[1];
@@ -231,6 +231,9 @@ pub fn backward<T: Element>(
         }
         if let Some(sum) = &mut sum {
             sum.finish(isa, g);
+        }
+        if let Some(target) = &mut dx {
+            target.sum(isa, source, n * in_pixels..(n + 1) * in_pixels);
         }
     }
 }
@@ -310,7 +313,7 @@ fn backward_pointwise<T: Element>(
     source: Source<'_, T>,
     gradient: Gradient<'_, T>,
     transposed: &Packed<T>,
-    mut dx: Option<(&mut [T], bool)>,
+    mut dx: Option<Target<'_, T>>,
     dw: &mut [f32],
     mut db: Option<&mut [f32]>,
     s: &mut Scratch<T>,
@@ -332,11 +335,11 @@ fn backward_pointwise<T: Element>(
         if let Some(db) = &mut db {
             column_sums(isa, &d[..n * d_width], d_width, db);
         }
-        if let Some((dx, add)) = &mut dx {
+        if let Some(target) = &mut dx {
             let stride = channel_stride(ci);
             let products = room(&mut s.products, whole * stride);
             T::product(isa, d, d_width, n, transposed, products);
-            deposit(isa, &products[..n * stride], stride, ci, &mut dx[start * ci..range.end * ci], *add);
+            target.put(isa, source, range, &products[..n * stride], stride);
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Depthwise convolutions, in f32 over bands of rows.
 
 use super::band::{flush, pull_back_rows, read_rows, room};
-use super::maps::{column_sums, deposit, finish};
-use super::{Element, Geometry, Gradient, Scratch, Source};
+use super::maps::{column_sums, finish};
+use super::{Element, Geometry, Gradient, Scratch, Source, Target};
 use crate::cpu::kernels::backward::{DepthwiseDataArgs, DepthwiseWeightArgs};
 use crate::cpu::kernels::depthwise::DepthwiseArgs;
 use crate::cpu::kernels::Kernels;
@@ -112,7 +112,7 @@ pub fn backward<T: Element>(
     source: Source<'_, T>,
     gradient: Gradient<'_, T>,
     [weights, turned]: [&[f32]; 2],
-    mut dx: Option<(&mut [T], bool)>,
+    mut dx: Option<Target<'_, T>>,
     dw: &mut [f32],
     mut db: Option<&mut [f32]>,
     s: &mut Scratch<T>,
@@ -178,7 +178,7 @@ pub fn backward<T: Element>(
                 }
             }
 
-            let Some((dx, add)) = &mut dx else { continue };
+            let Some(target) = &mut dx else { continue };
             let size = [owned.len(), g.input[1]];
             if owned.is_empty() {
                 continue;
@@ -209,8 +209,8 @@ pub fn backward<T: Element>(
                 // SAFETY: rows `owned` read gradient rows first .. end alone; `out` holds them.
                 unsafe { (Kernels::of(isa).depthwise_data)(&args, owned.clone()) };
             }
-            let to = &mut dx[(n * g.input[0] + owned.start) * g.input[1] * c..][..size[0] * size[1] * c];
-            deposit(isa, out, c, c, to, *add);
+            let row = n * g.input[0] + owned.start;
+            target.put(isa, source, row * g.input[1]..(row + size[0]) * g.input[1], out, c);
         }
     }
 }

@@ -19,11 +19,13 @@ mod gemm;
 pub mod maps;
 pub mod pages;
 pub mod resample;
+mod target;
 
 pub use band::{Geometry, Scratch};
 pub use element::Element;
 pub use gemm::Packed;
 pub use maps::{Gradient, Source};
+pub use target::{map_sums, Target};
 
 /// Whether this machine trains in bf16: AMX tiles that the operating system lets us use.
 pub fn bf16_supported() -> bool {

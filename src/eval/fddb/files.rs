@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use super::region::Region;
 use crate::eval::curve::{RocCurve, RocPoint};
-use crate::eval::lines::{read_text, write_text, Lines};
+use crate::eval::lines::{read_text, Lines};
+use crate::files::write_whole;
 use crate::Result;
 
 /// Largest coordinate or size accepted, in pixels. FDDB's pictures have 450; the cap bounds the
@@ -100,7 +101,7 @@ impl Detections {
                 .expect("writing to a string");
             }
         }
-        write_text(path, &text)
+        write_whole(path, text.as_bytes())
     }
 }
 

@@ -10,8 +10,9 @@ use serde::Deserialize;
 use super::Subset;
 use crate::detect::{BBox, Detection};
 use crate::eval::curve::{PrCurve, PrPoint};
-use crate::eval::lines::{read_text, write_text, Lines};
+use crate::eval::lines::{read_text, Lines};
 use crate::eval::Progress;
+use crate::files::write_whole;
 use crate::{Error, Result};
 
 /// Detections of many pictures, by event and stem.
@@ -88,7 +89,7 @@ impl Predictions {
                 writeln!(text, "{x1} {y1} {w} {h} {}", d.score).expect("writing to a string");
             }
             let file = folder.join(format!("{stem}.txt"));
-            write_text(&file, &text)?;
+            write_whole(&file, text.as_bytes())?;
             progress(done + 1, self.len());
         }
         Ok(())

@@ -8,7 +8,7 @@ use crate::{Error, Result};
 /// weights, then flipped, recoloured and degraded with the probabilities below. Lengths are pixels,
 /// ranges `[least, most]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Augment {
     /// Square windows in proportion to the picture; weight 1.
     pub random_square: RandomSquare,
@@ -62,7 +62,7 @@ impl Default for Augment {
 /// A square whose side is a factor times the picture's shorter side, at random, repeated until it
 /// holds the centre of a face (Deng et al., RetinaFace, CVPR 2020, section 4.2: factors 0.3 to 1).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct RandomSquare {
     /// Share of examples.
     pub weight: f32,
@@ -82,7 +82,7 @@ impl Default for RandomSquare {
 /// random face of size s = sqrt(area), i is the scale nearest to s; the target is a scale of index
 /// 0 to min(i + 1, last), times the jitter; the window scales the face to it and holds it whole.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DataAnchorSampling {
     /// Share of examples.
     pub weight: f32,
@@ -108,7 +108,7 @@ impl Default for DataAnchorSampling {
 
 /// The whole picture is scaled by a factor; the window is a random part of it, with faces or not.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ScaleJitter {
     /// Share of examples.
     pub weight: f32,
@@ -125,7 +125,7 @@ impl Default for ScaleJitter {
 /// The whole picture at a random place of a canvas whose side is 1 to `max` times its longer side
 /// (Liu et al., SSD, ECCV 2016, section 3.6, "zoom out").
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Expand {
     /// Share of examples.
     pub weight: f32,
@@ -143,7 +143,7 @@ impl Default for Expand {
 /// and hue, each with `probability`. All in one affine map: hue and saturation in YIQ, where they
 /// are linear (SSD does them in HSV), and values are clamped once, at the end.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Photometric {
     /// Of each distortion; 0.5.
     pub probability: f32,
@@ -166,7 +166,7 @@ impl Default for Photometric {
 
 /// Gaussian blur of the example.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Blur {
     /// 0.05.
     pub probability: f32,
@@ -182,7 +182,7 @@ impl Default for Blur {
 
 /// The example is coded as JPEG and back.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Jpeg {
     /// 0.05.
     pub probability: f32,
@@ -198,7 +198,7 @@ impl Default for Jpeg {
 
 /// The example is drawn smaller by a factor and enlarged again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct LowResolution {
     /// 0.05.
     pub probability: f32,
@@ -237,37 +237,37 @@ impl Augment {
             ("grey", self.grey),
             ("blur.probability", self.blur.probability),
             ("jpeg.probability", self.jpeg.probability),
-            ("low_resolution.probability", self.low_resolution.probability),
-            ("min_visible", self.min_visible),
+            ("low-resolution.probability", self.low_resolution.probability),
+            ("min-visible", self.min_visible),
         ] {
             need((0.0..=1.0).contains(&p), &format!("{name} is {p}, not from 0 to 1"))?;
         }
         let weights = self.weights();
         need(
             weights.iter().all(|w| (0.0..=1e6).contains(w)) && weights.iter().sum::<f32>() > 0.0,
-            "*.weight: they must be from 0 to 1e6, and one of random_square, data_anchor_sampling, \
-             scale_jitter and expand above 0",
+            "*.weight: they must be from 0 to 1e6, and one of random-square, data-anchor-sampling, \
+             scale-jitter and expand above 0",
         )?;
         let factors = &self.random_square.factors;
         need(
             !factors.is_empty() && factors.iter().all(|f| (0.01..=10.0).contains(f)),
-            "random_square.factors must be one or more numbers from 0.01 to 10",
+            "random-square.factors must be one or more numbers from 0.01 to 10",
         )?;
         let das = &self.data_anchor_sampling;
         need(
             !das.scales.is_empty()
                 && das.scales.iter().all(|s| (1.0..=1e4).contains(s))
                 && das.scales.windows(2).all(|s| s[0] < s[1]),
-            "data_anchor_sampling.scales must be rising numbers from 1 to 10000",
+            "data-anchor-sampling.scales must be rising numbers from 1 to 10000",
         )?;
-        need(range(das.jitter, 0.01, 100.0), "data_anchor_sampling.jitter must be a range in 0.01 to 100")?;
+        need(range(das.jitter, 0.01, 100.0), "data-anchor-sampling.jitter must be a range in 0.01 to 100")?;
         need(
             (1.0..=100.0).contains(&das.max_window),
-            "data_anchor_sampling.max_window must be from 1 to 100",
+            "data-anchor-sampling.max-window must be from 1 to 100",
         )?;
         need(
             range(self.scale_jitter.range, 0.01, 100.0),
-            "scale_jitter.range must be a range in 0.01 to 100",
+            "scale-jitter.range must be a range in 0.01 to 100",
         )?;
         need((1.0..=100.0).contains(&self.expand.max), "expand.max must be from 1 to 100")?;
         let p = &self.photometric;
@@ -280,8 +280,8 @@ impl Augment {
         need(1 <= worst && worst <= best && best <= 100, "jpeg.quality must be a range in 1 to 100")?;
         need(
             range(self.low_resolution.factor, 1.0, 100.0),
-            "low_resolution.factor must be a range in 1 to 100",
+            "low-resolution.factor must be a range in 1 to 100",
         )?;
-        need((0.0..=1e4).contains(&self.min_face_px), "min_face_px must be from 0 to 10000")
+        need((0.0..=1e4).contains(&self.min_face_px), "min-face-px must be from 0 to 10000")
     }
 }

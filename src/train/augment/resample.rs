@@ -141,7 +141,7 @@ impl Resampler {
 }
 
 fn fill(line: &mut [u8], colour: [u8; 3]) {
-    line.chunks_exact_mut(3).for_each(|pixel| pixel.copy_from_slice(&colour));
+    line.as_chunks_mut::<3>().0.fill(colour);
 }
 
 /// Weighted sum of source rows, at most 255 * 256.
@@ -180,7 +180,7 @@ fn sum_columns(axis: &Axis, row: &[u16], planes: [&mut [f32]; 3]) {
                         sums[c] += u32::from(pixel[c]) * u32::from(w);
                     }
                 }
-                [r[i], g[i], b[i]] = sums.map(to_value);
+                (r[i], g[i], b[i]) = (to_value(sums[0]), to_value(sums[1]), to_value(sums[2]));
             }
         }
     }
@@ -198,7 +198,7 @@ fn sum_taps<const N: usize>(axis: &Axis, row: &[u16], [r, g, b]: [&mut [f32]; 3]
                 sums[c] += u32::from(pixels[k][c]) * u32::from(weights[k]);
             }
         }
-        [*r, *g, *b] = sums.map(to_value);
+        (*r, *g, *b) = (to_value(sums[0]), to_value(sums[1]), to_value(sums[2]));
     }
 }
 
@@ -217,7 +217,7 @@ fn to_bytes(values: &[f32], bytes: &mut [u8]) {
 }
 
 fn interleave([r, g, b]: &[Vec<u8>; 3], out: &mut [u8]) {
-    for (((pixel, &r), &g), &b) in out.chunks_exact_mut(3).zip(r).zip(g).zip(b) {
-        pixel.copy_from_slice(&[r, g, b]);
+    for (((pixel, &r), &g), &b) in out.as_chunks_mut::<3>().0.iter_mut().zip(r).zip(g).zip(b) {
+        *pixel = [r, g, b];
     }
 }

@@ -212,12 +212,12 @@ fn recipes_are_read_with_defaults_and_checked() {
     assert!(read(r#"{"flop": 1}"#).is_err() && read(r#"{"blur": {"sigmas": 1}}"#).is_err());
     for (json, field) in [
         (r#"{"flip": 1.5}"#, "flip"),
-        (r#"{"random_square": {"factors": []}}"#, "random_square.factors"),
-        (r#"{"random_square": {"weight": 0}, "data_anchor_sampling": {"weight": 0}}"#, "weight"),
-        (r#"{"data_anchor_sampling": {"scales": [32, 16]}}"#, "data_anchor_sampling.scales"),
-        (r#"{"scale_jitter": {"range": [2, 1]}}"#, "scale_jitter.range"),
+        (r#"{"random-square": {"factors": []}}"#, "random-square.factors"),
+        (r#"{"random-square": {"weight": 0}, "data-anchor-sampling": {"weight": 0}}"#, "weight"),
+        (r#"{"data-anchor-sampling": {"scales": [32, 16]}}"#, "data-anchor-sampling.scales"),
+        (r#"{"scale-jitter": {"range": [2, 1]}}"#, "scale-jitter.range"),
         (r#"{"jpeg": {"quality": [0, 50]}}"#, "jpeg.quality"),
-        (r#"{"low_resolution": {"factor": [0.5, 2]}}"#, "low_resolution.factor"),
+        (r#"{"low-resolution": {"factor": [0.5, 2]}}"#, "low-resolution.factor"),
         (r#"{"blur": {"sigma": [0.4, 50]}}"#, "blur.sigma"),
     ] {
         let error = read(json).unwrap().check().unwrap_err().to_string();
@@ -281,7 +281,7 @@ fn cpu_seconds() -> f64 {
     text.split(' ').next().and_then(|ns| ns.parse::<f64>().ok()).expect("nanoseconds") / 1e9
 }
 
-/// `cargo test --release --features train --lib augment::tests::speed -- --ignored --nocapture`
+/// `cargo test --release --lib augment::tests::speed -- --ignored --nocapture`
 #[test]
 #[ignore = "a measurement"]
 fn speed() {

@@ -107,7 +107,7 @@ pub struct Dataset {
 
 impl Dataset {
     /// Reads all sources, relative paths taken from `base`. Fails where a source's files cannot be
-    /// read or parsed, or where nothing usable is left.
+    /// read or parsed, or where no picture or no face is left.
     pub fn load(sources: &[Source], base: &Path) -> Result<Self> {
         let mut dataset = Self::default();
         let mut first = None;
@@ -125,6 +125,13 @@ impl Dataset {
                     " (the first picture is looked for at {})",
                     p.display()
                 )),
+                dataset.warnings
+            )));
+        }
+        if dataset.faces() == 0 {
+            return Err(Error::InvalidData(format!(
+                "no faces to learn in {} pictures: are labels where the recipe says, and of the classes it says? {}",
+                dataset.samples.len(),
                 dataset.warnings
             )));
         }
@@ -163,11 +170,11 @@ impl Source {
 /// those without size or wholly outside are gone.
 fn check(listed: Listed, warnings: &Warnings) -> Option<Sample> {
     let Listed { path, name, faces, normalised } = listed;
-    let Some(path) = picture::find(&path) else {
+    let Ok(path) = crate::picture::find(&path) else {
         warnings.add(WarningKind::MissingPicture, &name);
         return None;
     };
-    let Ok((width, height)) = picture::upright_size(&path) else {
+    let Ok((width, height)) = crate::picture::upright_size(&path) else {
         warnings.add(WarningKind::UndecodablePicture, &name);
         return None;
     };

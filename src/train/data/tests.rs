@@ -100,8 +100,8 @@ fn yolo_folders_scale_by_the_pictures_size() {
     }
     assert_eq!(data.samples[1].faces.len(), 1);
     assert_eq!(load("").unwrap().samples[1].faces.len(), 2);
-    assert_eq!(data.warnings.count(WarningKind::MissingPicture), 1);
-    assert!(data.warnings.names(WarningKind::MissingPicture)[0].ends_with("gone.txt"));
+    assert_eq!(data.warnings.count(WarningKind::UnusedLabels), 1);
+    assert!(data.warnings.names(WarningKind::UnusedLabels)[0].ends_with("gone.txt"));
 
     text_file(&at("labels/b.txt"), "0 0.5 0.5 0.2\n");
     assert!(load("").unwrap_err().to_string().contains("b.txt:1"));
@@ -242,5 +242,5 @@ fn exif_orientation_is_applied_to_pixels_and_size() {
 }
 
 fn upright(path: &Path) -> (u32, u32) {
-    picture::upright_size(path).unwrap()
+    crate::picture::upright_size(path).unwrap()
 }

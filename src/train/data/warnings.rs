@@ -12,6 +12,8 @@ const NAMES: usize = 3;
 pub enum WarningKind {
     /// No file of that name, with any extension that is read.
     MissingPicture,
+    /// A label file without a picture of its name.
+    UnusedLabels,
     /// Not a picture, damaged, truncated, or too large.
     UndecodablePicture,
     /// Width or height is 0, negative or not a number.
@@ -24,6 +26,7 @@ impl WarningKind {
     fn describe(self) -> &'static str {
         match self {
             WarningKind::MissingPicture => "missing pictures",
+            WarningKind::UnusedLabels => "label files without a picture",
             WarningKind::UndecodablePicture => "undecodable pictures",
             WarningKind::EmptyBox => "boxes without size",
             WarningKind::OutsideBox => "boxes outside their picture",
@@ -61,6 +64,11 @@ impl Warnings {
     /// The first few different names of `kind`.
     pub fn names(&self, kind: WarningKind) -> Vec<String> {
         self.counts().get(&kind).map_or(Vec::new(), |c| c.names.clone())
+    }
+
+    /// How much was skipped.
+    pub fn total(&self) -> u64 {
+        self.counts().values().map(|c| c.count).sum()
     }
 
     /// True where nothing was skipped.

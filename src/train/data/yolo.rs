@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::picture::EXTENSIONS;
 use super::{files_below, Annotated, Listed, WarningKind, Warnings};
 use crate::detect::BBox;
 use crate::eval::lines::{read_text, Lines};
+use crate::picture::EXTENSIONS;
 use crate::Result;
 
 /// Boxes stay in shares of the picture's size, which is not known yet. Label files without a
@@ -29,7 +29,7 @@ pub(super) fn read(
         listed.push(Listed { path, name: name.display().to_string(), faces, normalised: true });
     }
     for label in unused.iter().filter(|l| l.file_name().is_some_and(|n| n != "classes.txt")) {
-        warnings.add(WarningKind::MissingPicture, &label.display().to_string());
+        warnings.add(WarningKind::UnusedLabels, &label.display().to_string());
     }
     Ok(listed)
 }

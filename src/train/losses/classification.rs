@@ -118,6 +118,26 @@ pub fn focal_loss<T: Real>(x: T, face: bool, focal: Focal) -> (T, T) {
     (factor * s.minus_ln_p, if face { slope } else { -slope })
 }
 
+/// Quality focal loss `|y - p|^beta * -((1 - y) ln(1 - p) + y ln p)` (Li et al., Generalized Focal Loss, NeurIPS 2020, Eq. 2)
+/// on one sigmoid logit, and its derivative with respect to it. The target `quality` y is 0 on background and the IoU of
+/// the anchor's decoded box with its face on a face, so that the score says how well the box fits. y is a constant here:
+/// no gradient flows through it into the boxes.
+#[inline]
+pub fn quality_focal_loss<T: Real>(x: T, quality: T, beta: T) -> (T, T) {
+    let (zero, one) = (T::default(), T::of(1.0));
+    let s = logistic(x);
+    let entropy = (one - quality) * s.minus_ln_q + quality * s.minus_ln_p;
+    // p - y without the loss of digits where both are near 1.
+    let off = (one - quality) * s.p - quality * s.q;
+    let size = if off < zero { -off } else { off };
+    if size <= zero {
+        return (zero, zero);
+    }
+    let factor = (beta * size.ln()).exp();
+    // d|p - y|^beta / dx = beta |p - y|^beta / (p - y) * p q; d entropy / dx = p - y.
+    (factor * entropy, factor * (beta * s.p * s.q * entropy / off + off))
+}
+
 /// A face is taken as at least this wide and high (pixels, geometric mean) by [`ScaleAwareMargin`],
 /// so that the margin stays finite. Ours: the paper's faces are never smaller.
 pub const MIN_FACE_SIDE: f64 = 1.0;
@@ -207,9 +227,29 @@ mod tests {
     }
 
     #[test]
+    fn quality_focal_loss_matches_values_worked_by_hand() {
+        // p = 3/4, y = 1/2: (1/4)^2 * (ln 4 + ln(4/3)) / 2.
+        let (loss, _) = quality_focal_loss(3f64.ln(), 0.5, 2.0);
+        assert!((loss - (4f64.ln() + (4.0f64 / 3.0).ln()) / 32.0).abs() < 1e-12);
+        // At p = y there is nothing to learn, whatever the entropy.
+        let (loss, slope) = quality_focal_loss(3f64.ln(), 0.75, 2.0);
+        assert!(loss < 1e-12 && slope.abs() < 1e-12);
+        // With y of 0 or 1 it is the focal loss without alpha.
+        for (x, face) in [(1.3, true), (-0.4, true), (1.3, false), (-0.4, false)] {
+            let (loss, slope) = quality_focal_loss(x, f64::from(u8::from(face)), 2.0);
+            let (focal, focal_slope) = focal_loss(x, face, Focal { alpha: 0.5, gamma: 2.0 });
+            assert!((loss - 2.0 * focal).abs() < 1e-12 && (slope - 2.0 * focal_slope).abs() < 1e-12);
+        }
+    }
+
+    #[test]
     fn gradients_are_finite_differences() {
         let mut rng = Rng::new(11);
         for _ in 0..400 {
+            let (x, quality, beta) =
+                (draw(&mut rng), f64::from(rng.uniform()), f64::from(rng.range(1.0, 3.0)));
+            let slope = quality_focal_loss(x, quality, beta).1;
+            assert_gradient(&[x], &[slope], 1e-6, |x| quality_focal_loss(x[0], quality, beta).0);
             let k = 2 + rng.below(5);
             let logits: Vec<f64> = (0..k).map(|_| draw(&mut rng)).collect();
             let target = rng.below(k);

@@ -7,6 +7,7 @@
 //! | Equation | Here |
 //! |---|---|
 //! | Lin et al. 2017, Eq. 5 (focal loss) | [`focal_loss`] |
+//! | Li et al. 2020, Eq. 2 (quality focal loss) | [`quality_focal_loss`] |
 //! | RefineFace Eq. 1, 2 (losses of the two steps) | [`focal_loss`] and [`smooth_l1`], each summed and divided by the step's positives |
 //! | RefineFace Eq. 3, 4 (scale-aware margin) | [`ScaleAwareMargin`] |
 //! | HAMBox Eq. 1 (classification) | [`regression_aware_focal_loss`] |
@@ -30,8 +31,8 @@ pub use boxes::{
     NoOverlap, IOU_FLOOR, MAX_LOG_SCALE, MAX_SHIFT,
 };
 pub use classification::{
-    focal_loss, sigmoid, sigmoid_cross_entropy, softmax_cross_entropy, softmax_cross_entropy2, Focal,
-    ScaleAwareMargin, MIN_FACE_SIDE,
+    focal_loss, quality_focal_loss, sigmoid, sigmoid_cross_entropy, softmax_cross_entropy,
+    softmax_cross_entropy2, Focal, ScaleAwareMargin, MIN_FACE_SIDE,
 };
 pub use recipe::{BoxLoss, ClassLoss, LossRecipe};
 pub use regression_aware::{

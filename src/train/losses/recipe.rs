@@ -5,7 +5,7 @@ use super::boxes::{
     NoOverlap,
 };
 use super::classification::{
-    focal_loss, sigmoid_cross_entropy, softmax_cross_entropy2, Focal, ScaleAwareMargin,
+    focal_loss, quality_focal_loss, sigmoid_cross_entropy, softmax_cross_entropy2, Focal, ScaleAwareMargin,
 };
 use crate::error::{Error, Result};
 use crate::layers::Real;
@@ -27,6 +27,13 @@ pub enum ClassLoss {
         /// Exponent; default 2.
         #[serde(default = "gamma")]
         gamma: f32,
+    },
+    /// Quality focal loss of one logit (Li et al. 2020, Eq. 2) over all anchors, divided by the batch's positives: a face's
+    /// target is the IoU of its decoded box, so that of two boxes of a face the better one has the higher score.
+    QualityFocal {
+        /// Exponent, at least 1; default 2.
+        #[serde(default = "gamma")]
+        beta: f32,
     },
     /// HAMBox Eq. 1; needs online anchor mining.
     RegressionAwareFocal {
@@ -51,17 +58,22 @@ impl ClassLoss {
     /// Settings of the focal loss, where this is one.
     pub fn focal(&self) -> Option<Focal> {
         match *self {
-            ClassLoss::Softmax {} | ClassLoss::Sigmoid {} => None,
+            ClassLoss::Softmax {} | ClassLoss::Sigmoid {} | ClassLoss::QualityFocal { .. } => None,
             ClassLoss::Focal { alpha, gamma } | ClassLoss::RegressionAwareFocal { alpha, gamma } => {
                 Some(Focal { alpha, gamma })
             }
         }
     }
 
+    /// Whether it is a loss over all anchors, so that nothing is sampled.
+    pub fn takes_all(&self) -> bool {
+        matches!(self, ClassLoss::RegressionAwareFocal { .. } | ClassLoss::QualityFocal { .. })
+    }
+
     /// The loss of one anchor's `logits` ([`ClassLoss::logits`] many; two are background, face);
     /// `gradient`, as long, is overwritten. `matched`: width and height of its face in pixels, None for
     /// background. `margin` is taken off a face's logit; no weights of equation 1 of HAMBox are in it
-    /// (see [`super::regression_aware_focal_loss`]). Panics where the lengths differ.
+    /// (see [`super::regression_aware_focal_loss`]), and a face's quality is 1. Panics where the lengths differ.
     pub fn value<T: Real>(
         &self,
         logits: &[T],
@@ -79,6 +91,9 @@ impl ClassLoss {
                 return loss;
             }
             ClassLoss::Sigmoid {} => sigmoid_cross_entropy(logit, face),
+            ClassLoss::QualityFocal { beta } => {
+                quality_focal_loss(logit, T::of(f64::from(u8::from(face))), T::of((*beta).into()))
+            }
             ClassLoss::Focal { alpha, gamma } | ClassLoss::RegressionAwareFocal { alpha, gamma } => {
                 focal_loss(logit, face, Focal { alpha: *alpha, gamma: *gamma })
             }
@@ -191,6 +206,12 @@ impl LossRecipe {
                 return bad("alpha must lie in 0 to 1 and gamma be at least 0");
             }
         }
+        if let ClassLoss::QualityFocal { beta } = self.classification {
+            // Below 1 the slope has no bound where the score meets the quality.
+            if !(beta.is_finite() && beta >= 1.0) {
+                return bad("quality-focal's beta must be at least 1");
+            }
+        }
         if let BoxLoss::SmoothL1 { beta } = self.boxes {
             if !(beta.is_finite() && beta >= 0.0) {
                 return bad("beta must be at least 0");
@@ -241,6 +262,9 @@ mod tests {
         let focal = ClassLoss::Focal { alpha: 0.3, gamma: 1.0 };
         let loss = focal.value(&[0.5], Some([30.0, 30.0]), margin, &mut g[..1]);
         assert_eq!((loss, g[0]), focal_loss(0.0, true, Focal { alpha: 0.3, gamma: 1.0 }));
+        let quality = ClassLoss::QualityFocal { beta: 1.5 };
+        let loss = quality.value(&[0.5], Some([30.0, 30.0]), margin, &mut g[..1]);
+        assert_eq!((loss, g[0]), quality_focal_loss(0.0, 1.0, 1.5));
         let (t, anchor, target) = ([0.5, 0.0, 0.0, 0.0], [8.0, 8.0, 16.0, 16.0], [0.0, 0.0, 16.0, 16.0]);
         let boxes = |l: BoxLoss| l.value(t, anchor, [1.0f64; 2], target);
         let l1 = boxes(BoxLoss::SmoothL1 { beta: 1.0 });
@@ -257,6 +281,8 @@ mod tests {
         let mut recipe = LossRecipe::default();
         recipe.check().unwrap();
         recipe.classification = ClassLoss::Focal { alpha: 1.5, gamma: 2.0 };
+        assert!(recipe.check().is_err());
+        recipe.classification = ClassLoss::QualityFocal { beta: 0.5 };
         assert!(recipe.check().is_err());
         recipe = LossRecipe { box_weight: f32::NAN, ..Default::default() };
         assert!(recipe.check().is_err());

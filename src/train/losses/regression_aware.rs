@@ -32,6 +32,19 @@ pub enum AnchorRole {
     },
 }
 
+impl AnchorRole {
+    /// Target of the quality focal loss: the IoU of the anchor's decoded box with its face (`overlap()`, where it is not
+    /// known yet), 0 of background, None where the anchor has no loss.
+    pub fn quality(self, overlap: impl FnOnce() -> f32) -> Option<f32> {
+        match self {
+            AnchorRole::Matched { .. } => Some(overlap()),
+            AnchorRole::Compensated { overlap, .. } => Some(overlap),
+            AnchorRole::Background { overlap } if overlap < IGNORED_OVERLAP => Some(0.0),
+            AnchorRole::Background { .. } | AnchorRole::Ignored => None,
+        }
+    }
+}
+
 /// Anchors of the batch that Eq. 1 and 2 divide by; sums over its pictures.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BatchCounts {

@@ -2,8 +2,8 @@
 
 use super::batch::{on_maybe_parts, on_parts, ranges, take};
 use super::sum::sum_backward;
-use super::{geometry, resampling, shown, with_size, Network};
-use crate::cpu::dense::{conv, depthwise, maps, Element, Gradient, Source};
+use super::{geometry, resampling, shown, with_size, Network, Thread};
+use crate::cpu::dense::{conv, depthwise, map_sums, maps, Element, Gradient, Target};
 use crate::error::{Error, Result};
 use crate::graph::exec;
 use crate::shape::Tensor;
@@ -16,6 +16,7 @@ impl<T: Element> Network<T> {
     pub fn backward(&mut self, d_outputs: &[Tensor]) -> Result<()> {
         // What an earlier call left that failed.
         self.spare.extend(self.maps.iter_mut().filter_map(|m| m.dy.take()));
+        self.maps.iter_mut().for_each(|m| m.gradient_sums = None);
         for (index, d) in d_outputs.iter().enumerate() {
             let u = self.shown_by[self.graph.outputs[index].1 .0].expect("an output is shown");
             if d.shape != self.shapes[self.units[u].node] {
@@ -54,6 +55,13 @@ impl<T: Element> Network<T> {
                 None => (take(&mut self.spare, self.shapes[self.units[i].node].len()), false),
             }));
         }
+        // Maps whose gradient is whole after this unit: their sums are taken while it is written.
+        let whole = |(place, &i): (usize, &usize)| {
+            let single = unit.inputs.iter().filter(|&&j| j == i).count() == 1;
+            self.units[i].norm.is_some() && self.first_reader[i] == Some(u) && single && dxs[place].is_some()
+        };
+        let whole: Vec<bool> = unit.inputs.iter().enumerate().map(whole).collect();
+        let mut whole_sums: Vec<Option<Vec<f64>>> = vec![None; unit.inputs.len()];
         let (maps, shapes, isa, params, units) =
             (&self.maps, &self.shapes, self.isa, &self.params, &self.units);
         let size = |i: usize| shapes[units[i].node];
@@ -75,6 +83,7 @@ impl<T: Element> Network<T> {
                 let g = geometry(conv, size(unit.inputs[0]), shape);
                 let dense = matches!(unit.op, Op::Conv { .. });
                 let sums = if dense { g.weight_sums() } else { conv.kernel[0] * conv.kernel[1] * c };
+                clear_sums(threads, g.channels[0]);
                 for t in threads.iter_mut() {
                     t.dw.clear();
                     t.dw.resize(sums, 0.0);
@@ -92,24 +101,16 @@ impl<T: Element> Network<T> {
                 let dx = dxs[0].as_mut().map(|(dx, _)| &mut dx[..]);
                 on_maybe_parts(pool, threads, dx, in_image, images, &|range, dx, t| {
                     let (x, d) = (source(unit.inputs[0], range), gradient(range));
-                    let dx = dx.map(|dx| (dx, add));
-                    let db = bias.is_some().then_some(&mut t.db[..]);
+                    let Thread { scratch, sums, dw, db, .. } = t;
+                    let dx = dx.map(|dx| Target::new(dx, add, whole[0].then_some(&mut sums[..])));
+                    let db = bias.is_some().then_some(&mut db[..]);
                     if let Some(transposed) = &transposed {
-                        conv::backward(isa, &g, x, d, transposed, dx, &mut t.dw, db, &mut t.scratch);
+                        conv::backward(isa, &g, x, d, transposed, dx, dw, db, scratch);
                     } else if let Some([weights, turned]) = &turned {
-                        depthwise::backward(
-                            isa,
-                            &g,
-                            x,
-                            d,
-                            [weights, turned],
-                            dx,
-                            &mut t.dw,
-                            db,
-                            &mut t.scratch,
-                        );
+                        depthwise::backward(isa, &g, x, d, [weights, turned], dx, dw, db, scratch);
                     }
                 });
+                whole_sums[0] = whole[0].then(|| total(threads, g.channels[0]));
                 let (first, rest) = threads.split_first_mut().expect("at least one thread");
                 for t in rest {
                     first.dw.iter_mut().zip(&t.dw).for_each(|(s, v)| *s += v);
@@ -129,10 +130,14 @@ impl<T: Element> Network<T> {
                     let at = unit.inputs.iter().position(|&j| j == i).unwrap_or(place);
                     let from = size(i);
                     let Some((dx, add)) = &mut dxs[at] else { continue };
-                    let (was, enlarged) = (*add, enlarged[place]);
+                    let was = *add;
+                    clear_sums(threads, from.c);
                     on_parts(pool, threads, dx, from.c * from.h * from.w, images, &|range, dx, t| {
-                        sum_backward(isa, shape, gradient(range), from, enlarged, dx, was, t);
+                        let target = Target::new(dx, was, whole[place].then_some(&mut t.sums[..]));
+                        let to = (source(i, range), from, enlarged[place]);
+                        sum_backward(isa, shape, gradient(range), to, target, &mut t.rows);
                     });
+                    whole_sums[place] = whole[place].then(|| total(threads, from.c));
                     *add = true;
                 }
             }
@@ -174,10 +179,13 @@ impl<T: Element> Network<T> {
                 let y = Tensor::from_vec(shape, maps[u].z.iter().map(|v| v.f32()).collect());
                 let mut d = Tensor::zeros(shape);
                 maps::pull_back(isa, gradient(&(0..images)), &mut d.data, c);
+                // The buffer of an input that is read twice stands at its first place.
+                let at = |place: usize| unit.inputs.iter().position(|i| unit.inputs.get(place) == Some(i));
+                let wanted = |place: usize| at(place).is_some_and(|at| dxs[at].is_some());
                 let mut plain: Vec<Option<Tensor>> = inputs
                     .iter()
                     .enumerate()
-                    .map(|(i, x)| dxs.get(i).and_then(Option::as_ref).map(|_| Tensor::zeros(x.shape)))
+                    .map(|(place, x)| wanted(place).then(|| Tensor::zeros(x.shape)))
                     .collect();
                 let values: Vec<&[f32]> = ids.iter().map(|p| &params[p.0][..]).collect();
                 let mut dparams: Vec<Vec<f32>> =
@@ -188,16 +196,19 @@ impl<T: Element> Network<T> {
                     grads[id.0] = g;
                 }
                 done?;
-                for (dx, plain) in dxs.iter_mut().zip(plain) {
+                for (place, plain) in plain.into_iter().enumerate() {
+                    let dx = at(place).and_then(|at| dxs[at].as_mut());
                     if let (Some((dx, add)), Some(plain)) = (dx, plain) {
                         maps::deposit(isa, &plain.data, plain.shape.c, plain.shape.c, dx, *add);
+                        *add = true;
                     }
                 }
             }
         }
-        for (&i, dx) in unit.inputs.iter().zip(dxs) {
+        for ((&i, dx), sums) in unit.inputs.iter().zip(dxs).zip(whole_sums) {
             if let Some((dx, _)) = dx {
                 self.maps[i].dy = Some(dx);
+                self.maps[i].gradient_sums = sums;
             }
         }
         Ok(())
@@ -210,33 +221,22 @@ impl<T: Element> Network<T> {
         let zeros = vec![0.0; c];
         let Some(norm) = self.units[u].norm else { return (vec![1.0; c], zeros.clone(), zeros) };
         let per_image = c * shape.h * shape.w;
-        let (map, isa) = (&self.maps[u], self.isa);
-        for t in &mut self.threads {
-            t.sums.clear();
-            t.sums.resize(2 * c, 0.0);
-        }
-        let ranges = ranges(shape.n, self.threads.len());
-        let mut items: Vec<_> = ranges.iter().zip(&mut self.threads).collect();
-        self.pool.run_each(&mut items, |_, (range, t)| {
-            // In f32 over some hundred pixels, then in f64.
-            const PIXELS: usize = 1024;
-            let all = range.start * per_image..range.end * per_image;
-            let [sums, ..] = &mut t.rows;
-            sums.resize(sums.len().max(2 * c), 0.0);
-            let sums = &mut sums[..2 * c];
-            for start in all.clone().step_by(PIXELS * c) {
-                let part = start..(start + PIXELS * c).min(all.end);
-                sums.fill(0.0);
-                let (z, dy) = (&map.z[part.clone()], &dy[part]);
-                let source = Source { z, scale: &map.scale, shift: &map.shift, slope: map.slope };
-                maps::gradient_sums(isa, Gradient { map: source, dy, a: &zeros, b: &zeros, c: &zeros }, sums);
-                t.sums.iter_mut().zip(&*sums).for_each(|(s, &v)| *s += f64::from(v));
+        let isa = self.isa;
+        let sums = match self.maps[u].gradient_sums.take() {
+            Some(sums) => sums,
+            None => {
+                clear_sums(&mut self.threads, c);
+                let map = &self.maps[u];
+                let ranges = ranges(shape.n, self.threads.len());
+                let mut items: Vec<_> = ranges.iter().zip(&mut self.threads).collect();
+                self.pool.run_each(&mut items, |_, (range, t)| {
+                    let part = &dy[range.start * per_image..range.end * per_image];
+                    map_sums(isa, map.source(range, per_image), part, &mut t.sums);
+                });
+                total(&self.threads, c)
             }
-        });
-        let mut sums = vec![0.0; 2 * c];
-        for t in &self.threads {
-            sums.iter_mut().zip(&t.sums).for_each(|(s, v)| *s += v);
-        }
+        };
+        let map = &self.maps[u];
         let count = (shape.n * shape.h * shape.w) as f64;
         let (mut a, mut b, mut shift) = (Vec::with_capacity(c), Vec::with_capacity(c), Vec::with_capacity(c));
         for i in 0..c {
@@ -258,4 +258,21 @@ impl<T: Element> Network<T> {
         }
         (a, b, shift)
     }
+}
+
+/// Room for the threads' sums of a map of `c` channels.
+fn clear_sums<T>(threads: &mut [Thread<T>], c: usize) {
+    for t in threads {
+        t.sums.clear();
+        t.sums.resize(2 * c, 0.0);
+    }
+}
+
+/// The threads' sums, added in their order.
+fn total<T>(threads: &[Thread<T>], c: usize) -> Vec<f64> {
+    let mut sums = vec![0.0; 2 * c];
+    for t in threads {
+        sums.iter_mut().zip(&t.sums).for_each(|(s, v)| *s += v);
+    }
+    sums
 }

@@ -32,6 +32,8 @@ pub struct Network<T: Element> {
     wanted: Vec<bool>,
     /// For every parameter.
     trainable: Vec<bool>,
+    /// The first unit that reads a unit's map: the last to add to its gradient.
+    first_reader: Vec<Option<usize>>,
     /// Batch normalisations that keep their running statistics.
     frozen_norm: Vec<bool>,
     /// Values in the order of [`Graph::params`], PyTorch's layout.
@@ -71,6 +73,8 @@ struct Map<T> {
     inv_std: Vec<f32>,
     /// Gradient with respect to what readers see, once one has left some.
     dy: Option<Vec<T>>,
+    /// `[2][C]`, sums of [`maps::gradient_sums`] over the batch, once the last reader has left its part.
+    gradient_sums: Option<Vec<f64>>,
 }
 
 impl<T: Element> Map<T> {
@@ -121,6 +125,8 @@ impl<T: Element> Network<T> {
             let own = u.params().iter().any(|p| trainable[p.0]);
             wanted.push(own || u.inputs.iter().any(|&i| wanted[i]));
         }
+        let first_reader =
+            (0..units.len()).map(|i| units.iter().position(|u| u.inputs.contains(&i))).collect();
         let grads = params.iter().map(|p: &Vec<f32>| vec![0.0; p.len()]).collect();
         let pool = Pool::new(threads).map_err(|e| Error::Unsupported(format!("threads: {e}")))?;
         let threads = (0..pool.threads()).map(|_| Thread::default()).collect();
@@ -131,6 +137,7 @@ impl<T: Element> Network<T> {
             shown_by,
             wanted,
             trainable,
+            first_reader,
             frozen_norm,
             params,
             grads,

@@ -1,7 +1,7 @@
 //! Sums of maps, one of which may be enlarged by nearest neighbours on the way (top-down paths).
 
 use super::Thread;
-use crate::cpu::dense::{maps, Element, Gradient, Source};
+use crate::cpu::dense::{maps, Element, Gradient, Source, Target};
 use crate::cpu::Isa;
 use crate::layers::upsample::nearest_source;
 use crate::shape::Shape;
@@ -43,24 +43,21 @@ pub(super) fn sum_forward<T: Element>(
     }
 }
 
-/// Gradient of [`sum_forward`] for one input.
+/// Gradient of [`sum_forward`] for one input, whose map is `source` of shape `from`.
 pub(super) fn sum_backward<T: Element>(
     isa: Isa,
     out: Shape,
     gradient: Gradient<'_, T>,
-    from: Shape,
-    enlarged: bool,
-    dx: &mut [T],
-    add: bool,
-    t: &mut Thread<T>,
+    (source, from, enlarged): (Source<'_, T>, Shape, bool),
+    mut target: Target<'_, T>,
+    [d, sums, _]: &mut [Vec<f32>; 3],
 ) {
     let (c, row) = (out.c, out.w * out.c);
-    let [d, sums, _] = &mut t.rows;
     d.resize(d.len().max(row), 0.0);
     let d = &mut d[..row];
     let image = from.h * from.w * c;
     sums.resize(sums.len().max(image), 0.0);
-    for (n, dx) in dx.chunks_exact_mut(image).enumerate() {
+    for n in 0..source.z.len() / image {
         let sums = &mut sums[..image];
         sums.fill(0.0);
         for y in 0..out.h {
@@ -73,11 +70,11 @@ pub(super) fn sum_backward<T: Element>(
                     maps::add(isa, d, &mut sums[at..at + c]);
                 }
             } else {
-                maps::deposit(isa, d, c, c, &mut dx[y * row..(y + 1) * row], add);
+                target.put(isa, source, first..first + out.w, d, c);
             }
         }
         if enlarged {
-            maps::deposit(isa, sums, c, c, dx, add);
+            target.put(isa, source, n * from.h * from.w..(n + 1) * from.h * from.w, sums, c);
         }
     }
 }

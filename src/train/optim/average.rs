@@ -20,6 +20,16 @@ impl Default for EmaRecipe {
     }
 }
 
+impl EmaRecipe {
+    /// Errors unless 0 <= decay <= 1.
+    pub fn check(&self) -> Result<()> {
+        if (0.0..=1.0).contains(&self.decay) {
+            return Ok(());
+        }
+        Err(Error::InvalidArgument(format!("ema: decay must lie in 0 to 1, got {}", self.decay)))
+    }
+}
+
 /// The averaged weights.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ema {
@@ -33,12 +43,7 @@ pub struct Ema {
 impl Ema {
     /// Starts at the given weights. Errors unless 0 <= decay <= 1.
     pub fn new<S: AsRef<[f32]>>(recipe: EmaRecipe, weights: &[S]) -> Result<Self> {
-        if !(0.0..=1.0).contains(&recipe.decay) {
-            return Err(Error::InvalidArgument(format!(
-                "ema: decay must lie in 0 to 1, got {}",
-                recipe.decay
-            )));
-        }
+        recipe.check()?;
         Ok(Self { recipe, updates: 0, average: weights.iter().map(|w| w.as_ref().to_vec()).collect() })
     }
 

@@ -256,7 +256,7 @@ mod tests {
             assert!((f64::from(got) - p).abs() < 2e-5, "step {t}: {got}, expected {p}");
         }
         // The very first step moves by lr, whatever the gradient's size.
-        let plain = OptimizerRecipe::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 0.0, weight_decay: 0.0 };
+        let plain = OptimizerRecipe::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-30, weight_decay: 0.0 };
         assert!((one(plain, &[(1e-3, 0.5)], 0.0) + 0.5).abs() < 1e-5);
     }
 
@@ -273,7 +273,7 @@ mod tests {
     fn multiplier_decay_and_freezing_are_each_parameters_own() {
         for recipe in [
             sgd_recipe(0.0, 0.5, false),
-            OptimizerRecipe::AdamW { beta1: 0.0, beta2: 0.0, epsilon: 0.0, weight_decay: 0.5 },
+            OptimizerRecipe::AdamW { beta1: 0.0, beta2: 0.0, epsilon: 1e-30, weight_decay: 0.5 },
         ] {
             let mut o = Optimizer::new(recipe, three()).unwrap();
             let (mut a, mut b, mut c) = ([1.0f32], [1.0f32], [1.0f32]);

@@ -78,16 +78,20 @@ impl OptimizerRecipe {
                     && (!nesterov || momentum > 0.0)
             }
             Self::AdamW { beta1, beta2, epsilon, weight_decay } => {
+                // Without an epsilon a parameter whose gradient has always been 0 becomes 0 / 0.
                 fraction(beta1)
                     && fraction(beta2)
-                    && [epsilon, weight_decay].iter().all(|v| v.is_finite() && *v >= 0.0)
+                    && epsilon.is_finite()
+                    && epsilon > 0.0
+                    && weight_decay.is_finite()
+                    && weight_decay >= 0.0
             }
         };
         if ok {
             return Ok(());
         }
         Err(Error::InvalidArgument(
-            "optimizer: momentum and betas must lie in 0 to below 1 (nesterov needs a momentum), weight-decay and epsilon be at least 0"
+            "optimizer: momentum and betas must lie in 0 to below 1 (nesterov needs a momentum), weight-decay be at least 0, epsilon above 0"
                 .into(),
         ))
     }
@@ -114,5 +118,6 @@ mod tests {
             OptimizerRecipe::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.05 }
         );
         assert!(parse(r#"{"kind": "sgd", "beta1": 0.9}"#).is_err());
+        assert!(parse(r#"{"kind": "adamw", "epsilon": 0.0}"#).unwrap().check().is_err());
     }
 }

@@ -78,14 +78,14 @@ impl Default for ScheduleRecipe {
 
 impl ScheduleRecipe {
     /// Resolves all lengths into steps. Errors where a setting is out of range.
-    pub fn schedule(&self, steps_per_epoch: u64) -> Result<Schedule> {
+    pub fn schedule(&self, steps_per_epoch: f64) -> Result<Schedule> {
         let scale = match self.unit {
-            LengthUnit::Epochs => steps_per_epoch as f64,
+            LengthUnit::Epochs => steps_per_epoch,
             LengthUnit::Steps => 1.0,
         };
         let positive = |v: f64| v.is_finite() && v >= 0.0;
         let bad = |what: &str| Err(Error::InvalidArgument(format!("schedule: {what}")));
-        if !(positive(self.lr) && positive(self.length * scale) && self.length * scale >= 1.0) {
+        if !(positive(self.lr) && positive(self.length * scale) && (self.length * scale).round() >= 1.0) {
             return bad("lr must be at least 0 and the length at least one step");
         }
         let mut shape = self.shape.clone();
@@ -160,7 +160,7 @@ mod tests {
             r#"{"lr": 0.01, "length": 130, "warm-up": {"length": 5, "start": 3.125e-4},
                 "shape": {"kind": "step", "milestones": [100, 120]}}"#,
         )
-        .schedule(400)
+        .schedule(400.0)
         .unwrap();
         assert_eq!(s.total_steps(), 52_000);
         let rates = [0, 1000, 2000, 39_999, 40_000, 47_999, 48_000, 60_000].map(|t| s.lr(t));
@@ -177,12 +177,12 @@ mod tests {
             r#"{"lr": 0.2, "unit": "steps", "length": 110, "warm-up": {"length": 10},
                 "shape": {"kind": "cosine", "end": 0.1}}"#,
         )
-        .schedule(7)
+        .schedule(7.0)
         .unwrap();
         for (step, expected) in [(0, 0.0), (5, 0.1), (10, 0.2), (60, 0.15), (110, 0.1), (500, 0.1)] {
             assert!((s.lr(step) - expected).abs() < 1e-6, "step {step}: {}", s.lr(step));
         }
-        assert_eq!(ScheduleRecipe::default().schedule(3).unwrap().lr(1000), 0.01);
+        assert_eq!(ScheduleRecipe::default().schedule(3.0).unwrap().lr(1000), 0.01);
     }
 
     #[test]
@@ -194,7 +194,7 @@ mod tests {
             r#"{"shape": {"kind": "cosine", "end": -0.5}}"#,
             r#"{"warm-up": {"length": 200}}"#,
         ] {
-            assert!(parse(text).schedule(10).is_err(), "{text}");
+            assert!(parse(text).schedule(10.0).is_err(), "{text}");
         }
         for text in
             [r#"{"rate": 1.0}"#, r#"{"shape": {"kind": "constant", "gamma": 2}}"#, r#"{"warm-up": {}}"#]

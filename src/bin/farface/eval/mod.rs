@@ -5,8 +5,9 @@ mod runner;
 mod voc;
 mod wider;
 
-use crate::{files, Outcome};
+use crate::Outcome;
 use anyhow::Result;
+use farface::files;
 use serde::Serialize;
 use std::io::Write;
 use std::path::PathBuf;
@@ -49,7 +50,7 @@ impl Output {
     /// Writes the plot where one is wanted.
     fn draw(&self, svg: impl FnOnce() -> farface::Result<String>) -> Result<()> {
         match &self.plot {
-            Some(path) => files::write(path, svg()?.as_bytes()),
+            Some(path) => Ok(files::write_whole(path, svg()?.as_bytes())?),
             None => Ok(()),
         }
     }

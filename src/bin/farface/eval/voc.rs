@@ -3,11 +3,12 @@
 use super::runner::RunArgs;
 use super::wider::detection;
 use super::{print_json, Output};
-use crate::{files, progress};
+use crate::progress;
 use anyhow::Result;
 use farface::eval::plot::precision_recall_svg;
 use farface::eval::voc::{evaluate, read_detections, read_faces, Found, MafaSubset, TypedFace};
 use farface::eval::PrCurve;
+use farface::files;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -99,7 +100,7 @@ fn detect(args: &Args, faces: &[TypedFace]) -> Result<Vec<Found>> {
             let b = d.bbox;
             writeln!(text, "{image} {} {} {} {} {}", d.score, b.x1, b.y1, b.x2, b.y2)?;
         }
-        files::write(file, text.as_bytes())?;
+        files::write_whole(file, text.as_bytes())?;
     }
     Ok(all)
 }

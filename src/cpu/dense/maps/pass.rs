@@ -1,0 +1,77 @@
+//! How a pass runs over a map: on the registers of an ISA, a register of channels at a time.
+
+use crate::cpu::kernels::Vector;
+use crate::cpu::Isa;
+
+/// Whether `len` values hold `rows` rows of `stride`, which may be beyond any size.
+pub(in super::super) fn holds(len: usize, rows: usize, stride: usize) -> bool {
+    rows.checked_mul(stride).is_some_and(|n| len >= n)
+}
+
+/// One pass, over any registers.
+pub(in super::super) trait Pass {
+    /// Whether it stores bf16.
+    const BF16: bool;
+    /// # Safety
+    /// The caller is compiled for `V`'s ISA; the lengths of the pass were checked.
+    unsafe fn run<V: Vector>(self);
+}
+
+/// Runs a pass on the registers of `isa`.
+///
+/// # Safety
+/// The lengths of the pass were checked.
+pub(in super::super) unsafe fn dispatch<P: Pass>(isa: Isa, pass: P) {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2<P: Pass>(pass: P) {
+        // SAFETY: compiled for this ISA.
+        unsafe { pass.run::<crate::cpu::kernels::avx2::F32x8>() }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn avx512_bf16<P: Pass>(pass: P) {
+        // SAFETY: compiled for this ISA.
+        unsafe { pass.run::<crate::cpu::kernels::avx512::F32x16>() }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn avx512<P: Pass>(pass: P) {
+        // SAFETY: compiled for this ISA.
+        unsafe { pass.run::<crate::cpu::kernels::avx512::F32x16>() }
+    }
+    // SAFETY: an `Isa` value is proof that the CPU has it; the caller's contract.
+    unsafe {
+        match isa {
+            Isa::Generic => pass.run::<crate::cpu::kernels::generic::F32x4>(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => pass.run::<crate::cpu::kernels::neon::F32x4>(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2(pass),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if P::BF16 => {
+                assert!(crate::cpu::dense::bf16_supported(), "maps in bf16 are for machines with AMX");
+                avx512_bf16(pass)
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512(pass),
+        }
+    }
+}
+
+/// Runs `$body` for every register of channels: `$at` the first channel, `$n` how many (a constant where all lanes).
+macro_rules! for_registers {
+    ($vector:ty, $channels:expr, |$at:ident, $n:ident| $body:block) => {{
+        let mut $at = 0;
+        while $at + <$vector>::LANES <= $channels {
+            let $n = <$vector>::LANES;
+            $body
+            $at += <$vector>::LANES;
+        }
+        if $at < $channels {
+            let $n = $channels - $at;
+            $body
+        }
+    }};
+}
+pub(in super::super) use for_registers;

@@ -1,0 +1,130 @@
+//! What a map's readers see, and the gradient with respect to the map itself.
+
+use super::wide::{group, repeated};
+use super::{dispatch, for_registers, holds, Gradient, Pass, Source};
+use crate::cpu::dense::Element;
+use crate::cpu::kernels::Vector;
+use crate::cpu::Isa;
+
+/// max(slope * x, x).
+#[inline(always)]
+unsafe fn activate<V: Vector>(x: V, slope: V) -> V {
+    // SAFETY: register arithmetic; the caller is compiled for V's ISA.
+    unsafe { x.mul(slope).max(x) }
+}
+
+struct Read<'a, T, O> {
+    source: Source<'a, T>,
+    pixels: usize,
+    to: &'a mut [O],
+    pixel: usize,
+}
+
+impl<T: Element, O: Element> Pass for Read<'_, T, O> {
+    const BF16: bool = O::BF16;
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let Source { z, scale, shift, slope } = self.source;
+        let c = scale.len();
+        // SAFETY: lengths were checked by `read`.
+        unsafe {
+            let slope = V::splat(slope);
+            for_registers!(V, c, |at, n| {
+                let (scale, shift) =
+                    (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
+                let (mut from, mut to) = (z.as_ptr().add(at), self.to.as_mut_ptr().add(at));
+                for _ in 0..self.pixels {
+                    let v = shift.mul_add(scale, T::load::<V>(from, n));
+                    O::store(activate(v, slope), to, n);
+                    (from, to) = (from.wrapping_add(c), to.wrapping_add(self.pixel));
+                }
+            });
+        }
+    }
+}
+
+/// Writes what readers of `source` see to `to`, `pixel` values a pixel (those past the channels 0).
+pub fn read<T: Element, O: Element>(isa: Isa, source: Source<'_, T>, to: &mut [O], pixel: usize) {
+    let (pixels, c) = (source.checked(), source.channels());
+    assert!(pixel >= c && holds(to.len(), pixels, pixel), "no room for what is read");
+    let k = if pixel == c { group(isa, c) } else { 1 };
+    let done = pixels / k * k * usize::from(k > 1);
+    if done > 0 {
+        let (scale, shift) = (repeated(source.scale, k), repeated(source.shift, k));
+        let wide = Source { scale: &scale[..k * c], shift: &shift[..k * c], ..source };
+        // SAFETY: the lengths were checked; k pixels of c values are one of k * c.
+        unsafe { dispatch(isa, Read { source: wide, pixels: done / k, to, pixel: k * c }) };
+    }
+    if done < pixels {
+        let (source, pixels) = (source.pixels(done..pixels), pixels - done);
+        // SAFETY: the lengths were checked.
+        unsafe { dispatch(isa, Read { source, pixels, to: &mut to[done * pixel..], pixel }) };
+    }
+    clear_rest(to, pixels, pixel, c);
+}
+
+/// Zeros behind the channels of every pixel.
+fn clear_rest<O: Element>(to: &mut [O], pixels: usize, pixel: usize, channels: usize) {
+    if pixel > channels {
+        to.chunks_exact_mut(pixel).take(pixels).for_each(|p| p[channels..].fill(O::default()));
+    }
+}
+
+struct PullBack<'a, T, O> {
+    gradient: Gradient<'a, T>,
+    pixels: usize,
+    to: &'a mut [O],
+    pixel: usize,
+}
+
+impl<T: Element, O: Element> Pass for PullBack<'_, T, O> {
+    const BF16: bool = O::BF16;
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let Gradient { map: Source { z, scale, shift, slope }, dy, a, b, c } = self.gradient;
+        let channels = a.len();
+        // SAFETY: lengths were checked by `pull_back`.
+        unsafe {
+            let slope = V::splat(slope);
+            for_registers!(V, channels, |at, n| {
+                let (scale, shift) =
+                    (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
+                let (a, b) = (V::load_upto(a.as_ptr().add(at), n), V::load_upto(b.as_ptr().add(at), n));
+                let c = V::load_upto(c.as_ptr().add(at), n);
+                let (mut z, mut dy) = (z.as_ptr().add(at), dy.as_ptr().add(at));
+                let mut to = self.to.as_mut_ptr().add(at);
+                for _ in 0..self.pixels {
+                    let v = T::load::<V>(z, n);
+                    let d = T::load::<V>(dy, n);
+                    let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
+                    O::store(c.mul_add(b, v).mul_add(a, g), to, n);
+                    (z, dy) = (z.wrapping_add(channels), dy.wrapping_add(channels));
+                    to = to.wrapping_add(self.pixel);
+                }
+            });
+        }
+    }
+}
+
+/// Writes `dz` to `to`, `pixel` values a pixel (those past the channels 0).
+pub fn pull_back<T: Element, O: Element>(isa: Isa, gradient: Gradient<'_, T>, to: &mut [O], pixel: usize) {
+    let (pixels, c) = (gradient.checked(), gradient.channels());
+    assert!(pixel >= c && holds(to.len(), pixels, pixel), "no room for the gradient");
+    let k = if pixel == c { group(isa, c) } else { 1 };
+    let done = pixels / k * k * usize::from(k > 1);
+    if done > 0 {
+        let Gradient { map, a, b, c: shift, .. } = gradient;
+        let constants = [map.scale, map.shift, a, b, shift].map(|v| repeated(v, k));
+        let [scale, map_shift, a, b, shift] = constants.each_ref().map(|v| &v[..k * c]);
+        let map = Source { scale, shift: map_shift, ..map };
+        let wide = Gradient { map, a, b, c: shift, ..gradient };
+        // SAFETY: the lengths were checked; k pixels of c values are one of k * c.
+        unsafe { dispatch(isa, PullBack { gradient: wide, pixels: done / k, to, pixel: k * c }) };
+    }
+    if done < pixels {
+        let (gradient, pixels) = (gradient.pixels(done..pixels), pixels - done);
+        // SAFETY: the lengths were checked.
+        unsafe { dispatch(isa, PullBack { gradient, pixels, to: &mut to[done * pixel..], pixel }) };
+    }
+    clear_rest(to, pixels, pixel, c);
+}

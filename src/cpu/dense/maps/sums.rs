@@ -1,0 +1,196 @@
+//! Statistics of maps and of their gradients.
+
+use super::wide::{fold, group, repeated, MOST};
+use super::{dispatch, for_registers, holds, Pass, Source};
+use crate::cpu::dense::Element;
+use crate::cpu::kernels::Vector;
+use crate::cpu::Isa;
+
+struct GradientSums<'a, T> {
+    map: Source<'a, T>,
+    dy: &'a [T],
+    pixels: usize,
+    sums: &'a mut [f32],
+}
+
+impl<T: Element> Pass for GradientSums<'_, T> {
+    const BF16: bool = T::BF16;
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let Source { z, scale, shift, slope } = self.map;
+        let (channels, dy) = (scale.len(), self.dy);
+        // SAFETY: lengths were checked by `gradient_sums`.
+        unsafe {
+            let slope = V::splat(slope);
+            for_registers!(V, channels, |at, n| {
+                let (scale, shift) =
+                    (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
+                let (mut z, mut dy) = (z.as_ptr().add(at), dy.as_ptr().add(at));
+                // Two chains of sums, since an addition takes four cycles.
+                let (mut sum, mut product) = (V::splat(0.0), V::splat(0.0));
+                let (mut sum2, mut product2) = (sum, product);
+                for _ in 0..self.pixels / 2 {
+                    let (v, v2) = (T::load::<V>(z, n), T::load::<V>(z.wrapping_add(channels), n));
+                    let (d, d2) = (T::load::<V>(dy, n), T::load::<V>(dy.wrapping_add(channels), n));
+                    let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
+                    let g2 = shift.mul_add(scale, v2).where_positive(d2, d2.mul(slope));
+                    (sum, sum2) = (sum.add(g), sum2.add(g2));
+                    (product, product2) = (product.mul_add(g, v), product2.mul_add(g2, v2));
+                    (z, dy) = (z.wrapping_add(2 * channels), dy.wrapping_add(2 * channels));
+                }
+                if self.pixels % 2 == 1 {
+                    let (v, d) = (T::load::<V>(z, n), T::load::<V>(dy, n));
+                    let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
+                    (sum, product) = (sum.add(g), product.mul_add(g, v));
+                }
+                let (sum, product) = (sum.add(sum2), product.add(product2));
+                let to = self.sums.as_mut_ptr().add(at);
+                V::load_upto(to, n).add(sum).store_upto(to, n);
+                let to = to.add(channels);
+                V::load_upto(to, n).add(product).store_upto(to, n);
+            });
+        }
+    }
+}
+
+/// Adds to `sums`, `[2][C]`: the sum of g (see [`Gradient`]) and the sum of g * z over the pixels.
+pub fn gradient_sums<T: Element>(isa: Isa, map: Source<'_, T>, dy: &[T], sums: &mut [f32]) {
+    let pixels = map.checked();
+    assert!(
+        sums.len() == 2 * map.channels() && dy.len() == map.z.len(),
+        "two sums a channel, a gradient of the map's size"
+    );
+    let (c, k) = (map.channels(), group(isa, map.channels()));
+    let done = pixels / k * k * usize::from(k > 1);
+    if done > 0 {
+        let (scale, shift) = (repeated(map.scale, k), repeated(map.shift, k));
+        let wide = Source { scale: &scale[..k * c], shift: &shift[..k * c], ..map };
+        let mut both = [0.0; 2 * MOST];
+        let both = &mut both[..2 * k * c];
+        // SAFETY: the lengths were checked; k pixels of c values are one of k * c.
+        unsafe { dispatch(isa, GradientSums { map: wide, dy, pixels: done / k, sums: both }) };
+        fold(&both[..k * c], &mut sums[..c]);
+        fold(&both[k * c..], &mut sums[c..]);
+    }
+    if done < pixels {
+        let (map, dy, pixels) = (map.pixels(done..pixels), &dy[done * c..], pixels - done);
+        // SAFETY: the lengths were checked.
+        unsafe { dispatch(isa, GradientSums { map, dy, pixels, sums }) };
+    }
+}
+
+struct Finish<'a, T> {
+    from: &'a [f32],
+    stride: usize,
+    bias: &'a [f32],
+    pixels: usize,
+    z: &'a mut [T],
+    sums: &'a mut [f32],
+}
+
+impl<T: Element> Pass for Finish<'_, T> {
+    const BF16: bool = T::BF16;
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let channels = self.bias.len();
+        // SAFETY: lengths were checked by `finish`.
+        unsafe {
+            for_registers!(V, channels, |at, n| {
+                let bias = V::load_upto(self.bias.as_ptr().add(at), n);
+                let (mut from, mut z) = (self.from.as_ptr().add(at), self.z.as_mut_ptr().add(at));
+                // Two chains of sums, since an addition takes four cycles.
+                let (mut sum, mut squares) = (V::splat(0.0), V::splat(0.0));
+                let (mut sum2, mut squares2) = (sum, squares);
+                for _ in 0..self.pixels / 2 {
+                    let v = V::load_upto(from, n).add(bias);
+                    let v2 = V::load_upto(from.wrapping_add(self.stride), n).add(bias);
+                    T::store(v, z, n);
+                    T::store(v2, z.wrapping_add(channels), n);
+                    (sum, sum2) = (sum.add(v), sum2.add(v2));
+                    (squares, squares2) = (squares.mul_add(v, v), squares2.mul_add(v2, v2));
+                    (from, z) = (from.wrapping_add(2 * self.stride), z.wrapping_add(2 * channels));
+                }
+                if self.pixels % 2 == 1 {
+                    let v = V::load_upto(from, n).add(bias);
+                    T::store(v, z, n);
+                    (sum, squares) = (sum.add(v), squares.mul_add(v, v));
+                }
+                let (sum, squares) = (sum.add(sum2), squares.add(squares2));
+                let to = self.sums.as_mut_ptr().add(at);
+                V::load_upto(to, n).add(sum).store_upto(to, n);
+                let to = to.add(channels);
+                V::load_upto(to, n).add(squares).store_upto(to, n);
+            });
+        }
+    }
+}
+
+/// Stores `from + bias` (`stride` values a pixel) as `z`, and adds to `sums`, `[2][C]`, the sums of the
+/// values (before they are rounded to be stored) and of their squares.
+pub fn finish<T: Element>(
+    isa: Isa,
+    from: &[f32],
+    stride: usize,
+    bias: &[f32],
+    z: &mut [T],
+    sums: &mut [f32],
+) {
+    let c = bias.len();
+    let pixels = z.len() / c.max(1);
+    assert!(stride >= c && holds(from.len(), pixels, stride) && sums.len() == 2 * c, "lengths of a result");
+    let k = if stride == c { group(isa, c) } else { 1 };
+    let done = pixels / k * k * usize::from(k > 1);
+    if done > 0 {
+        let wide = repeated(bias, k);
+        let bias = &wide[..k * c];
+        let mut both = [0.0; 2 * MOST];
+        let both = &mut both[..2 * k * c];
+        // SAFETY: the lengths were checked; k pixels of c values are one of k * c.
+        unsafe { dispatch(isa, Finish { from, stride: k * c, bias, pixels: done / k, z, sums: both }) };
+        fold(&both[..k * c], &mut sums[..c]);
+        fold(&both[k * c..], &mut sums[c..]);
+    }
+    if done < pixels {
+        let (from, z) = (&from[done * stride..], &mut z[done * c..]);
+        // SAFETY: the lengths were checked.
+        unsafe { dispatch(isa, Finish { from, stride, bias, pixels: pixels - done, z, sums }) };
+    }
+}
+
+struct ColumnSums<'a, T> {
+    from: &'a [T],
+    stride: usize,
+    pixels: usize,
+    sums: &'a mut [f32],
+}
+
+impl<T: Element> Pass for ColumnSums<'_, T> {
+    const BF16: bool = T::BF16;
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        // SAFETY: lengths were checked by `column_sums`.
+        unsafe {
+            for_registers!(V, self.sums.len(), |at, n| {
+                let mut from = self.from.as_ptr().add(at);
+                let mut sum = V::splat(0.0);
+                for _ in 0..self.pixels {
+                    sum = sum.add(T::load::<V>(from, n));
+                    from = from.wrapping_add(self.stride);
+                }
+                let to = self.sums.as_mut_ptr().add(at);
+                V::load_upto(to, n).add(sum).store_upto(to, n);
+            });
+        }
+    }
+}
+
+/// Adds the pixels of `from`, `stride` values each, into `sums` `[channels]`.
+pub fn column_sums<T: Element>(isa: Isa, from: &[T], stride: usize, sums: &mut [f32]) {
+    assert!(stride >= sums.len(), "sums of more channels than there are");
+    let pixels = from.len() / stride.max(1);
+    if pixels == 0 {
+        return;
+    }
+    // SAFETY: the lengths were checked.
+    unsafe { dispatch(isa, ColumnSums { from, stride, pixels, sums }) };
+}
