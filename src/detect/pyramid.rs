@@ -292,7 +292,11 @@ mod tests {
                         && whole((b.y1 + b.y2) / 2.0)
                         && anchors.iter().any(|a| near(a[0], b.width()) && near(a[1], b.height()))
                 });
-                assert!(fits && face.score > 0.5 && face.landmarks.is_none(), "{}: {face:?}", config.name);
+                assert!(
+                    fits && face.score > config.score_threshold && face.landmarks.is_none(),
+                    "{}: {face:?}",
+                    config.name
+                );
             }
         }
     }

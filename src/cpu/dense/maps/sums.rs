@@ -53,7 +53,7 @@ impl<T: Element> Pass for GradientSums<'_, T> {
     }
 }
 
-/// Adds to `sums`, `[2][C]`: the sum of g (see [`Gradient`]) and the sum of g * z over the pixels.
+/// Adds to `sums`, `[2][C]`: the sum of g (see [`super::Gradient`]) and the sum of g * z over the pixels.
 pub fn gradient_sums<T: Element>(isa: Isa, map: Source<'_, T>, dy: &[T], sums: &mut [f32]) {
     let pixels = map.checked();
     assert!(
