@@ -75,3 +75,13 @@ macro_rules! for_registers {
     }};
 }
 pub(in super::super) use for_registers;
+
+/// `to += v`, the first `n` lanes.
+///
+/// # Safety
+/// The caller is compiled for `V`'s ISA; `to` holds `n` values.
+#[inline(always)]
+pub(super) unsafe fn add_to<V: Vector>(v: V, to: *mut f32, n: usize) {
+    // SAFETY: the caller's contract.
+    unsafe { V::load_upto(to, n).add(v).store_upto(to, n) }
+}

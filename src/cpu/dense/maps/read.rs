@@ -1,6 +1,6 @@
 //! What a map's readers see, and the gradient with respect to the map itself.
 
-use super::wide::{group, repeated};
+use super::wide::{groups, repeated};
 use super::{dispatch, for_registers, holds, Gradient, Pass, Source};
 use crate::cpu::dense::Element;
 use crate::cpu::kernels::Vector;
@@ -47,8 +47,7 @@ impl<T: Element, O: Element> Pass for Read<'_, T, O> {
 pub fn read<T: Element, O: Element>(isa: Isa, source: Source<'_, T>, to: &mut [O], pixel: usize) {
     let (pixels, c) = (source.checked(), source.channels());
     assert!(pixel >= c && holds(to.len(), pixels, pixel), "no room for what is read");
-    let k = if pixel == c { group(isa, c) } else { 1 };
-    let done = pixels / k * k * usize::from(k > 1);
+    let (k, done) = groups(isa, c, pixel, pixels);
     if done > 0 {
         let (scale, shift) = (repeated(source.scale, k), repeated(source.shift, k));
         let wide = Source { scale: &scale[..k * c], shift: &shift[..k * c], ..source };
@@ -110,8 +109,7 @@ impl<T: Element, O: Element> Pass for PullBack<'_, T, O> {
 pub fn pull_back<T: Element, O: Element>(isa: Isa, gradient: Gradient<'_, T>, to: &mut [O], pixel: usize) {
     let (pixels, c) = (gradient.checked(), gradient.channels());
     assert!(pixel >= c && holds(to.len(), pixels, pixel), "no room for the gradient");
-    let k = if pixel == c { group(isa, c) } else { 1 };
-    let done = pixels / k * k * usize::from(k > 1);
+    let (k, done) = groups(isa, c, pixel, pixels);
     if done > 0 {
         let Gradient { map, a, b, c: shift, .. } = gradient;
         let constants = [map.scale, map.shift, a, b, shift].map(|v| repeated(v, k));

@@ -1,6 +1,6 @@
 //! Gradients written to maps.
 
-use super::wide::group;
+use super::wide::groups;
 use super::{dispatch, for_registers, holds, Pass};
 use crate::cpu::dense::Element;
 use crate::cpu::kernels::Vector;
@@ -40,8 +40,7 @@ impl<T: Element> Pass for Deposit<'_, T> {
 pub fn deposit<T: Element>(isa: Isa, from: &[f32], stride: usize, channels: usize, to: &mut [T], add: bool) {
     let pixels = to.len() / channels.max(1);
     assert!(stride >= channels && holds(from.len(), pixels, stride), "lengths of a gradient");
-    let k = if stride == channels { group(isa, channels) } else { 1 };
-    let done = pixels / k * k * usize::from(k > 1);
+    let (k, done) = groups(isa, channels, stride, pixels);
     if done > 0 {
         let (stride, channels, pixels) = (k * channels, k * channels, done / k);
         // SAFETY: the lengths were checked; k pixels of `channels` values are one of k times as many.

@@ -1,6 +1,7 @@
 //! Statistics of maps and of their gradients.
 
-use super::wide::{fold, group, repeated, MOST};
+use super::pass::add_to;
+use super::wide::{fold, groups, repeated};
 use super::{dispatch, for_registers, holds, Pass, Source};
 use crate::cpu::dense::Element;
 use crate::cpu::kernels::Vector;
@@ -45,9 +46,9 @@ impl<T: Element> Pass for GradientSums<'_, T> {
                 }
                 let (sum, product) = (sum.add(sum2), product.add(product2));
                 let to = self.sums.as_mut_ptr().add(at);
-                V::load_upto(to, n).add(sum).store_upto(to, n);
+                add_to(sum, to, n);
                 let to = to.add(channels);
-                V::load_upto(to, n).add(product).store_upto(to, n);
+                add_to(product, to, n);
             });
         }
     }
@@ -60,17 +61,15 @@ pub fn gradient_sums<T: Element>(isa: Isa, map: Source<'_, T>, dy: &[T], sums: &
         sums.len() == 2 * map.channels() && dy.len() == map.z.len(),
         "two sums a channel, a gradient of the map's size"
     );
-    let (c, k) = (map.channels(), group(isa, map.channels()));
-    let done = pixels / k * k * usize::from(k > 1);
+    let c = map.channels();
+    let (k, done) = groups(isa, c, c, pixels);
     if done > 0 {
         let (scale, shift) = (repeated(map.scale, k), repeated(map.shift, k));
         let wide = Source { scale: &scale[..k * c], shift: &shift[..k * c], ..map };
-        let mut both = [0.0; 2 * MOST];
-        let both = &mut both[..2 * k * c];
         // SAFETY: the lengths were checked; k pixels of c values are one of k * c.
-        unsafe { dispatch(isa, GradientSums { map: wide, dy, pixels: done / k, sums: both }) };
-        fold(&both[..k * c], &mut sums[..c]);
-        fold(&both[k * c..], &mut sums[c..]);
+        fold(k, sums, |sums| unsafe {
+            dispatch(isa, GradientSums { map: wide, dy, pixels: done / k, sums })
+        });
     }
     if done < pixels {
         let (map, dy, pixels) = (map.pixels(done..pixels), &dy[done * c..], pixels - done);
@@ -117,9 +116,9 @@ impl<T: Element> Pass for Finish<'_, T> {
                 }
                 let (sum, squares) = (sum.add(sum2), squares.add(squares2));
                 let to = self.sums.as_mut_ptr().add(at);
-                V::load_upto(to, n).add(sum).store_upto(to, n);
+                add_to(sum, to, n);
                 let to = to.add(channels);
-                V::load_upto(to, n).add(squares).store_upto(to, n);
+                add_to(squares, to, n);
             });
         }
     }
@@ -138,17 +137,14 @@ pub fn finish<T: Element>(
     let c = bias.len();
     let pixels = z.len() / c.max(1);
     assert!(stride >= c && holds(from.len(), pixels, stride) && sums.len() == 2 * c, "lengths of a result");
-    let k = if stride == c { group(isa, c) } else { 1 };
-    let done = pixels / k * k * usize::from(k > 1);
+    let (k, done) = groups(isa, c, stride, pixels);
     if done > 0 {
         let wide = repeated(bias, k);
-        let bias = &wide[..k * c];
-        let mut both = [0.0; 2 * MOST];
-        let both = &mut both[..2 * k * c];
+        let (bias, stride, z) = (&wide[..k * c], k * c, &mut *z);
         // SAFETY: the lengths were checked; k pixels of c values are one of k * c.
-        unsafe { dispatch(isa, Finish { from, stride: k * c, bias, pixels: done / k, z, sums: both }) };
-        fold(&both[..k * c], &mut sums[..c]);
-        fold(&both[k * c..], &mut sums[c..]);
+        fold(k, sums, |sums| unsafe {
+            dispatch(isa, Finish { from, stride, bias, pixels: done / k, z, sums })
+        });
     }
     if done < pixels {
         let (from, z) = (&from[done * stride..], &mut z[done * c..]);
@@ -178,7 +174,7 @@ impl<T: Element> Pass for ColumnSums<'_, T> {
                     from = from.wrapping_add(self.stride);
                 }
                 let to = self.sums.as_mut_ptr().add(at);
-                V::load_upto(to, n).add(sum).store_upto(to, n);
+                add_to(sum, to, n);
             });
         }
     }

@@ -7,16 +7,17 @@ use crate::cpu::Isa;
 /// Most values of a group of pixels.
 pub(super) const MOST: usize = 96;
 
-/// Pixels of a group: as few as fill whole registers; 1 where they would be more than [`MOST`] values.
-pub(super) fn group(isa: Isa, channels: usize) -> usize {
+/// How many pixels make a group (as few as fill whole registers), and how many of `pixels` stand in whole groups: none where
+/// there is a gap between pixels (`stride` beyond `channels`), where one fills its registers itself, or where a group would
+/// have more than [`MOST`] values.
+pub(super) fn groups(isa: Isa, channels: usize, stride: usize, pixels: usize) -> (usize, usize) {
     let lanes = Kernels::of(isa).lanes;
     // The lanes are a power of two.
-    let pixels = lanes >> channels.trailing_zeros().min(lanes.trailing_zeros());
-    if pixels * channels <= MOST {
-        pixels
-    } else {
-        1
+    let group = lanes >> channels.trailing_zeros().min(lanes.trailing_zeros());
+    if stride != channels || group == 1 || group * channels > MOST {
+        return (1, 0);
     }
+    (group, pixels / group * group)
 }
 
 /// A channel's constants for each pixel of a group.
@@ -26,9 +27,15 @@ pub(super) fn repeated(values: &[f32], pixels: usize) -> [f32; MOST] {
     all
 }
 
-/// Adds the sums of a group's pixels to those of the channels.
-pub(super) fn fold(wide: &[f32], sums: &mut [f32]) {
-    for pixel in wide.chunks_exact(sums.len()) {
-        sums.iter_mut().zip(pixel).for_each(|(s, v)| *s += v);
+/// Runs a pass that adds to two sums a channel of a group, and adds those of its pixels to `sums`, `[2][C]`.
+pub(super) fn fold(group: usize, sums: &mut [f32], pass: impl FnOnce(&mut [f32])) {
+    let mut wide = [0.0; 2 * MOST];
+    let wide = &mut wide[..group * sums.len()];
+    pass(wide);
+    let c = sums.len() / 2;
+    for (sums, wide) in sums.chunks_exact_mut(c).zip(wide.chunks_exact(group * c)) {
+        for pixel in wide.chunks_exact(c) {
+            sums.iter_mut().zip(pixel).for_each(|(s, v)| *s += v);
+        }
     }
 }
