@@ -33,6 +33,8 @@ grey = 0.3
 blur = { probability = 0.3 }
 jpeg = { probability = 0.3 }
 low-resolution = { probability = 0.3 }
+turn = { probability = 0.3 }
+cover = { probability = 0.3 }
 scale-jitter = { weight = 1.0 }
 [matching]
 kind = "first-step"

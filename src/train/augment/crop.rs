@@ -17,6 +17,12 @@ pub struct Window {
 }
 
 impl Window {
+    /// The window about the same centre with a side `factor` times as long.
+    pub(super) fn scaled(&self, factor: f32) -> Self {
+        let more = self.size * (factor - 1.0) / 2.0;
+        Self { x: self.x - more, y: self.y - more, size: self.size * factor }
+    }
+
     pub(super) fn holds_centre(&self, b: &BBox) -> bool {
         let [cx, cy] = centre(b);
         (self.x..self.x + self.size).contains(&cx) && (self.y..self.y + self.size).contains(&cy)

@@ -1,14 +1,16 @@
 //! From a picture and its faces to a square training example.
 //!
 //! One square window of the picture is chosen (`crop`), drawn once straight from the source with
-//! flip and colour in the same pass (`resample`, `photometric`), and now and then degraded
-//! (`noise`).
+//! flip and colour in the same pass (`resample`, `photometric`), now and then turned (`turn`) and
+//! degraded (`noise`), and some of its faces are partly covered (`cover`).
 
+mod cover;
 mod crop;
 mod noise;
 mod photometric;
 mod recipe;
 mod resample;
+mod turn;
 
 #[cfg(test)]
 mod tests;
@@ -20,11 +22,13 @@ use crate::Result;
 
 pub use crop::Window;
 pub use recipe::{
-    Augment, Blur, DataAnchorSampling, Expand, Jpeg, LowResolution, Photometric, RandomSquare, ScaleJitter,
+    Augment, Blur, Cover, DataAnchorSampling, Expand, Jpeg, LowResolution, Photometric, RandomSquare,
+    ScaleJitter, Turn,
 };
 
 use photometric::Colour;
 use resample::{Drawing, Resampler};
+use turn::Rotation;
 
 /// A training example.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,6 +46,7 @@ pub struct Example {
 pub struct Scratch {
     resampler: Resampler,
     small: Vec<u8>,
+    straight: Vec<u8>,
     blur: noise::BlurScratch,
 }
 
@@ -77,18 +82,43 @@ impl Augment {
         let colour = self.colour(rng);
         let whole = Drawing { window, flip, colour, fill: self.fill };
         let source = (picture.width, picture.height, &picture.pixels[..]);
-        let Scratch { resampler, small, blur } = scratch;
+        let Scratch { resampler, small, straight, blur } = scratch;
 
-        if rng.uniform() < self.low_resolution.probability {
+        let few = (rng.uniform() < self.low_resolution.probability).then(|| {
             let [least, most] = self.low_resolution.factor;
-            let few = ((side as f32 / rng.range(least, most)).round() as usize).max(1);
+            rng.range(least, most)
+        });
+        let mut draw = |drawing: &Drawing, side: usize, pixels: &mut [u8]| {
+            let Some(factor) = few else { return resampler.draw(source, drawing, side, pixels) };
+            let few = ((side as f32 / factor).round() as usize).max(1);
             small.resize(few * few * 3, 0);
-            resampler.draw(source, &whole, few, small);
+            resampler.draw(source, drawing, few, small);
             let window = Window { x: 0.0, y: 0.0, size: few as f32 };
             let enlarged = Drawing { window, flip: false, colour: Colour::IDENTITY, fill: self.fill };
             resampler.draw((few, few, small), &enlarged, side, pixels);
+        };
+        let turned = rng.uniform() < self.turn.probability;
+        let rotation = if turned {
+            let most = self.turn.degrees.to_radians();
+            Rotation::new(rng.range(-most, most))
         } else {
-            resampler.draw(source, &whole, side, pixels);
+            Rotation::NONE
+        };
+        if turned {
+            // Wide enough for the corners.
+            let wide = (side as f32 * rotation.reach()).ceil() as usize + 2;
+            straight.resize(wide * wide * 3, 0);
+            let window = window.scaled(wide as f32 / side as f32);
+            draw(&Drawing { window, ..whole }, wide, straight);
+            rotation.draw(straight, wide, side, pixels);
+        } else {
+            draw(&whole, side, pixels);
+        }
+        let faces = self.faces_in(&window, faces, side as f32, flip, rotation);
+        for face in faces.iter().filter(|f| !f.ignore) {
+            if rng.uniform() < self.cover.probability {
+                self.cover.draw(&face.bbox, &faces, side, rng, pixels);
+            }
         }
         if rng.uniform() < self.blur.probability {
             let sigma = rng.range(self.blur.sigma[0], self.blur.sigma[1]);
@@ -99,22 +129,33 @@ impl Augment {
             let quality = worst + rng.below(usize::from(best - worst) + 1) as u8;
             noise::jpeg(pixels, side, quality)?;
         }
-        Ok(self.faces_in(&window, faces, side as f32, flip))
+        Ok(faces)
     }
 
-    /// The faces whose centre lies in the window, clipped to it, in pixels of the crop. Those
-    /// clipped to less than `min_visible` of their area, and those whose longer side falls below
-    /// `min_face_px`, are ignored.
-    fn faces_in(&self, window: &Window, faces: &[Annotated], side: f32, flip: bool) -> Vec<Annotated> {
+    /// The faces whose centre lies in the crop, clipped to it, in its pixels. Those clipped to less than `min_visible` of
+    /// their area, and those whose longer side falls below `min_face_px`, are ignored.
+    fn faces_in(
+        &self,
+        window: &Window,
+        faces: &[Annotated],
+        side: f32,
+        flip: bool,
+        rotation: Rotation,
+    ) -> Vec<Annotated> {
         let scale = side / window.size;
         let mut kept = Vec::new();
-        for face in faces.iter().filter(|f| window.holds_centre(&f.bbox)) {
+        for face in faces {
             let b = face.bbox;
             let [x1, x2] = [b.x1, b.x2].map(|x| (x - window.x) * scale);
             let [y1, y2] = [b.y1, b.y2].map(|y| (y - window.y) * scale);
             let [x1, x2] = if flip { [side - x2, side - x1] } else { [x1, x2] };
-            let clipped = BBox::new(x1.max(0.0), y1.max(0.0), x2.min(side), y2.min(side));
-            let visible = clipped.area() / ((x2 - x1) * (y2 - y1));
+            let b = rotation.turned(BBox::new(x1, y1, x2, y2), side);
+            let inside = |from: f32, to: f32| (0.0..side).contains(&((from + to) / 2.0));
+            if !(inside(b.x1, b.x2) && inside(b.y1, b.y2)) {
+                continue;
+            }
+            let clipped = BBox::new(b.x1.max(0.0), b.y1.max(0.0), b.x2.min(side), b.y2.min(side));
+            let visible = clipped.area() / b.area();
             let too_small = clipped.width().max(clipped.height()) < self.min_face_px;
             // A face of no size after rounding cannot be learnt from or ignored.
             if clipped.area() > 0.0 {

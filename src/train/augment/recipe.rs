@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Result};
 
 /// Augmentation. Every example is one window, chosen by one of four methods in proportion to their
-/// weights, then flipped, recoloured and degraded with the probabilities below. Lengths are pixels,
-/// ranges `[least, most]`.
+/// weights, then flipped, recoloured, turned and degraded, its faces covered, with the probabilities
+/// below. Lengths are pixels, ranges `[least, most]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Augment {
@@ -30,6 +30,10 @@ pub struct Augment {
     pub jpeg: Jpeg,
     /// Detail lost to a lower resolution.
     pub low_resolution: LowResolution,
+    /// Heads held askew.
+    pub turn: Turn,
+    /// Faces partly hidden.
+    pub cover: Cover,
     /// Faces whose longer side is below this in the example are ignored; 4.
     pub min_face_px: f32,
     /// Faces of whose area less than this share lies in the window are ignored; 0.5. (Those whose
@@ -52,6 +56,8 @@ impl Default for Augment {
             blur: Blur::default(),
             jpeg: Jpeg::default(),
             low_resolution: LowResolution::default(),
+            turn: Turn::default(),
+            cover: Cover::default(),
             min_face_px: 4.0,
             min_visible: 0.5,
             fill: [123, 117, 104],
@@ -212,6 +218,39 @@ impl Default for LowResolution {
     }
 }
 
+/// The example is turned about its centre. A face's box becomes that of the turned ellipse that fills the box.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Turn {
+    /// 0.
+    pub probability: f32,
+    /// Largest angle, either way, up to 180; 25.
+    pub degrees: f32,
+}
+
+impl Default for Turn {
+    fn default() -> Self {
+        Self { probability: 0.0, degrees: 25.0 }
+    }
+}
+
+/// A part of a face is hidden under a piece of the example that shows no face (Zhong et al., Random Erasing, AAAI 2020,
+/// with a piece of the picture for the noise).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Cover {
+    /// Of each face; 0.
+    pub probability: f32,
+    /// Share of the box's area; [0.1, 0.4].
+    pub share: [f32; 2],
+}
+
+impl Default for Cover {
+    fn default() -> Self {
+        Self { probability: 0.0, share: [0.1, 0.4] }
+    }
+}
+
 impl Augment {
     /// Weights of the four methods, in the order of the fields.
     pub(super) fn weights(&self) -> [f32; 4] {
@@ -238,6 +277,8 @@ impl Augment {
             ("blur.probability", self.blur.probability),
             ("jpeg.probability", self.jpeg.probability),
             ("low-resolution.probability", self.low_resolution.probability),
+            ("turn.probability", self.turn.probability),
+            ("cover.probability", self.cover.probability),
             ("min-visible", self.min_visible),
         ] {
             need((0.0..=1.0).contains(&p), &format!("{name} is {p}, not from 0 to 1"))?;
@@ -282,6 +323,8 @@ impl Augment {
             range(self.low_resolution.factor, 1.0, 100.0),
             "low-resolution.factor must be a range in 1 to 100",
         )?;
+        need((0.0..=180.0).contains(&self.turn.degrees), "turn.degrees must be from 0 to 180")?;
+        need(range(self.cover.share, 0.0, 1.0), "cover.share must be a range in 0 to 1")?;
         need((0.0..=1e4).contains(&self.min_face_px), "min-face-px must be from 0 to 10000")
     }
 }

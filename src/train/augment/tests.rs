@@ -191,12 +191,92 @@ fn small_and_cut_faces_are_ignored_and_those_off_centre_dropped() {
         face(96.0, 96.0, 106.0, 106.0),   // 36 % visible
         face(90.0, 110.0, 108.0, 120.0),  // centre outside
     ];
-    let kept = recipe.faces_in(&window, &faces, 25.0, false);
+    let kept = recipe.faces_in(&window, &faces, 25.0, false, Rotation::NONE);
     assert_eq!(kept.iter().map(|f| f.ignore).collect::<Vec<_>>(), [false, true, false, true]);
     assert_eq!(kept[0].bbox, BBox::new(5.0, 5.0, 10.0, 10.0));
     assert_eq!(kept[2].bbox, BBox::new(0.0, 5.0, 3.0, 10.0));
-    let flipped = recipe.faces_in(&window, &faces, 25.0, true);
+    let flipped = recipe.faces_in(&window, &faces, 25.0, true, Rotation::NONE);
     assert_eq!(flipped[2].bbox, BBox::new(22.0, 5.0, 25.0, 10.0));
+}
+
+#[test]
+fn a_turn_moves_the_boxes_of_ellipses_with_their_pixels() {
+    let (mut picture, faces) = picture(160, 120, &[[50, 30, 90, 100]]);
+    // The ellipse of the box alone stays red.
+    for (i, pixel) in picture.pixels.chunks_exact_mut(3).enumerate() {
+        let (x, y) = ((i % 160) as f32 + 0.5 - 70.0, (i / 160) as f32 + 0.5 - 65.0);
+        if (x / 20.0).powi(2) + (y / 35.0).powi(2) > 1.0 {
+            pixel.copy_from_slice(&GREY);
+        }
+    }
+    let mut scratch = Scratch::default();
+    for (flip, low_resolution) in [(0.0, 0.0), (1.0, 0.0), (0.5, 1.0)] {
+        let mut recipe = plain(2, flip);
+        recipe.scale_jitter.range = [0.7, 1.3];
+        recipe.turn = Turn { probability: 1.0, degrees: 180.0 };
+        recipe.low_resolution = LowResolution { probability: low_resolution, factor: [1.0, 1.5] };
+        let (mut compared, mut leaning) = (0, 0);
+        for seed in 0..60 {
+            let e = recipe.example(&picture, &faces, 128, &mut Rng::new(seed), &mut scratch).unwrap();
+            let Some(face) = e.faces.first() else { continue };
+            let b = corners(&face.bbox);
+            // A clipped ellipse does not fill the clipped box.
+            if b.iter().any(|&v| v <= 0.0 || v >= 128.0) {
+                continue;
+            }
+            let found = red_box(&e).unwrap();
+            let close = found.iter().zip(b).all(|(a, b)| (a - b).abs() <= 2.0);
+            assert!(close, "flip {flip} seed {seed}: {found:?} {face:?}");
+            compared += 1;
+            leaning += u32::from(face.bbox.width() > face.bbox.height());
+        }
+        assert!(compared > 20 && leaning > 5, "{compared} compared, {leaning} of them nearly lying");
+    }
+}
+
+#[test]
+fn a_turn_by_nothing_copies_and_one_by_a_right_angle_turns_clockwise() {
+    let (wide, side) = (9, 5);
+    let from: Vec<u8> = (0..wide * wide * 3).map(|i| (i * 7919 % 256) as u8).collect();
+    let source = |x: usize, y: usize| &from[((y + 2) * wide + x + 2) * 3..][..3];
+    let mut to = vec![0; side * side * 3];
+    for (angle, right) in [(0.0, false), (std::f32::consts::FRAC_PI_2, true)] {
+        Rotation::new(angle).draw(&from, wide, side, &mut to);
+        for (i, pixel) in to.chunks_exact(3).enumerate() {
+            let (x, y) = (i % side, i / side);
+            let wanted = if right { source(y, side - 1 - x) } else { source(x, y) };
+            let close = pixel.iter().zip(wanted).all(|(a, b)| a.abs_diff(*b) <= 1);
+            assert!(close, "angle {angle}, {x} {y}: {pixel:?} {wanted:?}");
+        }
+    }
+}
+
+#[test]
+fn a_cover_hides_its_share_of_a_face_under_what_is_none() {
+    let (picture, faces) = picture(100, 100, &[[20, 30, 60, 80]]);
+    let mut recipe = plain(2, 0.0);
+    recipe.scale_jitter.range = [1.0, 1.0];
+    recipe.cover = Cover { probability: 1.0, share: [0.2, 0.3] };
+    let mut shares = Vec::new();
+    for seed in 0..40 {
+        let e =
+            recipe.example(&picture, &faces, 100, &mut Rng::new(seed), &mut Scratch::default()).unwrap();
+        assert_eq!(e.faces, faces);
+        let mut hidden = 0;
+        for (i, (pixel, old)) in e.pixels.chunks_exact(3).zip(picture.pixels.chunks_exact(3)).enumerate() {
+            let (x, y) = (i % 100, i / 100);
+            if (20..60).contains(&x) && (30..80).contains(&y) {
+                hidden += u32::from(pixel == GREY);
+                assert!(pixel == GREY || pixel == RED, "seed {seed}: {x} {y}");
+            } else {
+                assert_eq!(pixel, old, "seed {seed}: {x} {y}");
+            }
+        }
+        shares.push(hidden as f32 / (40.0 * 50.0));
+    }
+    // Long pieces may find no place.
+    let covered: Vec<f32> = shares.into_iter().filter(|&s| s > 0.0).collect();
+    assert!(covered.len() > 20 && covered.iter().all(|s| (0.18..0.33).contains(s)), "{covered:?}");
 }
 
 #[test]
@@ -219,6 +299,8 @@ fn recipes_are_read_with_defaults_and_checked() {
         (r#"{"jpeg": {"quality": [0, 50]}}"#, "jpeg.quality"),
         (r#"{"low-resolution": {"factor": [0.5, 2]}}"#, "low-resolution.factor"),
         (r#"{"blur": {"sigma": [0.4, 50]}}"#, "blur.sigma"),
+        (r#"{"turn": {"degrees": 200}}"#, "turn.degrees"),
+        (r#"{"cover": {"share": [0.4, 0.1]}}"#, "cover.share"),
     ] {
         let error = read(json).unwrap().check().unwrap_err().to_string();
         assert!(error.contains(field), "{json}: {error}");
@@ -232,6 +314,7 @@ proptest! {
         boxes in proptest::collection::vec((0f32..1.0, 0f32..1.0, 0.001f32..1.0, 0.001f32..1.0, any::<bool>()), 0..6),
         side in 1usize..48,
         method in 0usize..4,
+        degrees in 0f32..180.0,
         seed: u64,
     ) {
         let pixels: Vec<u8> = (0..width * height * 3).map(|i| (i % 251) as u8).collect();
@@ -251,6 +334,9 @@ proptest! {
             blur: Blur { probability: 0.5, ..Blur::default() },
             low_resolution: LowResolution { probability: 0.5, ..LowResolution::default() },
             jpeg: Jpeg { probability: 0.2, ..Jpeg::default() },
+            // A turn may take the centre of a face near a corner out of the crop.
+            turn: Turn { probability: if method == 1 { 0.0 } else { 0.3 }, degrees },
+            cover: Cover { probability: 0.3, ..Cover::default() },
             flip: 0.5,
             ..plain(method, 0.5)
         };
@@ -317,4 +403,6 @@ fn speed() {
     measure("random square, blur", &with(&|a| a.blur.probability = 1.0));
     measure("random square, JPEG", &with(&|a| a.jpeg.probability = 1.0));
     measure("random square, low resolution", &with(&|a| a.low_resolution.probability = 1.0));
+    measure("random square, turned", &with(&|a| a.turn.probability = 1.0));
+    measure("random square, covered", &with(&|a| a.cover.probability = 1.0));
 }
