@@ -14,6 +14,7 @@ mod wide;
 
 use super::Element;
 
+use pass::for_blocks;
 pub(super) use pass::{dispatch, for_registers, holds, Pass};
 pub use read::{pull_back, read};
 pub use store::{add, deposit};

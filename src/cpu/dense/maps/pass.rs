@@ -76,6 +76,24 @@ macro_rules! for_registers {
 }
 pub(in super::super) use for_registers;
 
+/// Values of a map that a pass goes over register by register before it goes on to the next pixels: their lines, of two maps
+/// and what is written, are still in the first-level cache when the next register's channels are read from them.
+pub(super) const BLOCK: usize = 2048;
+
+/// [`for_registers`] over blocks of pixels: `$pixels` from `$first` on.
+macro_rules! for_blocks {
+    ($vector:ty, $channels:expr, $all:expr, |$at:ident, $n:ident, $first:ident, $pixels:ident| $body:block) => {{
+        let block = ($crate::cpu::dense::maps::pass::BLOCK / $channels.max(1)).max(8);
+        let mut $first = 0;
+        while $first < $all {
+            let $pixels = block.min($all - $first);
+            for_registers!($vector, $channels, |$at, $n| $body);
+            $first += $pixels;
+        }
+    }};
+}
+pub(super) use for_blocks;
+
 /// `to += v`, the first `n` lanes.
 ///
 /// # Safety

@@ -1,7 +1,7 @@
 //! What a map's readers see, and the gradient with respect to the map itself.
 
 use super::wide::{groups, repeated};
-use super::{dispatch, for_registers, holds, Gradient, Pass, Source};
+use super::{dispatch, for_blocks, for_registers, holds, Gradient, Pass, Source};
 use crate::cpu::dense::Element;
 use crate::cpu::kernels::Vector;
 use crate::cpu::Isa;
@@ -29,11 +29,12 @@ impl<T: Element, O: Element> Pass for Read<'_, T, O> {
         // SAFETY: lengths were checked by `read`.
         unsafe {
             let slope = V::splat(slope);
-            for_registers!(V, c, |at, n| {
+            for_blocks!(V, c, self.pixels, |at, n, first, pixels| {
                 let (scale, shift) =
                     (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
-                let (mut from, mut to) = (z.as_ptr().add(at), self.to.as_mut_ptr().add(at));
-                for _ in 0..self.pixels {
+                let mut from = z.as_ptr().add(first * c + at);
+                let mut to = self.to.as_mut_ptr().add(first * self.pixel + at);
+                for _ in 0..pixels {
                     let v = shift.mul_add(scale, T::load::<V>(from, n));
                     O::store(activate(v, slope), to, n);
                     (from, to) = (from.wrapping_add(c), to.wrapping_add(self.pixel));
@@ -85,14 +86,15 @@ impl<T: Element, O: Element> Pass for PullBack<'_, T, O> {
         // SAFETY: lengths were checked by `pull_back`.
         unsafe {
             let slope = V::splat(slope);
-            for_registers!(V, channels, |at, n| {
+            for_blocks!(V, channels, self.pixels, |at, n, first, pixels| {
                 let (scale, shift) =
                     (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
                 let (a, b) = (V::load_upto(a.as_ptr().add(at), n), V::load_upto(b.as_ptr().add(at), n));
                 let c = V::load_upto(c.as_ptr().add(at), n);
-                let (mut z, mut dy) = (z.as_ptr().add(at), dy.as_ptr().add(at));
-                let mut to = self.to.as_mut_ptr().add(at);
-                for _ in 0..self.pixels {
+                let start = first * channels + at;
+                let (mut z, mut dy) = (z.as_ptr().add(start), dy.as_ptr().add(start));
+                let mut to = self.to.as_mut_ptr().add(first * self.pixel + at);
+                for _ in 0..pixels {
                     let v = T::load::<V>(z, n);
                     let d = T::load::<V>(dy, n);
                     let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));

@@ -1,7 +1,8 @@
 //! Gradients written to maps.
 
+use super::pass::add_to;
 use super::wide::groups;
-use super::{dispatch, for_registers, holds, Pass};
+use super::{dispatch, for_blocks, for_registers, holds, Pass};
 use crate::cpu::dense::Element;
 use crate::cpu::kernels::Vector;
 use crate::cpu::Isa;
@@ -21,9 +22,10 @@ impl<T: Element> Pass for Deposit<'_, T> {
     unsafe fn run<V: Vector>(self) {
         // SAFETY: lengths were checked by `deposit`.
         unsafe {
-            for_registers!(V, self.channels, |at, n| {
-                let (mut from, mut to) = (self.from.as_ptr().add(at), self.to.as_mut_ptr().add(at));
-                for _ in 0..self.pixels {
+            for_blocks!(V, self.channels, self.pixels, |at, n, first, pixels| {
+                let mut from = self.from.as_ptr().add(first * self.stride + at);
+                let mut to = self.to.as_mut_ptr().add(first * self.channels + at);
+                for _ in 0..pixels {
                     let mut v = V::load_upto(from, n);
                     if self.add {
                         v = v.add(T::load::<V>(to, n));
@@ -65,8 +67,8 @@ impl<T: Element> Pass for AddTo<'_, T> {
         // SAFETY: lengths were checked by `add`.
         unsafe {
             for_registers!(V, self.to.len(), |at, n| {
-                let to = self.to.as_mut_ptr().add(at);
-                V::load_upto(to, n).add(T::load::<V>(self.from.as_ptr().add(at), n)).store_upto(to, n);
+                let v = T::load::<V>(self.from.as_ptr().add(at), n);
+                add_to(v, self.to.as_mut_ptr().add(at), n);
             });
         }
     }

@@ -2,7 +2,7 @@
 
 use super::pass::add_to;
 use super::wide::{fold, groups, repeated};
-use super::{dispatch, for_registers, holds, Pass, Source};
+use super::{dispatch, for_blocks, for_registers, holds, Pass, Source};
 use crate::cpu::dense::Element;
 use crate::cpu::kernels::Vector;
 use crate::cpu::Isa;
@@ -23,14 +23,15 @@ impl<T: Element> Pass for GradientSums<'_, T> {
         // SAFETY: lengths were checked by `gradient_sums`.
         unsafe {
             let slope = V::splat(slope);
-            for_registers!(V, channels, |at, n| {
+            for_blocks!(V, channels, self.pixels, |at, n, first, pixels| {
                 let (scale, shift) =
                     (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
-                let (mut z, mut dy) = (z.as_ptr().add(at), dy.as_ptr().add(at));
+                let start = first * channels + at;
+                let (mut z, mut dy) = (z.as_ptr().add(start), dy.as_ptr().add(start));
                 // Two chains of sums, since an addition takes four cycles.
                 let (mut sum, mut product) = (V::splat(0.0), V::splat(0.0));
                 let (mut sum2, mut product2) = (sum, product);
-                for _ in 0..self.pixels / 2 {
+                for _ in 0..pixels / 2 {
                     let (v, v2) = (T::load::<V>(z, n), T::load::<V>(z.wrapping_add(channels), n));
                     let (d, d2) = (T::load::<V>(dy, n), T::load::<V>(dy.wrapping_add(channels), n));
                     let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
@@ -39,7 +40,7 @@ impl<T: Element> Pass for GradientSums<'_, T> {
                     (product, product2) = (product.mul_add(g, v), product2.mul_add(g2, v2));
                     (z, dy) = (z.wrapping_add(2 * channels), dy.wrapping_add(2 * channels));
                 }
-                if self.pixels % 2 == 1 {
+                if pixels % 2 == 1 {
                     let (v, d) = (T::load::<V>(z, n), T::load::<V>(dy, n));
                     let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
                     (sum, product) = (sum.add(g), product.mul_add(g, v));
@@ -94,13 +95,14 @@ impl<T: Element> Pass for Finish<'_, T> {
         let channels = self.bias.len();
         // SAFETY: lengths were checked by `finish`.
         unsafe {
-            for_registers!(V, channels, |at, n| {
+            for_blocks!(V, channels, self.pixels, |at, n, first, pixels| {
                 let bias = V::load_upto(self.bias.as_ptr().add(at), n);
-                let (mut from, mut z) = (self.from.as_ptr().add(at), self.z.as_mut_ptr().add(at));
+                let mut from = self.from.as_ptr().add(first * self.stride + at);
+                let mut z = self.z.as_mut_ptr().add(first * channels + at);
                 // Two chains of sums, since an addition takes four cycles.
                 let (mut sum, mut squares) = (V::splat(0.0), V::splat(0.0));
                 let (mut sum2, mut squares2) = (sum, squares);
-                for _ in 0..self.pixels / 2 {
+                for _ in 0..pixels / 2 {
                     let v = V::load_upto(from, n).add(bias);
                     let v2 = V::load_upto(from.wrapping_add(self.stride), n).add(bias);
                     T::store(v, z, n);
@@ -109,7 +111,7 @@ impl<T: Element> Pass for Finish<'_, T> {
                     (squares, squares2) = (squares.mul_add(v, v), squares2.mul_add(v2, v2));
                     (from, z) = (from.wrapping_add(2 * self.stride), z.wrapping_add(2 * channels));
                 }
-                if self.pixels % 2 == 1 {
+                if pixels % 2 == 1 {
                     let v = V::load_upto(from, n).add(bias);
                     T::store(v, z, n);
                     (sum, squares) = (sum.add(v), squares.mul_add(v, v));
@@ -166,10 +168,10 @@ impl<T: Element> Pass for ColumnSums<'_, T> {
     unsafe fn run<V: Vector>(self) {
         // SAFETY: lengths were checked by `column_sums`.
         unsafe {
-            for_registers!(V, self.sums.len(), |at, n| {
-                let mut from = self.from.as_ptr().add(at);
+            for_blocks!(V, self.sums.len(), self.pixels, |at, n, first, pixels| {
+                let mut from = self.from.as_ptr().add(first * self.stride + at);
                 let mut sum = V::splat(0.0);
-                for _ in 0..self.pixels {
+                for _ in 0..pixels {
                     sum = sum.add(T::load::<V>(from, n));
                     from = from.wrapping_add(self.stride);
                 }
