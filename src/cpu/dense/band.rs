@@ -46,6 +46,24 @@ impl Geometry {
         start..start + self.span(0, band.len())
     }
 
+    /// Panics where a product of the sizes is beyond any buffer: the kernels' lengths are checked with plain arithmetic.
+    pub(super) fn check(&self) {
+        let span = |axis: usize| {
+            let steps = self.out[axis].checked_sub(1)?.checked_mul(self.stride[axis])?;
+            let window = self.kernel[axis].checked_sub(1)?.checked_mul(self.dilation[axis])?;
+            let padded =
+                self.input[axis].checked_add(self.padding[axis])?.checked_add(self.padding[axis + 2])?;
+            Some(steps.checked_add(window)?.checked_add(1)?.max(padded))
+        };
+        let all = |values: &[usize]| values.iter().try_fold(1usize, |n, &v| n.checked_mul(v.max(1)));
+        let [ci, co] = self.channels;
+        let sizes = span(0).zip(span(1)).and_then(|(rows, columns)| {
+            let [kh, kw] = self.kernel;
+            Some([all(&[rows, columns, ci.max(co), 8])?, all(&[kh, kw, ci.max(16), co.max(16), 8])?])
+        });
+        assert!(sizes.is_some(), "sizes of a convolution: {self:?}");
+    }
+
     fn span(&self, axis: usize, outputs: usize) -> usize {
         (outputs - 1) * self.stride[axis] + self.dilation[axis] * (self.kernel[axis] - 1) + 1
     }

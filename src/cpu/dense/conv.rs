@@ -75,6 +75,7 @@ pub fn forward<T: Element>(
     sums: &mut [f64],
     s: &mut Scratch<T>,
 ) {
+    g.check();
     let [ci, co] = g.channels;
     let stride = channel_stride(co);
     let band_sums = room(&mut s.sums, 2 * co);
@@ -193,6 +194,7 @@ pub fn backward<T: Element>(
     mut db: Option<&mut [f32]>,
     s: &mut Scratch<T>,
 ) {
+    g.check();
     if g.is_pointwise() {
         return backward_pointwise(isa, g, source, gradient, transposed, dx, dw, db, s);
     }

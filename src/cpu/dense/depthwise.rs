@@ -45,6 +45,7 @@ pub fn forward<T: Element>(
     sums: &mut [f64],
     s: &mut Scratch<T>,
 ) {
+    g.check();
     let c = g.channels[0];
     assert_eq!([weights.len(), bias.len()], [g.kernel[0] * g.kernel[1] * c, c], "depthwise parameters");
     let [in_pixels, out_pixels] = g.pixels();
@@ -117,6 +118,7 @@ pub fn backward<T: Element>(
     mut db: Option<&mut [f32]>,
     s: &mut Scratch<T>,
 ) {
+    g.check();
     let c = g.channels[0];
     assert_eq!(dw.len(), g.kernel[0] * g.kernel[1] * c, "depthwise weight gradient");
     let [in_pixels, out_pixels] = g.pixels();
