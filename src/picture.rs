@@ -1,44 +1,52 @@
-//! Picture files, as the program and the trainer read them. What goes wrong is told without the file's name, which the
-//! caller knows.
+//! Picture files, as the program and the trainer read them. Errors name the file; [`Error::Io`] is one of reading it, which may
+//! go better another time, [`Error::InvalidData`] one of what it holds.
 
+use crate::error::{Error, Result};
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits};
-use std::io::{BufRead, BufReader, Cursor, Seek};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Cursor, ErrorKind, Read, Seek};
 use std::path::{Path, PathBuf};
 
 /// Most pixels of a picture: small files can announce far more than memory holds.
 const MAX_PIXELS: u64 = 500_000_000;
-/// Most bytes that a decoder may allocate.
+/// Most bytes of a file that are read, and that a decoder may allocate.
 const MAX_BYTES: u64 = 2 << 30;
+/// Bytes that tell a format.
+const SIGNATURE: u64 = 64;
 /// What the decoders read.
 pub const FORMATS: &str = "PNG, JPEG, WebP or BMP";
 /// Their files' extensions, tried where a picture is not found under its own name.
 pub const EXTENSIONS: [&str; 5] = ["jpg", "jpeg", "png", "webp", "bmp"];
 
 /// Decodes a file; returns the picture as stored and how to turn it upright (EXIF). Fails on truncated JPEG files, too,
-/// whose missing part the decoder would fill with grey.
-pub fn read(path: &Path) -> Result<(DynamicImage, Orientation), String> {
+/// whose missing part the decoder would fill with grey. What is no picture is not read beyond its first bytes.
+pub fn read(path: &Path) -> Result<(DynamicImage, Orientation)> {
     if path.is_dir() {
-        return Err("this is a folder, not a picture".into());
+        return Err(bad(path, "this is a folder, not a picture"));
     }
-    let bytes = std::fs::read(path).map_err(|e| e.to_string())?;
+    let io = |e| Error::io(path, e);
+    let (mut file, mut bytes) = (File::open(path).map_err(io)?, Vec::new());
+    file.by_ref().take(SIGNATURE).read_to_end(&mut bytes).map_err(io)?;
     if bytes.is_empty() {
-        return Err("the file is empty".into());
+        return Err(bad(path, "the file is empty"));
     }
-    let (mut decoder, format) = decoder(Cursor::new(&bytes))?;
+    let format = image::guess_format(&bytes).map_err(|_| no_picture(path))?;
+    file.take(MAX_BYTES).read_to_end(&mut bytes).map_err(io)?;
+    let mut decoder = decoder(path, Cursor::new(&bytes))?;
     // Where it cannot be read, the picture is taken as it is stored.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-    let image = DynamicImage::from_decoder(decoder).map_err(describe)?;
+    let image = DynamicImage::from_decoder(decoder).map_err(|e| describe(path, e))?;
     if format == ImageFormat::Jpeg && !jpeg_is_complete(&bytes) {
-        return Err("the JPEG file is truncated".into());
+        return Err(bad(path, "the JPEG file is truncated"));
     }
     Ok((image, orientation))
 }
 
 /// Width and height of the upright picture, from its header.
-pub fn upright_size(path: &Path) -> Result<(u32, u32), String> {
-    let file = std::fs::File::open(path).map_err(|e| e.to_string())?;
-    let (mut decoder, _) = decoder(BufReader::new(file))?;
+pub fn upright_size(path: &Path) -> Result<(u32, u32)> {
+    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let mut decoder = decoder(path, BufReader::new(file))?;
     let (w, h) = decoder.dimensions();
     let turned = matches!(
         decoder.orientation(),
@@ -51,10 +59,10 @@ pub fn upright_size(path: &Path) -> Result<(u32, u32), String> {
 }
 
 /// The picture file that an annotation means: `path` itself, or the same name with one of the [`EXTENSIONS`] behind it or in
-/// place of its own (data sets get re-encoded).
-pub fn find(path: &Path) -> Result<PathBuf, String> {
+/// place of its own (data sets get re-encoded). None where there is no such file.
+pub fn find(path: &Path) -> Option<PathBuf> {
     if path.is_file() {
-        return Ok(path.to_path_buf());
+        return Some(path.to_path_buf());
     }
     // Names from lists often have no extension, and may hold dots.
     let appended = EXTENSIONS.iter().map(|e| {
@@ -64,38 +72,51 @@ pub fn find(path: &Path) -> Result<PathBuf, String> {
         PathBuf::from(name)
     });
     let replaced = EXTENSIONS.iter().map(|e| path.with_extension(e));
-    appended.chain(replaced).find(|p| p.is_file()).ok_or_else(|| format!("no such picture ({FORMATS})"))
+    appended.chain(replaced).find(|p| p.is_file())
 }
 
-fn decoder<'a>(data: impl BufRead + Seek + 'a) -> Result<(impl ImageDecoder + 'a, ImageFormat), String> {
-    let mut reader = ImageReader::new(data).with_guessed_format().map_err(|e| e.to_string())?;
-    let format = reader.format().ok_or_else(|| format!("not a picture ({FORMATS})"))?;
+fn bad(path: &Path, what: impl std::fmt::Display) -> Error {
+    Error::InvalidData(format!("{}: {what}", path.display()))
+}
+
+fn no_picture(path: &Path) -> Error {
+    bad(path, format_args!("not a picture ({FORMATS})"))
+}
+
+fn decoder<'a>(path: &Path, data: impl BufRead + Seek + 'a) -> Result<impl ImageDecoder + 'a> {
+    let mut reader = ImageReader::new(data).with_guessed_format().map_err(|e| Error::io(path, e))?;
+    if reader.format().is_none() {
+        return Err(no_picture(path));
+    }
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(MAX_BYTES);
     reader.limits(limits);
-    let decoder = reader.into_decoder().map_err(describe)?;
+    let decoder = reader.into_decoder().map_err(|e| describe(path, e))?;
     let (w, h) = decoder.dimensions();
     let pixels = u64::from(w) * u64::from(h);
     if pixels == 0 {
-        return Err(format!("the picture has no pixels ({w}x{h})"));
+        return Err(bad(path, format_args!("the picture has no pixels ({w}x{h})")));
     }
     if pixels > MAX_PIXELS || decoder.total_bytes() > MAX_BYTES {
-        return Err(format!(
-            "{w}x{h} px is more than is decoded (at most {} megapixels)",
-            MAX_PIXELS / 1_000_000
+        let most = MAX_PIXELS / 1_000_000;
+        return Err(bad(
+            path,
+            format_args!("{w}x{h} px is more than is decoded (at most {most} megapixels)"),
         ));
     }
-    Ok((decoder, format))
+    Ok(decoder)
 }
 
-fn describe(error: ImageError) -> String {
+fn describe(path: &Path, error: ImageError) -> Error {
     match error {
-        ImageError::Unsupported(e) => format!("{e}; read are {FORMATS}"),
-        ImageError::Limits(e) => format!("the picture is too large to decode ({e})"),
-        ImageError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
-            "the picture is truncated".into()
+        ImageError::Unsupported(e) => bad(path, format_args!("{e}; read are {FORMATS}")),
+        ImageError::Limits(e) => bad(path, format_args!("the picture is too large to decode ({e})")),
+        ImageError::IoError(e) if e.kind() == ErrorKind::UnexpectedEof => {
+            bad(path, "the picture is truncated")
         }
-        e => format!("the picture is damaged ({e})"),
+        // The system's own have a number; the decoders' are about the data.
+        ImageError::IoError(e) if e.raw_os_error().is_some() => Error::io(path, e),
+        e => bad(path, format_args!("the picture is damaged ({e})")),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Pictures as the detector takes them.
 
-use anyhow::{anyhow, Context, Result};
+use anyhow::{anyhow, Result};
 use farface::detect::{BBox, Ellipse, Face};
 use farface::picture;
 use farface::pixels::{ImageView, Orientation, PixelFormat, Placement};
@@ -17,7 +17,7 @@ pub struct Picture {
 impl Picture {
     /// Reads a picture; the error names the file.
     pub fn open(path: &Path) -> Result<Self> {
-        let (image, orientation) = named(path, picture::read(path))?;
+        let (image, orientation) = picture::read(path)?;
         let image = match image {
             kept @ (DynamicImage::ImageLuma8(_)
             | DynamicImage::ImageRgb8(_)
@@ -47,18 +47,9 @@ impl Picture {
     }
 }
 
-fn named<T>(path: &Path, result: std::result::Result<T, String>) -> Result<T> {
-    result.map_err(|what| anyhow!(what)).with_context(|| path.display().to_string())
-}
-
-/// Width and height of the upright picture, without decoding it.
-pub fn upright_size(path: &Path) -> Result<(u32, u32)> {
-    named(path, picture::upright_size(path))
-}
-
 /// The picture file that an annotation means.
 pub fn find(path: &Path) -> Result<PathBuf> {
-    named(path, picture::find(path))
+    picture::find(path).ok_or_else(|| anyhow!("{}: no such picture ({})", path.display(), picture::FORMATS))
 }
 
 /// The face in pixels of the upright picture, which the program reports and draws in.

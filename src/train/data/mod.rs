@@ -114,7 +114,7 @@ impl Dataset {
         for source in sources {
             for listed in source.list(base, &dataset.warnings)? {
                 first.get_or_insert_with(|| listed.path.clone());
-                dataset.samples.extend(check(listed, &dataset.warnings));
+                dataset.samples.extend(check(listed, &dataset.warnings)?);
             }
         }
         if dataset.samples.is_empty() {
@@ -168,15 +168,20 @@ impl Source {
 
 /// The sample of a listed picture, or a warning: its file exists, its boxes are clipped to it, and
 /// those without size or wholly outside are gone.
-fn check(listed: Listed, warnings: &Warnings) -> Option<Sample> {
+fn check(listed: Listed, warnings: &Warnings) -> Result<Option<Sample>> {
     let Listed { path, name, faces, normalised } = listed;
-    let Ok(path) = crate::picture::find(&path) else {
+    let Some(path) = crate::picture::find(&path) else {
         warnings.add(WarningKind::MissingPicture, &name);
-        return None;
+        return Ok(None);
     };
-    let Ok((width, height)) = crate::picture::upright_size(&path) else {
-        warnings.add(WarningKind::UndecodablePicture, &name);
-        return None;
+    let (width, height) = match crate::picture::upright_size(&path) {
+        Ok(size) => size,
+        // Another time it may be read: a training on what is left would be another one.
+        Err(error @ Error::Io { .. }) => return Err(error),
+        Err(_) => {
+            warnings.add(WarningKind::UndecodablePicture, &name);
+            return Ok(None);
+        }
     };
     let (w, h) = (width as f32, height as f32);
     let mut kept = Vec::with_capacity(faces.len());
@@ -197,7 +202,7 @@ fn check(listed: Listed, warnings: &Warnings) -> Option<Sample> {
         }
         kept.push(face);
     }
-    Some(Sample { path, name, faces: kept })
+    Ok(Some(Sample { path, name, faces: kept }))
 }
 
 /// Files below `folder` whose extension `wanted` takes, sorted by path, so that the order does not

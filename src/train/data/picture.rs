@@ -18,18 +18,16 @@ pub struct Picture {
 impl Picture {
     /// Decodes a file and turns it upright (EXIF). Alpha is dropped, grey becomes RGB.
     pub fn open(path: &Path) -> Result<Self> {
-        let (mut image, orientation) = named(path, picture::read(path))?;
+        let (mut image, orientation) = picture::read(path)?;
         image.apply_orientation(orientation);
         let (width, height) = (image.width() as usize, image.height() as usize);
         Ok(Self { width, height, pixels: image.into_rgb8().into_raw() })
     }
 }
 
-fn named<T>(path: &Path, result: std::result::Result<T, String>) -> Result<T> {
-    result.map_err(|what| Error::InvalidData(format!("{}: {what}", path.display())))
-}
-
 /// The picture file that an annotation means; an error that names it where there is none under any extension.
 pub fn find_picture(path: &Path) -> Result<PathBuf> {
-    named(path, picture::find(path))
+    picture::find(path).ok_or_else(|| {
+        Error::InvalidData(format!("{}: no such picture ({})", path.display(), picture::FORMATS))
+    })
 }

@@ -47,6 +47,8 @@ impl Cache {
             }
             match Picture::open(&samples[index].path) {
                 Ok(picture) => return Ok((index, self.keep(index, picture))),
+                // Another time it may be read: a training that went on without it could not be repeated.
+                Err(error @ Error::Io { .. }) => return Err(error),
                 Err(error) => {
                     if self.state().bad.insert(index) {
                         self.dataset.warnings.add(WarningKind::UndecodablePicture, &samples[index].name);

@@ -8,6 +8,7 @@ use farface::eval::fddb::{
     evaluate, Annotations, Detections, PictureSizes, RateAt, Region, ScoredRegion, REPORTED_FALSE_POSITIVES,
 };
 use farface::eval::plot::roc_svg;
+use farface::picture::upright_size;
 use serde::Serialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -70,7 +71,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
 }
 
 fn sizes(annotations: &Annotations, dir: &Path) -> Result<PictureSizes> {
-    let size = |name: &String| Ok((name.clone(), picture::upright_size(&picture::find(&dir.join(name))?)?));
+    let size = |name: &String| Ok((name.clone(), upright_size(&picture::find(&dir.join(name))?)?));
     annotations.by_image.keys().map(size).collect()
 }
 
