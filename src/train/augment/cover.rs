@@ -9,41 +9,69 @@ use crate::train::data::Annotated;
 const TRIES: usize = 8;
 
 impl Cover {
-    /// Hides a random rectangle of `face` in an example, side x side x 3, under a piece of it that meets none of `faces`.
+    /// Hides random rectangles of some of `faces` in an example, side x side x 3, under pieces of it that meet none of
+    /// `shown`, the boxes of all faces of which something may be seen. No face is hidden by more than the largest share, be
+    /// it by the covers of its neighbours.
     pub(super) fn draw(
         &self,
-        face: &BBox,
         faces: &[Annotated],
+        shown: &[BBox],
         side: usize,
         rng: &mut Rng,
         pixels: &mut [u8],
     ) {
+        let mut hidden = vec![0.0; faces.len()];
+        for face in faces.iter().filter(|f| !f.ignore) {
+            if rng.uniform() >= self.probability {
+                continue;
+            }
+            let Some([x, y, w, h]) = self.rectangle(&face.bbox, side, rng) else { continue };
+            let shares: Vec<f32> = faces.iter().map(|f| share(&boxed([x, y, w, h]), &f.bbox)).collect();
+            // Rounding to pixels may hide a little more than was drawn.
+            if hidden.iter().zip(&shares).any(|(was, more)| was + more > self.share[1] * 1.1) {
+                continue;
+            }
+            let place = |rng: &mut Rng| [rng.below(side - w + 1), rng.below(side - h + 1), w, h];
+            let free = |piece: &[usize; 4]| shown.iter().all(|b| share(&boxed(*piece), b) == 0.0);
+            let Some(piece) = (0..TRIES).map(|_| place(rng)).find(free) else { continue };
+            paste(pixels, side, piece, [x, y]);
+            hidden.iter_mut().zip(shares).for_each(|(was, more)| *was += more);
+        }
+    }
+
+    /// Left, top, width and height of a random part of a face; None where it is less than a pixel or as large as the
+    /// example.
+    fn rectangle(&self, face: &BBox, side: usize, rng: &mut Rng) -> Option<[usize; 4]> {
         let share = rng.range(self.share[0], self.share[1]);
         // Between a bar across the face and one along it.
         let wide = rng.range(share, 1.0);
-        let (w, h) = (face.width() * wide, face.height() * share / wide);
-        let [w, h] = [w, h].map(|v| v.round() as usize);
+        let [w, h] = [face.width() * wide, face.height() * share / wide].map(|v| v.round() as usize);
         if w == 0 || h == 0 || w >= side || h >= side {
-            return;
+            return None;
         }
-        let at = |from: f32, to: f32, size: usize, rng: &mut Rng| {
+        let mut at = |from: f32, to: f32, size: usize| {
             (rng.range(from, to - size as f32).round().max(0.0) as usize).min(side - size)
         };
-        let (x, y) = (at(face.x1, face.x2, w, rng), at(face.y1, face.y2, h, rng));
-        for _ in 0..TRIES {
-            let (from_x, from_y) = (rng.below(side - w + 1), rng.below(side - h + 1));
-            let [x1, y1, x2, y2] = [from_x, from_y, from_x + w, from_y + h].map(|v| v as f32);
-            let piece = BBox::new(x1, y1, x2, y2);
-            if faces.iter().all(|f| f.bbox.iou(&piece) == 0.0) {
-                let mut row = Vec::with_capacity(w * 3);
-                for i in 0..h {
-                    // No face is in the piece, so the two do not meet.
-                    row.clear();
-                    row.extend_from_slice(&pixels[((from_y + i) * side + from_x) * 3..][..w * 3]);
-                    pixels[((y + i) * side + x) * 3..][..w * 3].copy_from_slice(&row);
-                }
-                return;
-            }
-        }
+        Some([at(face.x1, face.x2, w), at(face.y1, face.y2, h), w, h])
+    }
+}
+
+fn boxed([x, y, w, h]: [usize; 4]) -> BBox {
+    let [x1, y1, x2, y2] = [x, y, x + w, y + h].map(|v| v as f32);
+    BBox::new(x1, y1, x2, y2)
+}
+
+/// Share of `face` that lies in `part`.
+fn share(part: &BBox, face: &BBox) -> f32 {
+    let w = (part.x2.min(face.x2) - part.x1.max(face.x1)).max(0.0);
+    let h = (part.y2.min(face.y2) - part.y1.max(face.y1)).max(0.0);
+    w * h / face.area()
+}
+
+/// Copies a rectangle of an example, side x side x 3, to another place of it.
+fn paste(pixels: &mut [u8], side: usize, [x, y, w, h]: [usize; 4], [to_x, to_y]: [usize; 2]) {
+    let rows: Vec<u8> = (y..y + h).flat_map(|y| &pixels[(y * side + x) * 3..][..w * 3]).copied().collect();
+    for (i, row) in rows.chunks_exact(w * 3).enumerate() {
+        pixels[((to_y + i) * side + to_x) * 3..][..w * 3].copy_from_slice(row);
     }
 }

@@ -114,11 +114,10 @@ impl Augment {
         } else {
             draw(&whole, side, pixels);
         }
-        let faces = self.faces_in(&window, faces, side as f32, flip, rotation);
-        for face in faces.iter().filter(|f| !f.ignore) {
-            if rng.uniform() < self.cover.probability {
-                self.cover.draw(&face.bbox, &faces, side, rng, pixels);
-            }
+        let boxes = boxes_in(&window, faces, side as f32, flip, rotation);
+        let kept = self.kept(faces, &boxes, side as f32);
+        if self.cover.probability > 0.0 {
+            self.cover.draw(&kept, &boxes, side, rng, pixels);
         }
         if rng.uniform() < self.blur.probability {
             let sigma = rng.range(self.blur.sigma[0], self.blur.sigma[1]);
@@ -129,27 +128,14 @@ impl Augment {
             let quality = worst + rng.below(usize::from(best - worst) + 1) as u8;
             noise::jpeg(pixels, side, quality)?;
         }
-        Ok(faces)
+        Ok(kept)
     }
 
-    /// The faces whose centre lies in the crop, clipped to it, in its pixels. Those clipped to less than `min_visible` of
-    /// their area, and those whose longer side falls below `min_face_px`, are ignored.
-    fn faces_in(
-        &self,
-        window: &Window,
-        faces: &[Annotated],
-        side: f32,
-        flip: bool,
-        rotation: Rotation,
-    ) -> Vec<Annotated> {
-        let scale = side / window.size;
+    /// The faces whose centre lies in the crop, clipped to it, from their whole boxes in its pixels. Those clipped to less
+    /// than `min_visible` of their area, and those whose longer side falls below `min_face_px`, are ignored.
+    fn kept(&self, faces: &[Annotated], boxes: &[BBox], side: f32) -> Vec<Annotated> {
         let mut kept = Vec::new();
-        for face in faces {
-            let b = face.bbox;
-            let [x1, x2] = [b.x1, b.x2].map(|x| (x - window.x) * scale);
-            let [y1, y2] = [b.y1, b.y2].map(|y| (y - window.y) * scale);
-            let [x1, x2] = if flip { [side - x2, side - x1] } else { [x1, x2] };
-            let b = rotation.turned(BBox::new(x1, y1, x2, y2), side);
+        for (face, b) in faces.iter().zip(boxes) {
             let inside = |from: f32, to: f32| (0.0..side).contains(&((from + to) / 2.0));
             if !(inside(b.x1, b.x2) && inside(b.y1, b.y2)) {
                 continue;
@@ -165,4 +151,17 @@ impl Augment {
         }
         kept
     }
+}
+
+/// Every face's whole box in pixels of the crop.
+fn boxes_in(window: &Window, faces: &[Annotated], side: f32, flip: bool, rotation: Rotation) -> Vec<BBox> {
+    let scale = side / window.size;
+    let moved = |face: &Annotated| {
+        let b = face.bbox;
+        let [x1, x2] = [b.x1, b.x2].map(|x| (x - window.x) * scale);
+        let [y1, y2] = [b.y1, b.y2].map(|y| (y - window.y) * scale);
+        let [x1, x2] = if flip { [side - x2, side - x1] } else { [x1, x2] };
+        rotation.turned(BBox::new(x1, y1, x2, y2), side)
+    };
+    faces.iter().map(moved).collect()
 }

@@ -241,7 +241,7 @@ impl Default for Turn {
 pub struct Cover {
     /// Of each face; 0.
     pub probability: f32,
-    /// Share of the box's area; [0.1, 0.4].
+    /// Share of the box's area; [0.1, 0.4]. Covers of faces that overlap do not add up to more.
     pub share: [f32; 2],
 }
 

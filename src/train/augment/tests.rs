@@ -191,11 +191,15 @@ fn small_and_cut_faces_are_ignored_and_those_off_centre_dropped() {
         face(96.0, 96.0, 106.0, 106.0),   // 36 % visible
         face(90.0, 110.0, 108.0, 120.0),  // centre outside
     ];
-    let kept = recipe.faces_in(&window, &faces, 25.0, false, Rotation::NONE);
+    let kept = |flip| {
+        let boxes = boxes_in(&window, &faces, 25.0, flip, Rotation::NONE);
+        recipe.kept(&faces, &boxes, 25.0)
+    };
+    let flipped = kept(true);
+    let kept = kept(false);
     assert_eq!(kept.iter().map(|f| f.ignore).collect::<Vec<_>>(), [false, true, false, true]);
     assert_eq!(kept[0].bbox, BBox::new(5.0, 5.0, 10.0, 10.0));
     assert_eq!(kept[2].bbox, BBox::new(0.0, 5.0, 3.0, 10.0));
-    let flipped = recipe.faces_in(&window, &faces, 25.0, true, Rotation::NONE);
     assert_eq!(flipped[2].bbox, BBox::new(22.0, 5.0, 25.0, 10.0));
 }
 
@@ -252,31 +256,58 @@ fn a_turn_by_nothing_copies_and_one_by_a_right_angle_turns_clockwise() {
 }
 
 #[test]
-fn a_cover_hides_its_share_of_a_face_under_what_is_none() {
-    let (picture, faces) = picture(100, 100, &[[20, 30, 60, 80]]);
-    let mut recipe = plain(2, 0.0);
-    recipe.scale_jitter.range = [1.0, 1.0];
-    recipe.cover = Cover { probability: 1.0, share: [0.2, 0.3] };
-    let mut shares = Vec::new();
-    for seed in 0..40 {
-        let e =
-            recipe.example(&picture, &faces, 100, &mut Rng::new(seed), &mut Scratch::default()).unwrap();
+fn covers_hide_a_share_of_a_face_under_what_is_none() {
+    // Two that overlap, a small one within the first, and one of which only half is in the crop.
+    let boxes = [[20, 30, 60, 80], [50, 35, 90, 75], [24, 34, 32, 42], [40, 0, 80, 8]];
+    let (picture, faces) = picture(100, 100, &boxes);
+    let recipe = Augment {
+        cover: Cover { probability: 1.0, share: [0.2, 0.3] },
+        scale_jitter: ScaleJitter { weight: 1.0, range: [1.0, 1.0] },
+        ..plain(2, 0.0)
+    };
+    let in_a_box =
+        |x, y| boxes.iter().any(|&[x1, y1, x2, y2]| (x1..x2).contains(&x) && (y1..y2).contains(&y));
+    let (mut covered, mut in_full) = (0, 0);
+    for seed in 0..60 {
+        let e = recipe.example(&picture, &faces, 100, &mut Rng::new(seed), &mut Scratch::default()).unwrap();
         assert_eq!(e.faces, faces);
-        let mut hidden = 0;
         for (i, (pixel, old)) in e.pixels.chunks_exact(3).zip(picture.pixels.chunks_exact(3)).enumerate() {
             let (x, y) = (i % 100, i / 100);
-            if (20..60).contains(&x) && (30..80).contains(&y) {
-                hidden += u32::from(pixel == GREY);
-                assert!(pixel == GREY || pixel == RED, "seed {seed}: {x} {y}");
-            } else {
-                assert_eq!(pixel, old, "seed {seed}: {x} {y}");
-            }
+            // Only grey is pasted, and only over faces.
+            assert!(pixel == old || (pixel == GREY && in_a_box(x, y)), "seed {seed}: {x} {y}");
         }
-        shares.push(hidden as f32 / (40.0 * 50.0));
+        for [x1, y1, x2, y2] in boxes {
+            let row = |y: usize| e.pixels[(y * 100 + x1) * 3..(y * 100 + x2) * 3].chunks_exact(3);
+            let hidden = (y1..y2).flat_map(row).filter(|p| *p == GREY).count();
+            let share = hidden as f32 / ((x2 - x1) * (y2 - y1)) as f32;
+            assert!(share <= 0.36, "seed {seed}: {share} of a face is hidden");
+            covered += u32::from(share > 0.0);
+            in_full += u32::from(share > 0.18);
+        }
     }
-    // Long pieces may find no place.
-    let covered: Vec<f32> = shares.into_iter().filter(|&s| s > 0.0).collect();
-    assert!(covered.len() > 20 && covered.iter().all(|s| (0.18..0.33).contains(s)), "{covered:?}");
+    assert!(covered > 60 && in_full > 40, "{covered} faces covered, {in_full} by what was asked");
+}
+
+#[test]
+fn covers_take_no_piece_from_a_face_beyond_the_crops_faces() {
+    // All but the lower left corner is a face whose centre is not in the crop.
+    let face = |x1, y1, x2, y2| Annotated { bbox: BBox::new(x1, y1, x2, y2), ignore: false };
+    let faces = [face(2.0, 20.0, 10.0, 30.0)];
+    let shown = [faces[0].bbox, BBox::new(12.0, -50.0, 100.0, 40.0)];
+    let cover = Cover { probability: 1.0, share: [0.2, 0.3] };
+    let side = 40;
+    let mut pasted = 0;
+    for seed in 0..60 {
+        let mut pixels: Vec<u8> = (0..side * side).flat_map(|i| [(i % side) as u8; 3]).collect();
+        cover.draw(&faces, &shown, side, &mut Rng::new(seed), &mut pixels);
+        for (i, pixel) in pixels.chunks_exact(3).enumerate() {
+            let x = i % side;
+            // A column's number is its pixels' value.
+            assert!(usize::from(pixel[0]) == x || pixel[0] < 12, "seed {seed}: {} at column {x}", pixel[0]);
+            pasted += u32::from(usize::from(pixel[0]) != x);
+        }
+    }
+    assert!(pasted > 100, "{pasted} pixels");
 }
 
 #[test]
