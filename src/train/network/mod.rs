@@ -4,6 +4,7 @@
 //! the threads' order, so that a step gives the same bits whenever it is run on as many threads.
 
 mod backward;
+mod backward_unit;
 mod batch;
 mod engine;
 mod forward;
