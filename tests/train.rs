@@ -7,10 +7,13 @@ mod faces;
 mod shared;
 
 use farface::cpu::dense::bf16_supported;
-use farface::detect::BBox;
+use farface::detect::config::DetectorConfig;
+use farface::detect::detector::Detector;
+use farface::detect::{BBox, ModelConfig};
 use farface::eval::wider::{Face, GroundTruth};
 use farface::graph::init::Rng;
 use farface::shape::{Shape, Tensor};
+use farface::train::checkpoint::Checkpoint;
 use farface::train::data::{find_picture, Annotated};
 use farface::train::losses::{BoxLoss, ClassLoss, LossRecipe, NoOverlap};
 use farface::train::matching::{AnchorMining, MatchingRecipe};
@@ -141,7 +144,7 @@ fn checkpoints_of_another_recipe_or_cut_short_are_refused() {
         let error = trainer(RECIPE, dir.path(), 1).resume(&path).unwrap_err().to_string();
         assert!(error.contains("state.checkpoint"), "{error}");
     }
-    // A picture less, a box moved, another precision.
+    // A picture less, a box moved, another precision, averages that the recipe does not make.
     std::fs::write(&path, &bytes).unwrap();
     let list = dir.path().join("faces.txt");
     let text = std::fs::read_to_string(&list).unwrap();
@@ -150,16 +153,43 @@ fn checkpoints_of_another_recipe_or_cut_short_are_refused() {
     let error = trainer(RECIPE, dir.path(), 1).resume(&path).unwrap_err().to_string();
     assert!(error.contains("trained on 4 pictures, now there are 3"), "{error}");
     std::fs::write(&list, &text).unwrap();
-    if bf16_supported() {
-        let f32 = format!("{RECIPE}[run]\nprecision = \"f32\"\n");
-        let mut narrow = trainer(&f32, dir.path(), 1);
-        let path = dir.path().join("f32.checkpoint");
-        narrow.save(&path).unwrap();
-        assert!(trainer(&f32, dir.path(), 1).resume(&path).is_ok());
-        let wide =
-            Trainer::from_checkpoint(&f32.replace("\"f32\"", "\"auto\""), dir.path(), resources(1), &path);
-        assert!(wide.err().unwrap().to_string().contains("another recipe"));
-    }
+    let first = text.lines().nth(2).unwrap();
+    let numbers: Vec<f32> = first.split(' ').map(|v| v.parse().unwrap()).collect();
+    let wider = first.replacen(&format!("{} ", numbers[2]), &format!("{} ", numbers[2] - 1.0), 1);
+    std::fs::write(&list, text.replacen(first, &wider, 1)).unwrap();
+    let error = trainer(RECIPE, dir.path(), 1).resume(&path).unwrap_err().to_string();
+    assert!(error.contains("their names or boxes changed"), "{error}");
+    std::fs::write(&list, &text).unwrap();
+    let DetectorConfig::Pyramid(detector) = ModelConfig::farface_nano().detector else { unreachable!() };
+    let graph = detector.graph();
+    let stored = Checkpoint::load(&graph, &path).unwrap();
+    let changed = dir.path().join("changed.checkpoint");
+    let refused = |c: Checkpoint| {
+        c.save(&graph, &changed).unwrap();
+        let mut one = trainer(RECIPE, dir.path(), 1);
+        let before = state(&mut one, dir.path());
+        let error = one.resume(&changed).unwrap_err().to_string();
+        assert!(state(&mut one, dir.path()) == before, "a refused checkpoint changed the training: {error}");
+        error
+    };
+    let mut other = stored.clone();
+    other.setting.precision = "f16".into();
+    let error = refused(other);
+    assert!(error.contains("trained in f16"), "{error}");
+    let error = refused(Checkpoint { average: None, ..stored.clone() });
+    assert!(error.contains("averages"), "{error}");
+    let mut other = stored.clone();
+    other.optimizer.buffers.clear();
+    let error = refused(other);
+    assert!(error.contains("optimizer state"), "{error}");
+    std::fs::write(&path, &bytes).unwrap();
+    // Another ISA is a note.
+    let mut other = stored;
+    other.setting.isa = "abacus".into();
+    other.save(&graph, &changed).unwrap();
+    let mut elsewhere = trainer(RECIPE, dir.path(), 1);
+    elsewhere.resume(&changed).unwrap();
+    assert!(elsewhere.notes().iter().any(|n| n.starts_with("abacus before, ")), "{:?}", elsewhere.notes());
     // More threads are a note.
     let mut more = Trainer::new(RECIPE, dir.path(), Resources { threads: 3, workers: 1 }).unwrap();
     more.resume(&path).unwrap();
@@ -412,6 +442,36 @@ fn the_objectives_gradients_are_those_of_its_losses() {
     }
 }
 
+/// Worked by hand: anchors of 8 x 8 pixels at (0, 0), (8, 0), (0, 8) and (8, 8), and a face at (2, 0) to (10, 8), which the
+/// first one meets with an IoU of 48 / 80 and the second with 16 / 112.
+#[test]
+fn the_quality_focal_losss_target_is_the_iou_of_the_decoded_box() {
+    let mut o = objective(
+        ClassLoss::QualityFocal { beta: 2.0 },
+        BoxLoss::NegLnIou { no_overlap: NoOverlap::Zero },
+        None,
+        SamplerRecipe::default(),
+    );
+    o.levels = vec![Level { stride: 8, anchors: vec![[8.0, 8.0]] }];
+    o.loss.margin = 0.0;
+    let face = Annotated { bbox: BBox::new(2.0, 0.0, 10.0, 8.0), ignore: false };
+    let background = 1.0 / (1.0 + 1f64.exp());
+    // Moved by 0, 1 and 2 pixels to the right: 0.1 * 8 pixels is an offset of 1.
+    for (offset, iou) in [(0.0, 48.0 / 80.0), (1.25, 56.0 / 72.0), (2.5, 1.0)] {
+        let mut output = Tensor::zeros(Shape::new(1, 5, 2, 2));
+        output.data[1] = offset;
+        for cell in 1..4 {
+            output.data[5 * cell] = -1.0;
+        }
+        let (losses, _) = o.judge(&[output], &[vec![face]], generator, 1).unwrap();
+        // A logit of 0 says 1/2, whose cross-entropy with any target is ln 2.
+        let class = (iou - 0.5f64).powi(2) * 2f64.ln() + 3.0 * background.powi(2) * -(1.0 - background).ln();
+        assert!((losses.class - class).abs() < 1e-6, "offset {offset}: {} {class}", losses.class);
+        assert!((losses.boxes + iou.ln()).abs() < 1e-6 && (losses.iou - iou).abs() < 1e-6, "{losses:?}");
+        assert_eq!((losses.matched, losses.mined, losses.faces), (1, 0, 1));
+    }
+}
+
 #[test]
 fn the_objective_does_not_depend_on_the_number_of_threads() {
     for (name, mut o) in cases() {
@@ -464,11 +524,17 @@ photometric = { probability = 0.0 }
 blur = { probability = 0.0 }
 jpeg = { probability = 0.0 }
 low-resolution = { probability = 0.0 }
+# As the recipes of the shipped models.
 [matching]
-kind = "first-step"
+kind = "thresholds"
+negative = 0.3
+positive = 0.35
+force-best = true
 [mining]
+anchors = 4
+overlap = 0.7
 [loss]
-classification = { kind = "regression-aware-focal" }
+classification = { kind = "quality-focal" }
 box = { kind = "neg-ln-iou" }
 [optimizer]
 kind = "adamw"

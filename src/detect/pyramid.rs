@@ -90,11 +90,20 @@ impl PyramidConfig {
     }
 
     /// Starts the predictions of new weights: small weights, and logits that say `probability` (RetinaNet's prior, Lin et
-    /// al. 2017, section 4.1), so that the many background anchors do not swamp the first steps.
+    /// al. 2017, section 4.1), so that the many background anchors do not swamp the first steps. `is_new` tells by name
+    /// which tensors do not come from a start.
     #[cfg(feature = "train")]
-    pub fn set_prior(&self, weights: &mut crate::graph::Weights, probability: f32) {
+    pub fn set_prior(
+        &self,
+        weights: &mut crate::graph::Weights,
+        probability: f32,
+        is_new: impl Fn(&str) -> bool,
+    ) {
         for (stride, anchors) in self.levels() {
             let level = stride.ilog2();
+            if !is_new(&format!("predict{level}.weight")) {
+                continue;
+            }
             if let Some(w) = weights.tensors.get_mut(&format!("predict{level}.weight")) {
                 // He's deviation, for a fan-in of some tens, becomes about 0.01.
                 w.data.iter_mut().for_each(|v| *v *= 0.05);

@@ -1,6 +1,7 @@
 //! Checkpoints: everything that a training needs to go on bit for bit, written whole or not at all.
 
 use super::optim::OptimizerState;
+use crate::detect::config::CHECKPOINT_KEY;
 use crate::error::{Error, Result};
 use crate::files::write_durably;
 use crate::graph::{Graph, Weights};
@@ -26,11 +27,14 @@ pub struct Checkpoint {
     pub setting: Setting,
 }
 
-/// What else than the recipe a training's bits depend on.
+/// What else than the recipe a training's bits depend on, as far as it is checked: the program must be the same, too, and so
+/// must the pictures' pixels.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Setting {
     /// Of the maps.
     pub precision: String,
+    /// Whose kernels it ran on.
+    pub isa: String,
     /// Of the network.
     pub threads: usize,
     /// Pictures, in their order.
@@ -39,9 +43,7 @@ pub struct Setting {
     pub data: u64,
 }
 
-const VERSION: u32 = 2;
-/// Metadata entry of checkpoints.
-pub const KEY: &str = "farface-checkpoint";
+const VERSION: u32 = 3;
 
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Header {
@@ -78,7 +80,7 @@ impl Checkpoint {
             setting: self.setting.clone(),
         };
         let json = serde_json::to_string(&header).map_err(|e| Error::Internal(e.to_string()))?;
-        file.metadata = HashMap::from([(KEY.to_string(), json)]);
+        file.metadata = HashMap::from([(CHECKPOINT_KEY.to_string(), json)]);
         write_durably(path, &file.to_bytes()?)
     }
 
@@ -86,7 +88,8 @@ impl Checkpoint {
     pub fn load(graph: &Graph, path: &Path) -> Result<Self> {
         let mut file = Weights::load(path)?;
         let bad = |what: String| Error::InvalidData(format!("{}: {what}", path.display()));
-        let json = file.metadata.get(KEY).ok_or_else(|| bad("not a checkpoint of a training".into()))?;
+        let json =
+            file.metadata.get(CHECKPOINT_KEY).ok_or_else(|| bad("not a checkpoint of a training".into()))?;
         #[derive(serde::Deserialize)]
         struct Version {
             version: u32,

@@ -54,12 +54,16 @@ pub struct Recipe {
 pub struct ModelRecipe {
     /// A detector by name, as `farface convert --detector` takes it.
     pub detector: String,
-    /// Weights to start from, safetensors; what it lacks starts at random.
+    /// Weights to start from, safetensors: a model, or a training's checkpoint, whose averages are taken where it has any.
+    /// What it lacks starts at random.
     #[serde(default)]
     pub start: Option<PathBuf>,
     /// Put before the names in that file.
     #[serde(default)]
     pub start_prefix: String,
+    /// Of that file only the tensors whose names, with the prefix, begin so; all without this.
+    #[serde(default)]
+    pub start_only: Vec<String>,
     /// Parameters whose names begin so are not trained; a batch normalisation whose running mean is among them keeps its
     /// statistics.
     #[serde(default)]
@@ -70,6 +74,10 @@ pub struct ModelRecipe {
     /// Learning-rate multipliers by the beginning of a parameter's name; the longest that fits counts.
     #[serde(default)]
     pub learning_rate: std::collections::BTreeMap<String, f32>,
+    /// Score from which the result reports a face; without it the detector's own after a quality focal loss, 0.5 after
+    /// another.
+    #[serde(default)]
+    pub score_threshold: Option<f32>,
     /// Licence of the result, for its metadata.
     #[serde(default)]
     pub licence: String,
@@ -206,6 +214,9 @@ impl Recipe {
         if self.model.learning_rate.values().any(|v| !(v.is_finite() && *v >= 0.0)) {
             return bad("model.learning-rate: multipliers must be at least 0");
         }
+        if self.model.score_threshold.is_some_and(|t| !(0.0..=1.0).contains(&t)) {
+            return bad("model.score-threshold must be from 0 to 1");
+        }
         self.augment.check()?;
         self.matching.check()?;
         if let Some(mining) = &self.mining {
@@ -281,13 +292,16 @@ mod tests {
 
     #[test]
     fn the_recipes_that_are_shipped_are_read() {
-        for text in [
-            include_str!("../../recipes/farface-nano.toml"),
-            include_str!("../../recipes/farface-small.toml"),
-        ] {
-            let recipe = Recipe::parse(text).unwrap();
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+        let mut shipped = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let recipe = Recipe::parse(&std::fs::read_to_string(&path).unwrap());
+            let recipe = recipe.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
             assert!(recipe.data.dev.is_some() && recipe.ema.is_some());
+            shipped += 1;
         }
+        assert!(shipped >= 3, "{shipped} recipes");
         let readme = include_str!("../../README.md");
         let mut read = 0;
         for block in readme.split("```toml\n").skip(1) {

@@ -15,7 +15,7 @@
 //! | Group Sampling Eq. 1 (labels) | [`super::matching::match_anchors`] |
 //! | Group Sampling Eq. 2 (sum over groups) | [`super::sampler::GroupSample`] |
 //! | Group Sampling Eq. 3 (weighted random sampling) | [`super::sampler::Miner::Wrs`] |
-//! | Group Sampling Eq. 4 (reference scale) | [`super::sampler::reference_scale`] |
+//! | Group Sampling Eq. 4 (reference scale) | [`super::matching::reference_scale`] |
 //! | Group Sampling Eq. 5, 6 (least-square IoU) | [`least_square_iou`] |
 //! | Group Sampling Eq. 7 (negative logarithm of IoU, UnitBox) | [`negative_ln_iou`] |
 //! | Group Sampling Eq. 8 to 12 (derivative of IoU) | [`iou_gradient`] |

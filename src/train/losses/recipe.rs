@@ -5,7 +5,7 @@ use super::boxes::{
     NoOverlap,
 };
 use super::classification::{
-    focal_loss, quality_focal_loss, sigmoid_cross_entropy, softmax_cross_entropy2, Focal, ScaleAwareMargin,
+    focal_loss, sigmoid_cross_entropy, softmax_cross_entropy2, Focal, ScaleAwareMargin,
 };
 use crate::error::{Error, Result};
 use crate::layers::Real;
@@ -72,8 +72,9 @@ impl ClassLoss {
 
     /// The loss of one anchor's `logits` ([`ClassLoss::logits`] many; two are background, face);
     /// `gradient`, as long, is overwritten. `matched`: width and height of its face in pixels, None for
-    /// background. `margin` is taken off a face's logit; no weights of equation 1 of HAMBox are in it
-    /// (see [`super::regression_aware_focal_loss`]), and a face's quality is 1. Panics where the lengths differ.
+    /// background. `margin` is taken off a face's logit. Panics where the lengths differ, and for the losses that
+    /// [take all anchors](ClassLoss::takes_all), which need more of an anchor than this: see
+    /// [`super::regression_aware_focal_loss`] and [`super::quality_focal_loss`].
     pub fn value<T: Real>(
         &self,
         logits: &[T],
@@ -91,11 +92,11 @@ impl ClassLoss {
                 return loss;
             }
             ClassLoss::Sigmoid {} => sigmoid_cross_entropy(logit, face),
-            ClassLoss::QualityFocal { beta } => {
-                quality_focal_loss(logit, T::of(f64::from(u8::from(face))), T::of((*beta).into()))
-            }
-            ClassLoss::Focal { alpha, gamma } | ClassLoss::RegressionAwareFocal { alpha, gamma } => {
+            ClassLoss::Focal { alpha, gamma } => {
                 focal_loss(logit, face, Focal { alpha: *alpha, gamma: *gamma })
+            }
+            ClassLoss::QualityFocal { .. } | ClassLoss::RegressionAwareFocal { .. } => {
+                panic!("a loss over all anchors is not one of a single anchor")
             }
         };
         gradient[0] = slope;
@@ -262,9 +263,6 @@ mod tests {
         let focal = ClassLoss::Focal { alpha: 0.3, gamma: 1.0 };
         let loss = focal.value(&[0.5], Some([30.0, 30.0]), margin, &mut g[..1]);
         assert_eq!((loss, g[0]), focal_loss(0.0, true, Focal { alpha: 0.3, gamma: 1.0 }));
-        let quality = ClassLoss::QualityFocal { beta: 1.5 };
-        let loss = quality.value(&[0.5], Some([30.0, 30.0]), margin, &mut g[..1]);
-        assert_eq!((loss, g[0]), quality_focal_loss(0.0, 1.0, 1.5));
         let (t, anchor, target) = ([0.5, 0.0, 0.0, 0.0], [8.0, 8.0, 16.0, 16.0], [0.0, 0.0, 16.0, 16.0]);
         let boxes = |l: BoxLoss| l.value(t, anchor, [1.0f64; 2], target);
         let l1 = boxes(BoxLoss::SmoothL1 { beta: 1.0 });

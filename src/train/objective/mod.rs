@@ -1,6 +1,8 @@
 //! From a single-shot detector's outputs and a batch's faces to the loss and the outputs' gradients: matching, mining,
 //! sampling, losses.
 
+mod head;
+
 use super::data::Annotated;
 use super::losses::{
     quality_focal_loss, regression_aware_box_weight, regression_aware_focal_loss, AnchorRole, BatchCounts,
@@ -16,6 +18,7 @@ use crate::detect::BBox;
 use crate::error::{Error, Result};
 use crate::graph::init::Rng;
 use crate::shape::{Shape, Tensor};
+use head::{Head, Place};
 
 /// One of a detector's outputs: the anchors of a level on every cell. Channels: a logit for each, then four offsets for each.
 #[derive(Clone, Debug, PartialEq)]
@@ -88,61 +91,6 @@ impl Assigned {
                 _ => AnchorRole::Background { overlap: 0.0 },
             },
         }
-    }
-}
-
-/// Reads and writes anchors' channels in one picture's output maps.
-struct Head<'a> {
-    levels: &'a [Level],
-    grid: &'a AnchorGrid,
-    /// Output and place of every anchor group.
-    groups: &'a [(usize, usize)],
-}
-
-/// An anchor's channels: its output, and the places of its logit and offsets in the picture's map.
-#[derive(Clone, Copy)]
-struct Place {
-    level: usize,
-    logit: usize,
-    offsets: usize,
-}
-
-impl Place {
-    fn offsets(&self, maps: &[&[f32]]) -> [f32; 4] {
-        let t = &maps[self.level][self.offsets..self.offsets + 4];
-        [t[0], t[1], t[2], t[3]]
-    }
-}
-
-impl Head<'_> {
-    fn place(&self, group: usize, cell: usize) -> Place {
-        let (level, a) = self.groups[group];
-        let anchors = self.levels[level].anchors.len();
-        let pixel = cell * 5 * anchors;
-        Place { level, logit: pixel + a, offsets: pixel + anchors + 4 * a }
-    }
-
-    fn at(&self, i: usize) -> Place {
-        let group = self.grid.group_of(i);
-        self.place(group, i - self.grid.groups[group].first)
-    }
-
-    /// Every anchor in order of the flat indices.
-    fn places(&self) -> impl Iterator<Item = Place> + '_ {
-        let cells = move |g: usize| (0..self.grid.groups[g].len()).map(move |cell| self.place(g, cell));
-        (0..self.grid.groups.len()).flat_map(cells)
-    }
-
-    /// Every anchor's decoded box, pixels.
-    fn decoded(&self, maps: &[&[f32]], variances: [f32; 2]) -> Vec<BBox> {
-        let mut boxes = Vec::with_capacity(self.grid.len);
-        for (g, group) in self.grid.groups.iter().enumerate() {
-            for cell in 0..group.len() {
-                let t = self.place(g, cell).offsets(maps);
-                boxes.push(group.anchor(cell).decode(&t, variances));
-            }
-        }
-        boxes
     }
 }
 
@@ -252,7 +200,6 @@ impl Objective {
         counts: BatchCounts,
         gradient: &mut [Vec<f32>],
     ) -> Losses {
-        let focal = self.loss.classification.focal().unwrap_or_default();
         let margin = ScaleAwareMargin { alpha: self.loss.margin };
         let positives = 1.0 / (counts.matched + counts.compensated).max(1) as f32;
         let mut losses = Losses { faces: wanted(&assigned.faces), ..Losses::default() };
@@ -273,7 +220,8 @@ impl Objective {
                     let (loss, slope) = quality_focal_loss(x, quality, beta);
                     (loss * positives, slope * positives, positives)
                 }
-                _ => {
+                loss => {
+                    let focal = loss.focal().expect("of the losses over all anchors the other one is focal");
                     let (loss, slope) = regression_aware_focal_loss(x, role, counts, focal);
                     (loss, slope, regression_aware_box_weight(role, counts))
                 }

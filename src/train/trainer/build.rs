@@ -1,0 +1,183 @@
+//! A training as its recipe describes it, before the first step.
+
+use super::{Resources, Trainer};
+use crate::cpu::dense::bf16_supported;
+use crate::detect::config::DetectorConfig;
+use crate::detect::detector::Detector;
+use crate::detect::ModelConfig;
+use crate::error::{Error, Result};
+use crate::graph::build::ParamRole;
+use crate::graph::{Graph, Weights};
+use crate::pixels::ChannelOrder;
+use crate::train::data::Dataset;
+use crate::train::network::{Engine, Frozen, InputTable, Network};
+use crate::train::objective::{Level, Objective};
+use crate::train::optim::{Ema, Optimizer, ParamOptions};
+use crate::train::recipe::{ModelRecipe, Precision, Recipe};
+use half::bf16;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Probability that new logits say.
+const PRIOR: f32 = 0.01;
+
+impl Trainer {
+    /// A training of `text` before its first step; from the recipe's start where `from_start`, else from random weights.
+    pub(super) fn build(text: &str, base: &Path, resources: Resources, from_start: bool) -> Result<Self> {
+        let recipe = Recipe::parse(text)?;
+        let config = ModelConfig::named(&recipe.model.detector).ok_or_else(|| {
+            Error::InvalidArgument(format!(
+                "model.detector {:?} is not one of {}",
+                recipe.model.detector,
+                ModelConfig::NAMES.join(", ")
+            ))
+        })?;
+        let DetectorConfig::Pyramid(detector) = &config.detector else {
+            return Err(Error::Unsupported(format!(
+                "{} cannot be trained: its landmarks have no loss here",
+                recipe.model.detector
+            )));
+        };
+        let levels =
+            detector.levels().map(|(stride, anchors)| Level { stride, anchors: anchors.to_vec() }).collect();
+        let objective = Objective {
+            levels,
+            variances: detector.variances,
+            matching: recipe.matching,
+            mining: recipe.mining,
+            sampler: recipe.sampler.unwrap_or_default(),
+            loss: recipe.loss,
+        };
+        objective.check()?;
+        let graph = detector.graph();
+        let (start, notes) =
+            if from_start { start_weights(&recipe.model, base, &graph)? } else { Default::default() };
+        let mut weights = start.completed(&graph, recipe.run.seed);
+        detector.set_prior(&mut weights, PRIOR, |name| !start.tensors.contains_key(name));
+        let mut engine = engine(&recipe, graph, &weights, resources.threads.max(1))?;
+        let optimizer = Optimizer::new(recipe.optimizer, options(&recipe, &*engine)?)?;
+        let dataset = Arc::new(Dataset::load(&recipe.data.train, base)?);
+        let schedule = recipe.schedule.schedule(dataset.samples.len() as f64 / recipe.batch.size as f64)?;
+        let ema = recipe.ema.map(|e| Ema::new(e, engine.params())).transpose()?;
+        let table = input_table(&config)?;
+        Ok(Self {
+            text: text.into(),
+            base: base.into(),
+            config,
+            engine,
+            objective,
+            optimizer,
+            schedule,
+            ema,
+            table,
+            dataset,
+            resources,
+            loader: None,
+            step: 0,
+            best: None,
+            notes,
+            recipe,
+        })
+    }
+}
+
+/// The weights of `model.start` that the network has, under its names, and a note of how many there are; none where the
+/// recipe names no start.
+fn start_weights(model: &ModelRecipe, base: &Path, graph: &Graph) -> Result<(Weights, Vec<String>)> {
+    let mut start = Weights::default();
+    let Some(path) = &model.start else { return Ok((start, Vec::new())) };
+    let mut file = Weights::load(base.join(path))?.tensors;
+    // A training's checkpoint: what it would export, its averages where it has any. Optimiser buffers fit no name.
+    let kind = ["average/", "param/"].into_iter().find(|kind| file.keys().any(|name| name.starts_with(kind)));
+    if let Some(kind) = kind {
+        file = file.into_iter().filter_map(|(n, t)| Some((n.strip_prefix(kind)?.to_string(), t))).collect();
+    }
+    for (name, tensor) in file {
+        let name = format!("{}{name}", model.start_prefix);
+        if model.start_only.is_empty() || model.start_only.iter().any(|with| name.starts_with(with.as_str()))
+        {
+            start.tensors.insert(name, tensor);
+        }
+    }
+    let bad = |what: String| Err(Error::InvalidArgument(format!("model.start {}: {what}", path.display())));
+    let mut found = 0;
+    for p in &graph.params {
+        let Some(t) = start.tensors.get(&p.name) else { continue };
+        found += 1;
+        if t.shape != p.shape {
+            return bad(format!("{} has shape {:?}, the network needs {:?}", p.name, t.shape, p.shape));
+        }
+    }
+    if found == 0 {
+        return bad(format!(
+            "no tensor is named as one of the network (with start-prefix {:?}, start-only {:?})",
+            model.start_prefix, model.start_only
+        ));
+    }
+    Ok((start, vec![format!("{found} of {} tensors from {}", graph.params.len(), path.display())]))
+}
+
+/// The network in the precision that the recipe asks for.
+fn engine(recipe: &Recipe, graph: Graph, weights: &Weights, threads: usize) -> Result<Box<dyn Engine>> {
+    let frozen = Frozen {
+        parameters: recipe.model.freeze.clone(),
+        statistics: recipe.model.freeze_statistics.clone(),
+    };
+    let half = match recipe.run.precision {
+        Precision::F32 => false,
+        Precision::Auto => bf16_supported(),
+        Precision::Bf16 if bf16_supported() => true,
+        Precision::Bf16 => {
+            return Err(Error::Unsupported(
+                "run.precision bf16: this CPU has no AMX; take f32 or auto".into(),
+            ))
+        }
+    };
+    Ok(if half {
+        Box::new(Network::<bf16>::new(graph, weights, &frozen, threads)?)
+    } else {
+        Box::new(Network::<f32>::new(graph, weights, &frozen, threads)?)
+    })
+}
+
+/// What the optimiser does with each parameter: statistics and frozen ones stand still; biases and normalisations do
+/// not decay.
+fn options(recipe: &Recipe, engine: &dyn Engine) -> Result<Vec<ParamOptions>> {
+    let graph = engine.graph();
+    for prefix in recipe.model.learning_rate.keys() {
+        if !graph.params.iter().any(|p| p.name.starts_with(prefix.as_str())) {
+            return Err(Error::InvalidArgument(format!(
+                "model.learning-rate: no parameter's name begins with {prefix:?}"
+            )));
+        }
+    }
+    let trainable = engine.trainable();
+    let options = graph
+        .params
+        .iter()
+        .zip(trainable)
+        .map(|(p, &trainable)| {
+            let fits = |(prefix, _): &(&String, &f32)| p.name.starts_with(prefix.as_str());
+            let longest =
+                recipe.model.learning_rate.iter().filter(fits).max_by_key(|(prefix, _)| prefix.len());
+            ParamOptions {
+                lr_multiplier: longest.map_or(1.0, |(_, m)| *m),
+                decay: matches!(p.role, ParamRole::Weight { .. }),
+                frozen: !trainable,
+                ..ParamOptions::new(p.name.clone(), p.len())
+            }
+        })
+        .collect();
+    Ok(options)
+}
+
+/// Values of the network's input as [`ModelConfig::input`] says.
+fn input_table(config: &ModelConfig) -> Result<InputTable> {
+    let n = config.input.normalization()?;
+    let channel = match n.order {
+        ChannelOrder::Rgb => [0, 1, 2],
+        ChannelOrder::Bgr => [2, 1, 0],
+    };
+    let value = std::array::from_fn(|i| (0..256).map(|v| (v as f32 - n.mean[i]) * n.scale[i]).collect());
+    Ok(InputTable { channel, value })
+}

@@ -1,0 +1,246 @@
+//! One training from recipe to model file.
+
+mod build;
+mod resume;
+
+use super::data::Dataset;
+use super::dev::{Dev, DevScore};
+use super::loader::{Batch, Loader, LoaderConfig, Sides};
+use super::losses::ClassLoss;
+use super::network::{Engine, InputTable};
+use super::objective::{Losses, Objective};
+use super::optim::{clip_global_norm, first_non_finite, global_norm, Ema, Optimizer, Schedule};
+use super::recipe::Recipe;
+use crate::detect::config::METADATA_KEY;
+use crate::detect::{Model, ModelConfig};
+use crate::error::{Error, Result};
+use crate::files::write_durably;
+use crate::graph::init::Rng;
+use crate::graph::Weights;
+use crate::shape::Shape;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What the machine gives: it does not change the result but for the threads, on which the last bits depend.
+#[derive(Clone, Debug)]
+pub struct Resources {
+    /// Threads of the network; at least 1.
+    pub threads: usize,
+    /// Threads that decode and augment; at least 1.
+    pub workers: usize,
+}
+
+/// A training in progress.
+pub struct Trainer {
+    recipe: Recipe,
+    text: String,
+    base: PathBuf,
+    config: ModelConfig,
+    engine: Box<dyn Engine>,
+    objective: Objective,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    ema: Option<Ema>,
+    table: InputTable,
+    dataset: Arc<Dataset>,
+    resources: Resources,
+    loader: Option<Loader>,
+    step: u64,
+    best: Option<(f64, u64)>,
+    notes: Vec<String>,
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// Steps done, this one counted.
+    pub step: u64,
+    /// Passes over the data so far.
+    pub epoch: f64,
+    /// Side of the examples.
+    pub side: usize,
+    /// Losses and counts.
+    pub losses: Losses,
+    /// Classification plus weighted box loss.
+    pub loss: f64,
+    /// Norm of the gradient before it was clipped.
+    pub gradient_norm: f64,
+    /// Learning rate.
+    pub lr: f32,
+}
+
+impl Trainer {
+    /// A training of the recipe `text`, whose relative paths start at `base`.
+    pub fn new(text: &str, base: &Path, resources: Resources) -> Result<Self> {
+        Self::build(text, base, resources, true)
+    }
+
+    /// A training of the recipe `text` that goes on from a checkpoint. The recipe's start is not read.
+    pub fn from_checkpoint(text: &str, base: &Path, resources: Resources, path: &Path) -> Result<Self> {
+        let mut trainer = Self::build(text, base, resources, false)?;
+        trainer.resume(path)?;
+        Ok(trainer)
+    }
+
+    /// The recipe.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// Training pictures and what was wrong with them.
+    pub fn dataset(&self) -> &Dataset {
+        &self.dataset
+    }
+
+    /// What its user should know of how it began.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Steps done.
+    pub fn step_count(&self) -> u64 {
+        self.step
+    }
+
+    /// Steps of the whole training.
+    pub fn total_steps(&self) -> u64 {
+        self.schedule.total_steps()
+    }
+
+    /// Steps an epoch.
+    pub fn steps_per_epoch(&self) -> f64 {
+        self.dataset.samples.len() as f64 / self.recipe.batch.size as f64
+    }
+
+    /// Trained values, multiply-adds at 640x480, and precision of the maps.
+    pub fn describe(&self) -> Result<(usize, u64, &'static str)> {
+        let graph = self.engine.graph();
+        Ok((graph.param_count(), graph.macs(&[Shape::new(1, 3, 480, 640)])?, self.engine.precision()))
+    }
+
+    /// One step.
+    pub fn step(&mut self) -> Result<StepReport> {
+        let batch = self.loader()?.next()?;
+        let lr = self.schedule.lr(self.step);
+        let side = batch.side;
+        let (losses, gradient_norm) = self.learn(&batch, lr)?;
+        if let Some(loader) = &self.loader {
+            loader.recycle(batch);
+        }
+        self.step += 1;
+        Ok(StepReport {
+            step: self.step,
+            epoch: self.step as f64 / self.steps_per_epoch(),
+            side,
+            losses,
+            loss: losses.class + f64::from(self.recipe.loss.box_weight) * losses.boxes,
+            gradient_norm,
+            lr,
+        })
+    }
+
+    fn loader(&mut self) -> Result<&Loader> {
+        if self.loader.is_none() {
+            let (recipe, total) = (self.recipe.clone(), self.total_steps());
+            let config = LoaderConfig {
+                seed: self.recipe.run.seed,
+                batch: self.recipe.batch.size,
+                side: Sides::by_step(move |step| recipe.side(step, total)),
+                workers: self.resources.workers.max(1),
+                queue: 2 + self.resources.workers,
+                cache_bytes: (self.recipe.data.cache_gb * 1e9) as usize,
+                start_step: self.step,
+            };
+            self.loader = Some(Loader::new(self.dataset.clone(), self.recipe.augment.clone(), config)?);
+        }
+        self.loader.as_ref().ok_or_else(|| Error::Internal("no loader".into()))
+    }
+
+    fn learn(&mut self, batch: &Batch, lr: f32) -> Result<(Losses, f64)> {
+        let shape = Shape::new(batch.faces.len(), 3, batch.side, batch.side);
+        let outputs = self.engine.forward(&batch.pixels, shape, &self.table)?;
+        let (seed, step) = (self.recipe.run.seed, self.step);
+        let rng = |n: usize| Rng::new(Rng::new(seed ^ step.rotate_left(32)).bits() ^ n as u64);
+        let (losses, d) = self.objective.judge(&outputs, &batch.faces, rng, self.engine.threads())?;
+        let stop = |what: &str| {
+            Err(Error::InvalidData(format!(
+                "training stopped at step {step}: {what}. Checkpoints made before it are sound. The batch's pictures: {}",
+                batch.names.join(", ")
+            )))
+        };
+        if !(losses.class.is_finite() && losses.boxes.is_finite()) {
+            return stop("the loss is not a finite number (a lower learning rate or clip may help)");
+        }
+        self.engine.backward(&d)?;
+        let (params, grads) = self.engine.params_and_grads();
+        if let Some((p, _)) = first_non_finite(grads) {
+            let name = self.engine.graph().params[p].name.clone();
+            return stop(&format!("the gradient of {name} is not finite"));
+        }
+        let mut grads: Vec<&mut [f32]> = grads.iter_mut().map(|g| &mut g[..]).collect();
+        let norm = if self.recipe.run.clip > 0.0 {
+            clip_global_norm(&mut grads, self.recipe.run.clip)
+        } else {
+            global_norm(&grads)
+        };
+        let grads: Vec<&[f32]> = grads.iter().map(|g| &**g).collect();
+        let mut values: Vec<&mut [f32]> = params.iter_mut().map(|p| &mut p[..]).collect();
+        self.optimizer.step(&mut values, &grads, lr)?;
+        if let Some(ema) = &mut self.ema {
+            ema.update(self.engine.params())?;
+        }
+        Ok((losses, norm))
+    }
+
+    /// The model as it is now: averaged weights where there are averages, with the configuration.
+    pub fn model(&mut self) -> Result<Weights> {
+        self.check_finite()?;
+        let mut weights = Weights::default();
+        let values = match &self.ema {
+            Some(ema) => ema.average.clone(),
+            None => self.engine.params().to_vec(),
+        };
+        for (p, v) in self.engine.graph().params.iter().zip(values) {
+            weights.insert(&p.name, &p.shape, v);
+        }
+        let mut config = self.config.clone();
+        if let Some(threshold) = self.recipe.model.score_threshold {
+            config.score_threshold = threshold;
+        } else if !matches!(self.recipe.loss.classification, ClassLoss::QualityFocal { .. }) {
+            // The detector's own is for scores that tell how well a box fits; these are probabilities.
+            config.score_threshold = 0.5;
+        }
+        config.licence = self.recipe.model.licence.clone();
+        config.data = self.recipe.model.data.clone();
+        config.recipe = self.text.clone();
+        weights.metadata.insert(METADATA_KEY.into(), config.to_json()?);
+        Ok(weights)
+    }
+
+    /// The dev pictures of the recipe.
+    pub fn dev(&self) -> Result<Option<Dev>> {
+        self.recipe.data.dev.as_ref().map(|d| Dev::load(d, &self.base)).transpose()
+    }
+
+    /// Scores the model as it is; where it is the best so far, writes it to `best`.
+    pub fn evaluate(
+        &mut self,
+        dev: &Dev,
+        best: &Path,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<DevScore> {
+        let weights = self.model()?;
+        let model = Model::from_weights(&weights)?;
+        let score = dev.score(&model, self.engine.threads(), progress)?;
+        if self.best.is_none_or(|(b, _)| score.mean() > b) {
+            self.best = Some((score.mean(), self.step));
+            write_durably(best, &weights.to_bytes()?)?;
+        }
+        Ok(score)
+    }
+
+    /// Mean dev score of the best model so far, and its step.
+    pub fn best(&self) -> Option<(f64, u64)> {
+        self.best
+    }
+}

@@ -1,0 +1,114 @@
+//! Trainings written to disk and taken up again.
+
+use super::Trainer;
+use crate::cpu::isa;
+use crate::error::{Error, Result};
+use crate::train::checkpoint::{Checkpoint, Setting};
+use std::path::Path;
+
+impl Trainer {
+    fn setting(&self) -> Setting {
+        let mut data = 0xcbf2_9ce4_8422_2325_u64;
+        let mut add = |bytes: &[u8]| {
+            bytes.iter().for_each(|&b| data = (data ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        };
+        for sample in &self.dataset.samples {
+            add(sample.name.as_bytes());
+            for face in &sample.faces {
+                let b = face.bbox;
+                [b.x1, b.y1, b.x2, b.y2].iter().for_each(|v| add(&v.to_le_bytes()));
+                add(&[u8::from(face.ignore)]);
+            }
+        }
+        Setting {
+            precision: self.engine.precision().into(),
+            isa: isa::detected().name().into(),
+            threads: self.engine.threads(),
+            pictures: self.dataset.samples.len(),
+            data,
+        }
+    }
+
+    /// Goes on from a checkpoint of the same recipe, on the same pictures and in the same precision. On another number of
+    /// threads or another ISA the last bits differ, which [`Trainer::notes`] then tells. An error leaves the training as it
+    /// was.
+    pub fn resume(&mut self, path: &Path) -> Result<()> {
+        let c = Checkpoint::load(self.engine.graph(), path)?;
+        if c.recipe != self.text {
+            return Err(Error::InvalidArgument(format!(
+                "{}: belongs to another recipe; recipe.toml beside it is a copy of its own, whose text the given one must have",
+                path.display()
+            )));
+        }
+        let (was, is) = (&c.setting, self.setting());
+        let differs = |what: String| Err(Error::InvalidArgument(format!("{}: {what}", path.display())));
+        if was.precision != is.precision {
+            return differs(format!(
+                "trained in {}, this machine would go on in {}",
+                was.precision, is.precision
+            ));
+        }
+        if (was.pictures, was.data) != (is.pictures, is.data) {
+            return differs(format!(
+                "trained on {} pictures, now there are {}, or their names or boxes changed",
+                was.pictures, is.pictures
+            ));
+        }
+        if self.ema.is_some() != c.average.is_some() {
+            return Err(Error::InvalidData(format!("{}: its averages do not fit", path.display())));
+        }
+        // The last that may fail; it changes nothing where it does.
+        self.optimizer.load(&c.optimizer)?;
+        self.engine.params().clone_from_slice(&c.params);
+        if let (Some(ema), Some((updates, average))) = (&mut self.ema, c.average) {
+            (ema.updates, ema.average) = (updates, average);
+        }
+        let mut differ = |was: String, is: String| {
+            self.notes.push(format!(
+                "{was} before, {is} now: the last bits will differ from those of a run that was not stopped"
+            ));
+        };
+        if was.threads != is.threads {
+            differ(format!("{} threads", was.threads), is.threads.to_string());
+        }
+        if was.isa != is.isa {
+            differ(was.isa.clone(), is.isa);
+        }
+        (self.step, self.best, self.loader) = (c.step, c.best, None);
+        Ok(())
+    }
+
+    /// Writes a checkpoint.
+    pub fn save(&mut self, path: &Path) -> Result<()> {
+        self.check_finite()?;
+        let checkpoint = Checkpoint {
+            setting: self.setting(),
+            step: self.step,
+            params: self.engine.params().to_vec(),
+            average: self.ema.as_ref().map(|e| (e.updates, e.average.clone())),
+            optimizer: self.optimizer.save(),
+            best: self.best,
+            recipe: self.text.clone(),
+        };
+        checkpoint.save(self.engine.graph(), path)
+    }
+
+    /// Errors where a parameter, an average or the optimiser's state is no finite number: such a checkpoint or model could
+    /// not be read again, and must not take the place of a sound one.
+    pub(super) fn check_finite(&mut self) -> Result<()> {
+        let names: Vec<String> = self.engine.graph().params.iter().map(|p| p.name.clone()).collect();
+        let average = self.ema.as_ref().map(|e| &e.average[..]).unwrap_or_default();
+        let params = self.engine.params().iter().zip(&names).chain(average.iter().zip(&names));
+        let bad = |v: &[f32]| !v.iter().all(|v| v.is_finite());
+        let mut broken = params.filter(|(v, _)| bad(v)).map(|(_, name)| name.clone()).next();
+        if broken.is_none() {
+            broken = self.optimizer.save().buffers.into_iter().find(|(_, v)| bad(v)).map(|(name, _)| name);
+        }
+        broken.map_or(Ok(()), |name| {
+            Err(Error::InvalidData(format!(
+                "training stopped at step {}: {name} is no longer finite (a lower learning rate or clip may help). The last checkpoint is sound",
+                self.step
+            )))
+        })
+    }
+}
