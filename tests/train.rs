@@ -58,8 +58,9 @@ warm-up = { length = 2 }
 decay = 0.9
 "#;
 
+/// As many threads as workers: a result depends on neither.
 fn resources(workers: usize) -> Resources {
-    Resources { threads: 2, workers }
+    Resources { threads: workers, workers }
 }
 
 fn trainer(text: &str, dir: &Path, workers: usize) -> Trainer {
@@ -85,7 +86,7 @@ fn refused(dir: &Path, from: &str, to: &str) -> String {
 }
 
 #[test]
-fn a_resumed_training_ends_with_the_same_bits_on_any_number_of_workers() {
+fn a_resumed_training_ends_with_the_same_bits_on_any_number_of_threads_and_workers() {
     let dir = tempfile::tempdir().unwrap();
     faces::draw(dir.path(), 7, 100, 1);
     let adamw = RECIPE.to_string();
@@ -190,10 +191,6 @@ fn checkpoints_of_another_recipe_or_cut_short_are_refused() {
     let mut elsewhere = trainer(RECIPE, dir.path(), 1);
     elsewhere.resume(&changed).unwrap();
     assert!(elsewhere.notes().iter().any(|n| n.starts_with("abacus before, ")), "{:?}", elsewhere.notes());
-    // More threads are a note.
-    let mut more = Trainer::new(RECIPE, dir.path(), Resources { threads: 3, workers: 1 }).unwrap();
-    more.resume(&path).unwrap();
-    assert!(more.notes().iter().any(|note| note.contains("2 threads before, 3 now")), "{:?}", more.notes());
     // A refused checkpoint leaves the training as it was.
     let before = state(&mut one, dir.path());
     let cut = dir.path().join("cut.checkpoint");
@@ -212,6 +209,17 @@ fn going_on_needs_no_start_and_a_start_says_what_it_gave() {
     let mut one = trainer(&text, dir.path(), 1);
     let all = one.model().unwrap().tensors.len();
     assert_eq!(one.notes(), [format!("{all} of {all} tensors from start.safetensors")]);
+    let body = text.replace("[data]\ntrain", "start-only = [\"body.\"]\n[data]\ntrain");
+    let mut part = trainer(&body, dir.path(), 1);
+    let bodies = one.model().unwrap().tensors.keys().filter(|n| n.starts_with("body.")).count();
+    assert_eq!(part.notes(), [format!("{bodies} of {all} tensors from start.safetensors")]);
+    assert!(bodies > 0 && bodies < all);
+    // The last of the body is the start's, the predictions are new.
+    let (old, new) = (one.model().unwrap(), part.model().unwrap());
+    let last = old.tensors.keys().filter(|n| n.starts_with("body.") && n.ends_with("weight")).max().unwrap();
+    assert!(old.tensors[last] == new.tensors[last]);
+    let logits = &new.tensors["predict3.bias"].data;
+    assert!((logits[0] - (0.01f32 / 0.99).ln()).abs() < 1e-6, "{logits:?}");
     let bytes = state(&mut one, dir.path());
     std::fs::remove_file(start).unwrap();
     let path = dir.path().join("state.checkpoint");
@@ -222,6 +230,22 @@ fn going_on_needs_no_start_and_a_start_says_what_it_gave() {
         .unwrap()
         .to_string()
         .contains("start.safetensors"));
+}
+
+#[test]
+fn the_threshold_of_a_model_fits_its_scores_or_is_the_recipes() {
+    let dir = tempfile::tempdir().unwrap();
+    faces::draw(dir.path(), 4, 100, 1);
+    let threshold = |text: &str| {
+        let model = trainer(text, dir.path(), 1).model().unwrap();
+        ModelConfig::of(&model).unwrap().score_threshold
+    };
+    assert_eq!(threshold(RECIPE), 0.5);
+    let quality = RECIPE.replace("regression-aware-focal", "quality-focal");
+    assert_eq!(threshold(&quality), ModelConfig::farface_nano().score_threshold);
+    assert_eq!(threshold(&quality.replace("[data]", "score-threshold = 0.25\n[data]")), 0.25);
+    let error = refused(dir.path(), "[data]", "score-threshold = 1.5\n[data]");
+    assert!(error.contains("score-threshold"), "{error}");
 }
 
 #[test]

@@ -35,8 +35,6 @@ pub struct Setting {
     pub precision: String,
     /// Whose kernels it ran on.
     pub isa: String,
-    /// Of the network.
-    pub threads: usize,
     /// Pictures, in their order.
     pub pictures: usize,
     /// FNV-1a over the pictures' names and boxes.

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 ///
 /// The run's folder gets: recipe.toml (a copy), log.jsonl (a line of JSON every so many steps and for every evaluation;
 /// `farface plot` draws it), last.checkpoint (a run that was stopped, in whatever way, goes on from it), best.safetensors
-/// (the model with the best mean AP on the recipe's dev pictures) and, at the end, final.safetensors. On the same machine with
-/// as many threads, a run that was stopped ends with the same bits as one that was not.
+/// (the model with the best mean AP on the recipe's dev pictures) and, at the end, final.safetensors. On the same machine a
+/// run that was stopped ends with the same bits as one that was not, on any number of threads.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   farface train recipes/farface-nano.toml

@@ -1,7 +1,7 @@
 //! Where a unit's readers leave the gradient of its map.
 
 use super::band::flush;
-use super::maps::{deposit, gradient_sums};
+use super::maps::{deposit, deposit_whole, gradient_sums};
 use super::{Element, Source};
 use crate::cpu::Isa;
 use std::ops::Range;
@@ -41,8 +41,16 @@ impl<'a, T: Element> Target<'a, T> {
     /// Gives pixels `range` the values of `from`, `stride` a pixel. `map` as it is stored, all of it.
     pub fn put(&mut self, isa: Isa, map: Source<'_, T>, range: Range<usize>, from: &[f32], stride: usize) {
         let (c, add) = (map.channels(), self.add);
-        deposit(isa, from, stride, c, self.pixels(range.clone(), c), add);
-        self.sum(isa, map, range);
+        let Some(sums) = &mut self.sums else {
+            return deposit(isa, from, stride, c, self.pixels(range, c), add);
+        };
+        let step = (BAND / c).max(1);
+        for (i, start) in range.clone().step_by(step).enumerate() {
+            let part = start..(start + step).min(range.end);
+            let to = &mut self.dx[part.start * c..part.end * c];
+            deposit_whole(isa, &from[i * step * stride..], stride, map.pixels(part), to, add, &mut self.band);
+            flush(&mut self.band, sums);
+        }
     }
 
     /// Takes the sums of pixels `range`, which are whole now.

@@ -1,7 +1,6 @@
 //! The backward pass of a batch, unit by unit from the last.
 
-use super::backward_unit::{clear_sums, total, InputGradient, UnitPass, Written};
-use super::batch::{ranges, take};
+use super::backward_unit::{InputGradient, UnitPass, Written};
 use super::Network;
 use crate::cpu::dense::{map_sums, maps, Element};
 use crate::error::{Error, Result};
@@ -13,7 +12,7 @@ impl<T: Element> Network<T> {
     /// [`Network::output`]).
     pub fn backward(&mut self, d_outputs: &[Tensor]) -> Result<()> {
         // What an earlier call left that failed.
-        self.spare.extend(self.maps.iter_mut().filter_map(|m| m.dy.take()));
+        self.maps.iter_mut().filter_map(|m| m.dy.take()).for_each(|dy| self.spare.give(dy));
         self.maps.iter_mut().for_each(|m| m.gradient_sums = None);
         for (index, d) in d_outputs.iter().enumerate() {
             let u = self.shown_by[self.graph.outputs[index].1 .0].expect("an output is shown");
@@ -23,7 +22,7 @@ impl<T: Element> Network<T> {
             if self.wanted[u] {
                 let mut dy = self.maps[u].dy.take();
                 let add = dy.is_some();
-                let to = dy.get_or_insert_with(|| take(&mut self.spare, d.data.len()));
+                let to = dy.get_or_insert_with(|| self.spare.take(d.data.len()));
                 maps::deposit(self.isa, &d.data, d.shape.c, d.shape.c, to, add);
                 self.maps[u].dy = dy;
             }
@@ -31,7 +30,7 @@ impl<T: Element> Network<T> {
         for u in (0..self.units.len()).rev() {
             if let Some(dy) = self.maps[u].dy.take() {
                 self.backward_unit(u, &dy)?;
-                self.spare.push(dy);
+                self.spare.give(dy);
             }
         }
         Ok(())
@@ -55,12 +54,7 @@ impl<T: Element> Network<T> {
             shapes: &self.shapes,
             params: &self.params,
         };
-        pass.run(&mut Written {
-            inputs: &mut inputs,
-            grads: &mut self.grads,
-            pool: &mut self.pool,
-            threads: &mut self.threads,
-        })?;
+        pass.run(&mut Written { inputs: &mut inputs, grads: &mut self.grads, workers: &mut self.workers })?;
         for (&i, input) in unit.inputs.iter().zip(inputs) {
             if let Some(input) = input {
                 self.maps[i].dy = Some(input.dx);
@@ -85,7 +79,7 @@ impl<T: Element> Network<T> {
             }
             let (dx, add) = match self.maps[i].dy.take() {
                 Some(dy) => (dy, true),
-                None => (take(&mut self.spare, self.shapes[input.node].len()), false),
+                None => (self.spare.take(self.shapes[input.node].len()), false),
             };
             let single = inputs.iter().filter(|&&j| j == i).count() == 1;
             let whole = input.norm.is_some() && self.first_reader[i] == Some(u) && single;
@@ -105,15 +99,13 @@ impl<T: Element> Network<T> {
         let sums = match self.maps[u].gradient_sums.take() {
             Some(sums) => sums,
             None => {
-                clear_sums(&mut self.threads, c);
+                self.workers.clear_sums(c);
                 let map = &self.maps[u];
-                let ranges = ranges(shape.n, self.threads.len());
-                let mut items: Vec<_> = ranges.iter().zip(&mut self.threads).collect();
-                self.pool.run_each(&mut items, |_, (range, t)| {
-                    let part = &dy[range.start * per_image..range.end * per_image];
-                    map_sums(isa, map.source(range, per_image), part, &mut t.sums);
+                self.workers.on_maybe_parts(None, per_image, shape.n, &|range, _, part, _| {
+                    let dy = &dy[range.start * per_image..range.end * per_image];
+                    map_sums(isa, map.source(range, per_image), dy, &mut part.sums);
                 });
-                total(&self.threads, c)
+                self.workers.total(c)
             }
         };
         let map = &self.maps[u];

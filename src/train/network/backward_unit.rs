@@ -1,10 +1,10 @@
 //! The backward pass of one unit, an operation a function.
 
-use super::batch::{on_maybe_parts, on_parts};
+use super::batch::{Buffer, Part, Thread, Workers};
 use super::sum::sum_backward;
-use super::{geometry, resampling, shown, with_size, Map, Thread};
+use super::{geometry, resampling, shown, with_size, Map};
 use crate::cpu::dense::{conv, depthwise, maps, Element, Gradient, Source, Target};
-use crate::cpu::{Isa, Pool};
+use crate::cpu::Isa;
 use crate::error::Result;
 use crate::graph::build::ParamId;
 use crate::graph::{exec, Graph};
@@ -32,20 +32,19 @@ pub(super) struct UnitPass<'a, T> {
     pub params: &'a [Vec<f32>],
 }
 
-/// What it writes, and the threads that do.
+/// What it writes, and who does.
 pub(super) struct Written<'a, T> {
     /// An entry an input; None where no gradient is wanted, or where an earlier place has the same map.
     pub inputs: &'a mut [Option<InputGradient<T>>],
     /// Of the network's parameters, added to.
     pub grads: &'a mut [Vec<f32>],
-    pub pool: &'a mut Pool,
-    pub threads: &'a mut [Thread<T>],
+    pub workers: &'a mut Workers<T>,
 }
 
 /// The gradient of what a unit reads of another.
 pub(super) struct InputGradient<T> {
     /// N x H x W x C.
-    pub dx: Vec<T>,
+    pub dx: Buffer<T>,
     /// Whether `dx` holds what other readers left, to be added to.
     pub add: bool,
     /// Whether it is whole after this unit: the sums for the normalisation before it may be taken on the way.
@@ -76,12 +75,11 @@ impl<T: Element> UnitPass<'_, T> {
         let g = geometry(conv, from, self.shape);
         let dense = matches!(self.unit.op, Op::Conv { .. });
         let weight_sums = if dense { g.weight_sums() } else { conv.kernel[0] * conv.kernel[1] * c };
-        clear_sums(to.threads, from.c);
-        for t in to.threads.iter_mut() {
-            t.dw.clear();
-            t.dw.resize(weight_sums, 0.0);
-            t.db.clear();
-            t.db.resize(c, 0.0);
+        to.workers.clear_sums(from.c);
+        // Those of parts that a small batch does not have.
+        for part in &mut to.workers.parts {
+            part.dw.clear();
+            part.db.clear();
         }
         let w = &self.params[weight.0];
         let transposed = dense.then(|| g.pack_transposed::<T>(isa, w));
@@ -89,9 +87,11 @@ impl<T: Element> UnitPass<'_, T> {
         let mut input = to.inputs[0].as_mut();
         let (add, whole) = input.as_ref().map_or((false, false), |input| (input.add, input.whole));
         let dx = input.as_mut().map(|input| &mut input.dx[..]);
-        on_maybe_parts(to.pool, to.threads, dx, per_image(from), self.shape.n, &|range, dx, t| {
+        to.workers.on_maybe_parts(dx, per_image(from), self.shape.n, &|range, dx, part, t| {
             let (x, d) = (self.source(x, range), self.gradient(range));
-            let Thread { scratch, sums, dw, db, .. } = t;
+            let (Thread { scratch, .. }, Part { sums, dw, db }) = (t, part);
+            dw.resize(weight_sums, 0.0);
+            db.resize(c, 0.0);
             let dx = dx.map(|dx| Target::new(dx, add, whole.then_some(&mut sums[..])));
             let db = bias.is_some().then_some(&mut db[..]);
             if let Some(transposed) = &transposed {
@@ -101,12 +101,12 @@ impl<T: Element> UnitPass<'_, T> {
             }
         });
         if let Some(input) = input {
-            input.sums = whole.then(|| total(to.threads, from.c));
+            input.sums = whole.then(|| to.workers.total(from.c));
         }
-        let (first, rest) = to.threads.split_first_mut().expect("at least one thread");
-        for t in rest {
-            first.dw.iter_mut().zip(&t.dw).for_each(|(s, v)| *s += v);
-            first.db.iter_mut().zip(&t.db).for_each(|(s, v)| *s += v);
+        let (first, rest) = to.workers.parts.split_first_mut().expect("at least one part");
+        for part in rest {
+            first.dw.iter_mut().zip(&part.dw).for_each(|(s, v)| *s += v);
+            first.db.iter_mut().zip(&part.db).for_each(|(s, v)| *s += v);
         }
         if dense {
             g.add_weight_gradient(&first.dw, &mut to.grads[weight.0]);
@@ -123,13 +123,13 @@ impl<T: Element> UnitPass<'_, T> {
             let from = self.size(i);
             let Some(input) = self.input_gradient(to.inputs, place) else { continue };
             let (add, whole) = (input.add, input.whole);
-            clear_sums(to.threads, from.c);
-            on_parts(to.pool, to.threads, &mut input.dx, per_image(from), self.shape.n, &|range, dx, t| {
-                let target = Target::new(dx, add, whole.then_some(&mut t.sums[..]));
+            to.workers.clear_sums(from.c);
+            to.workers.on_parts(&mut input.dx, per_image(from), self.shape.n, &|range, dx, part, t| {
+                let target = Target::new(dx, add, whole.then_some(&mut part.sums[..]));
                 let term = (self.source(i, range), from, enlarged);
                 sum_backward(self.isa, self.shape, self.gradient(range), term, target, &mut t.rows);
             });
-            input.sums = whole.then(|| total(to.threads, from.c));
+            input.sums = whole.then(|| to.workers.total(from.c));
             input.add = true;
         }
     }
@@ -138,18 +138,18 @@ impl<T: Element> UnitPass<'_, T> {
         let (isa, c, mut first) = (self.isa, self.shape.c, 0);
         for (place, &i) in self.unit.inputs.iter().enumerate() {
             // Channels of the map that are this input's.
-            let part = self.size(i).c;
-            let channels = first..first + part;
-            first += part;
+            let taken = self.size(i).c;
+            let channels = first..first + taken;
+            first += taken;
             let Some(input) = self.input_gradient(to.inputs, place) else { continue };
-            let (add, in_image) = (input.add, part * self.shape.h * self.shape.w);
-            on_parts(to.pool, to.threads, &mut input.dx, in_image, self.shape.n, &|range, dx, t| {
+            let (add, in_image) = (input.add, taken * self.shape.h * self.shape.w);
+            to.workers.on_parts(&mut input.dx, in_image, self.shape.n, &|range, dx, _, t| {
                 let d = self.gradient(range);
                 let [values, ..] = &mut t.rows;
                 values.resize(d.dy.len(), 0.0);
                 maps::pull_back(isa, d, values, c);
-                for (to, v) in dx.chunks_exact_mut(part).zip(values.chunks_exact(c)) {
-                    maps::deposit(isa, &v[channels.clone()], part, part, to, add);
+                for (to, v) in dx.chunks_exact_mut(taken).zip(values.chunks_exact(c)) {
+                    maps::deposit(isa, &v[channels.clone()], taken, taken, to, add);
                 }
             });
             input.add = true;
@@ -162,7 +162,7 @@ impl<T: Element> UnitPass<'_, T> {
         let (x, add) = (self.unit.inputs[0], input.add);
         let from = self.size(x);
         let r = resampling(&self.unit.op, from, self.shape);
-        on_parts(to.pool, to.threads, &mut input.dx, per_image(from), self.shape.n, &|range, dx, t| {
+        to.workers.on_parts(&mut input.dx, per_image(from), self.shape.n, &|range, dx, _, t| {
             r.backward(self.isa, self.source(x, range), self.gradient(range), dx, add, &mut t.scratch);
         });
     }
@@ -228,21 +228,4 @@ impl<T: Element> UnitPass<'_, T> {
 /// Values of a map an image.
 fn per_image(shape: Shape) -> usize {
     shape.c * shape.h * shape.w
-}
-
-/// Room for the threads' sums of a map of `c` channels.
-pub(super) fn clear_sums<T>(threads: &mut [Thread<T>], c: usize) {
-    for t in threads {
-        t.sums.clear();
-        t.sums.resize(2 * c, 0.0);
-    }
-}
-
-/// The threads' sums, added in their order.
-pub(super) fn total<T>(threads: &[Thread<T>], c: usize) -> Vec<f64> {
-    let mut sums = vec![0.0; 2 * c];
-    for t in threads {
-        sums.iter_mut().zip(&t.sums).for_each(|(s, v)| *s += v);
-    }
-    sums
 }

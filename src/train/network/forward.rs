@@ -1,6 +1,6 @@
 //! The forward pass of a batch, and what readers of each map apply.
 
-use super::batch::{on_parts, Job};
+use super::batch::Job;
 use super::sum::sum_forward;
 use super::{geometry, resampling, shown, with_size, Network};
 use crate::cpu::dense::{conv, depthwise, maps, pages, Element};
@@ -45,10 +45,7 @@ impl<T: Element> Network<T> {
             z = pages::buffer(shape.len());
         }
         z.resize(shape.len(), T::default());
-        for t in &mut self.threads {
-            t.sums.clear();
-            t.sums.resize(2 * c, 0.0);
-        }
+        self.workers.clear_sums(c);
         let (maps, shapes, isa, params) = (&self.maps, &self.shapes, self.isa, &self.params);
         let size = |i: usize| shapes[self.units[i].node];
         let source = |i: usize, images: &Range<usize>| {
@@ -57,10 +54,10 @@ impl<T: Element> Network<T> {
         };
         let zeros = vec![0.0; c];
         let bias_of = |bias: Option<ParamId>| bias.map_or(&zeros[..], |b| &params[b.0]);
-        let (pool, threads) = (&mut self.pool, &mut self.threads);
-        let mut run = |job: &Job<T>| on_parts(pool, threads, &mut z, per_image, images, job);
+        let workers = &mut self.workers;
+        let mut run = |job: &Job<T>| workers.on_parts(&mut z, per_image, images, job);
         match &unit.op {
-            Op::Input(place) => run(&|range, z, _| {
+            Op::Input(place) => run(&|range, z, _, _| {
                 for (n, z) in range.clone().zip(z.chunks_exact_mut(per_image.max(1))) {
                     fill(*place, n, z);
                 }
@@ -69,45 +66,45 @@ impl<T: Element> Network<T> {
                 let g = geometry(conv, size(unit.inputs[0]), shape);
                 let packed = g.pack::<T>(isa, &params[weight.0]);
                 let bias = bias_of(*bias);
-                run(&|range, z, t| {
+                run(&|range, z, part, t| {
                     let x = source(unit.inputs[0], range);
-                    conv::forward(isa, &g, x, &packed, bias, z, &mut t.sums, &mut t.scratch);
+                    conv::forward(isa, &g, x, &packed, bias, z, &mut part.sums, &mut t.scratch);
                 });
             }
             Op::Depthwise { conv, weight, bias } => {
                 let g = geometry(conv, size(unit.inputs[0]), shape);
                 let packed = depthwise::pack(&g, &params[weight.0], false);
                 let bias = bias_of(*bias);
-                run(&|range, z, t| {
+                run(&|range, z, part, t| {
                     let x = source(unit.inputs[0], range);
-                    depthwise::forward(isa, &g, x, &packed, bias, z, &mut t.sums, &mut t.scratch);
+                    depthwise::forward(isa, &g, x, &packed, bias, z, &mut part.sums, &mut t.scratch);
                 });
             }
-            Op::Sum { enlarged } => run(&|range, z, t| {
+            Op::Sum { enlarged } => run(&|range, z, part, t| {
                 let inputs = unit.inputs.iter().zip(enlarged).map(|(&i, &e)| (source(i, range), size(i), e));
-                sum_forward(isa, shape, &inputs.collect::<Vec<_>>(), z, t);
+                sum_forward(isa, shape, &inputs.collect::<Vec<_>>(), z, &mut part.sums, &mut t.rows);
             }),
-            Op::Concat => run(&|range, z, t| {
+            Op::Concat => run(&|range, z, part, t| {
                 let mut first = 0;
                 for &i in &unit.inputs {
                     let x = source(i, range);
-                    let part = x.channels();
+                    let taken = x.channels();
                     let [values, ..] = &mut t.rows;
                     values.resize(x.z.len(), 0.0);
-                    maps::read(isa, x, values, part);
-                    for (to, from) in z.chunks_exact_mut(c).zip(values.chunks_exact(part)) {
-                        for (to, from) in to[first..first + part].iter_mut().zip(from) {
+                    maps::read(isa, x, values, taken);
+                    for (to, from) in z.chunks_exact_mut(c).zip(values.chunks_exact(taken)) {
+                        for (to, from) in to[first..first + taken].iter_mut().zip(from) {
                             *to = T::of(*from);
                         }
                     }
-                    first += part;
+                    first += taken;
                 }
-                statistics(z, c, &mut t.sums);
+                statistics(z, c, &mut part.sums);
             }),
             Op::MaxPool(_) | Op::Bilinear => {
                 let r = resampling(&unit.op, size(unit.inputs[0]), shape);
-                run(&|range, z, t| {
-                    r.forward(isa, source(unit.inputs[0], range), z, &mut t.sums, &mut t.scratch);
+                run(&|range, z, part, t| {
+                    r.forward(isa, source(unit.inputs[0], range), z, &mut part.sums, &mut t.scratch);
                 });
             }
             Op::Plain { layer, params: ids } => {
@@ -117,13 +114,10 @@ impl<T: Element> Network<T> {
                 let values: Vec<&[f32]> = ids.iter().map(|p| &params[p.0][..]).collect();
                 let y = exec::forward(layer, &inputs.iter().collect::<Vec<_>>(), &values)?;
                 z.iter_mut().zip(&y.data).for_each(|(z, &v)| *z = T::of(v));
-                statistics(&z, c, &mut self.threads[0].sums);
+                statistics(&z, c, &mut self.workers.parts[0].sums);
             }
         }
-        let mut sums = vec![0.0; 2 * c];
-        for t in &self.threads {
-            sums.iter_mut().zip(&t.sums).for_each(|(s, v)| *s += v);
-        }
+        let sums = self.workers.total(c);
         self.maps[u].z = z;
         self.normalise(u, &sums, (images * shape.h * shape.w) as f64)
     }

@@ -1,7 +1,7 @@
 //! A network while it is trained: forward and backward over a batch, on the units of `train/units.rs`.
 //!
-//! The batch is split over the threads by images; sums over a batch (statistics, parameter gradients) are added up in
-//! the threads' order, so that a step gives the same bits whenever it is run on as many threads.
+//! The batch is cut by images into parts, which the threads take as they come; sums over a batch (statistics, parameter
+//! gradients) are added up in the parts' order, so that a step gives the same bits on any number of threads.
 
 mod backward;
 mod backward_unit;
@@ -12,13 +12,14 @@ mod sum;
 
 use super::units::{units, Op, Unit};
 use crate::cpu::dense::resample::Resampling;
-use crate::cpu::dense::{maps, Element, Geometry, Scratch, Source};
-use crate::cpu::{isa, Isa, Pool};
+use crate::cpu::dense::{maps, Element, Geometry, Source};
+use crate::cpu::{isa, Isa};
 use crate::error::{Error, Result};
 use crate::graph::build::ParamId;
 use crate::graph::{Graph, Weights};
 use crate::layers::{Conv2d, Layer};
 use crate::shape::{Shape, Tensor};
+use batch::{Buffer, Spare, Workers};
 use std::ops::Range;
 
 pub use engine::{Engine, InputTable};
@@ -42,22 +43,10 @@ pub struct Network<T: Element> {
     /// Gradients, likewise; [`Network::backward`] adds to them.
     pub grads: Vec<Vec<f32>>,
     isa: Isa,
-    pool: Pool,
-    threads: Vec<Thread<T>>,
+    workers: Workers<T>,
     maps: Vec<Map<T>>,
-    /// Gradient buffers not in use.
-    spare: Vec<Vec<T>>,
+    spare: Spare<T>,
     shapes: Vec<Shape>,
-}
-
-/// A thread's buffers.
-#[derive(Default)]
-struct Thread<T> {
-    scratch: Scratch<T>,
-    sums: Vec<f64>,
-    dw: Vec<f32>,
-    db: Vec<f32>,
-    rows: [Vec<f32>; 3],
 }
 
 /// A unit's map of the batch.
@@ -73,7 +62,7 @@ struct Map<T> {
     mean: Vec<f32>,
     inv_std: Vec<f32>,
     /// Gradient with respect to what readers see, once one has left some.
-    dy: Option<Vec<T>>,
+    dy: Option<Buffer<T>>,
     /// `[2][C]`, sums of [`maps::gradient_sums`] over the batch, once the last reader has left its part.
     gradient_sums: Option<Vec<f64>>,
 }
@@ -129,8 +118,7 @@ impl<T: Element> Network<T> {
         let first_reader =
             (0..units.len()).map(|i| units.iter().position(|u| u.inputs.contains(&i))).collect();
         let grads = params.iter().map(|p: &Vec<f32>| vec![0.0; p.len()]).collect();
-        let pool = Pool::new(threads).map_err(|e| Error::Unsupported(format!("threads: {e}")))?;
-        let threads = (0..pool.threads()).map(|_| Thread::default()).collect();
+        let workers = Workers::new(threads).map_err(|e| Error::Unsupported(format!("threads: {e}")))?;
         let maps = units.iter().map(|_| Map::default()).collect();
         Ok(Self {
             graph,
@@ -143,10 +131,9 @@ impl<T: Element> Network<T> {
             params,
             grads,
             isa: isa::detected(),
-            pool,
-            threads,
+            workers,
             maps,
-            spare: Vec::new(),
+            spare: Spare::default(),
             shapes: Vec::new(),
         })
     }
@@ -172,7 +159,7 @@ impl<T: Element> Network<T> {
 
     /// Threads it runs on.
     pub fn threads(&self) -> usize {
-        self.threads.len()
+        self.workers.threads()
     }
 
     /// Sets all gradients to zero.

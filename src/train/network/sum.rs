@@ -1,22 +1,22 @@
 //! Sums of maps, one of which may be enlarged by nearest neighbours on the way (top-down paths).
 
-use super::Thread;
 use crate::cpu::dense::{maps, Element, Gradient, Source, Target};
 use crate::cpu::Isa;
 use crate::layers::upsample::nearest_source;
 use crate::shape::Shape;
 
-/// Sum of maps, each as it is or enlarged, a row at a time.
+/// Sum of maps, each as it is or enlarged, a row at a time; `totals`, `[2][C]`, gains the sums of its values and of their
+/// squares.
 pub(super) fn sum_forward<T: Element>(
     isa: Isa,
     out: Shape,
     inputs: &[(Source<'_, T>, Shape, bool)],
     z: &mut [T],
-    t: &mut Thread<T>,
+    totals: &mut [f64],
+    [sum, one, sums]: &mut [Vec<f32>; 3],
 ) {
     let (c, row) = (out.c, out.w * out.c);
     let zeros = vec![0.0; c];
-    let [sum, one, sums] = &mut t.rows;
     sum.resize(sum.len().max(row), 0.0);
     sums.clear();
     sums.resize(2 * c, 0.0);
@@ -39,7 +39,7 @@ pub(super) fn sum_forward<T: Element>(
             }
         }
         maps::finish(isa, sum, c, &zeros, z, sums);
-        t.sums.iter_mut().zip(sums.iter_mut()).for_each(|(total, v)| *total += f64::from(std::mem::take(v)));
+        totals.iter_mut().zip(sums.iter_mut()).for_each(|(total, v)| *total += f64::from(std::mem::take(v)));
     }
 }
 

@@ -21,7 +21,7 @@ use crate::shape::Shape;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// What the machine gives: it does not change the result but for the threads, on which the last bits depend.
+/// What the machine gives: it does not change the result.
 #[derive(Clone, Debug)]
 pub struct Resources {
     /// Threads of the network; at least 1.

@@ -23,15 +23,13 @@ impl Trainer {
         Setting {
             precision: self.engine.precision().into(),
             isa: isa::detected().name().into(),
-            threads: self.engine.threads(),
             pictures: self.dataset.samples.len(),
             data,
         }
     }
 
-    /// Goes on from a checkpoint of the same recipe, on the same pictures and in the same precision. On another number of
-    /// threads or another ISA the last bits differ, which [`Trainer::notes`] then tells. An error leaves the training as it
-    /// was.
+    /// Goes on from a checkpoint of the same recipe, on the same pictures and in the same precision. On another
+    /// ISA the last bits differ, which [`Trainer::notes`] then tells. An error leaves the training as it was.
     pub fn resume(&mut self, path: &Path) -> Result<()> {
         let c = Checkpoint::load(self.engine.graph(), path)?;
         if c.recipe != self.text {
@@ -63,16 +61,11 @@ impl Trainer {
         if let (Some(ema), Some((updates, average))) = (&mut self.ema, c.average) {
             (ema.updates, ema.average) = (updates, average);
         }
-        let mut differ = |was: String, is: String| {
-            self.notes.push(format!(
-                "{was} before, {is} now: the last bits will differ from those of a run that was not stopped"
-            ));
-        };
-        if was.threads != is.threads {
-            differ(format!("{} threads", was.threads), is.threads.to_string());
-        }
         if was.isa != is.isa {
-            differ(was.isa.clone(), is.isa);
+            self.notes.push(format!(
+                "{} before, {} now: the last bits will differ from those of a run that was not stopped",
+                was.isa, is.isa
+            ));
         }
         (self.step, self.best, self.loader) = (c.step, c.best, None);
         Ok(())

@@ -17,7 +17,7 @@ use super::Element;
 use pass::for_blocks;
 pub(super) use pass::{dispatch, for_registers, holds, Pass};
 pub use read::{pull_back, read};
-pub use store::{add, deposit};
+pub use store::{add, deposit, deposit_whole};
 pub use sums::{column_sums, finish, gradient_sums};
 
 /// A stored map as its readers see it: `y = act(scale[c] * z + shift[c])`, with act(v) = max(v, slope * v).

@@ -123,6 +123,20 @@ fn check<T: Element>(isa: Isa, seed: u64) {
                 let before = if add { case.dy[i].f32() } else { 0.0 };
                 near(to[i].f32(), case.wide[at] + before, rounding, &what("deposit"));
             }
+            // The same values, and the sums over them.
+            let mut whole = case.dy.clone();
+            let (mut sums, mut expected) = (vec![1.0f32; 2 * c], vec![1.0f64; 2 * c]);
+            deposit_whole(isa, &case.wide, stride, case.source(), &mut whole, add, &mut sums);
+            assert!(whole == to, "{}", what("deposit_whole"));
+            for (i, channel, at) in case.places() {
+                let d = case.wide[at] + if add { case.dy[i].f32() } else { 0.0 };
+                let g = f64::from(d * if case.before(i, channel).0 > 0.0 { 1.0 } else { case.slope });
+                expected[channel] += g;
+                expected[c + channel] += g * f64::from(case.z[i].f32());
+            }
+            for (got, expected) in sums.iter().zip(&expected) {
+                near(*got, *expected as f32, 1e-4, &what("deposit_whole's sums"));
+            }
         }
         let mut sums = vec![1.0f32; c];
         column_sums(isa, &case.wide, stride, &mut sums);
