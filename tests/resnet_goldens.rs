@@ -2,19 +2,18 @@
 //! (tests/golden/resnet.py makes the values; its cases stand here by the same names).
 #![cfg(feature = "train")]
 
-use std::collections::BTreeSet;
-use std::path::Path;
+#[path = "common/goldens.rs"]
+mod goldens;
 
-use farface::cpu::{Arena, Isa, Pool};
-use farface::graph::init::Rng;
-use farface::graph::{run_reference, Builder, Compiled, Graph, Plan, Weights};
+use goldens::{close, drawn, golden, goldens, hold_outputs, SEED};
+use std::collections::BTreeSet;
+
+use farface::graph::{Builder, Graph, Weights};
 use farface::layers::Interpolation;
 use farface::nets::fpn::fpn;
 use farface::nets::resnet::{resnet, ResNet};
 use farface::shape::{Shape, Tensor};
 use farface::train::network::{Frozen, Network};
-
-const SEED: u64 = 7;
 
 struct Case {
     name: &'static str,
@@ -61,65 +60,22 @@ impl Case {
     }
 }
 
-/// Normal values from a name, as resnet.py draws them: those of the seed and the name's FNV-1a.
-fn drawn(name: &str, count: usize) -> Vec<f32> {
-    let hash = name
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-    let mut rng = Rng::new(SEED ^ hash);
-    (0..count).map(|_| rng.normal()).collect()
-}
-
-fn goldens() -> Weights {
-    Weights::load(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/resnet.safetensors"))
-        .unwrap_or_else(|e| panic!("{e}; tests/golden/resnet.py makes this file"))
-}
-
-fn golden(all: &Weights, name: &str) -> Tensor {
-    let t = all.tensors.get(name).unwrap_or_else(|| panic!("{name} is not in resnet.safetensors"));
-    let [n, c, h, w] = t.shape[..] else { panic!("{name} has shape {:?}", t.shape) };
-    Tensor::from_nchw(Shape::new(n, c, h, w), &t.data)
-}
-
-/// Within `tolerance` of the largest value.
-fn close(what: &str, got: &Tensor, expected: &Tensor, tolerance: f32) {
-    assert_eq!(got.shape, expected.shape, "{what}");
-    let largest = expected.data.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    for (i, (g, e)) in got.data.iter().zip(&expected.data).enumerate() {
-        assert!((g - e).abs() <= tolerance * largest, "{what} at {i}: {g}, PyTorch {e}, largest {largest}");
-    }
-}
-
 #[test]
 fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
-    let all = goldens();
+    let all = goldens("resnet");
     for case in CASES {
         let graph = case.graph();
-        let weights = Weights::random(&graph, SEED);
         let two = case.pictures();
         let shape = Shape { n: 1, ..two.shape };
-        let picture = [Tensor::from_vec(shape, two.data[..shape.len()].to_vec())];
-        let plain = run_reference(&graph, &weights, &picture).unwrap();
-        let hold = |by: &str, got: &[Tensor]| {
-            for ((name, _), got) in graph.outputs.iter().zip(got) {
-                let expected = golden(&all, &format!("{}.eval/{name}", case.name));
-                close(&format!("{} {name}, {by}", case.name), got, &expected, 1e-5);
-            }
-        };
-        hold("plain loops", &plain);
-        for isa in Isa::supported() {
-            let network = Compiled::new(&graph, &weights, isa).unwrap();
-            let plan = Plan::new(&network, &[shape]).unwrap();
-            let mut arena = Arena::default();
-            arena.reserve(plan.floats()).unwrap();
-            hold(isa.name(), &plan.run_tensors(&mut arena, &mut Pool::new(2).unwrap(), &picture).unwrap());
-        }
+        let picture = Tensor::from_vec(shape, two.data[..shape.len()].to_vec());
+        let weights = Weights::random(&graph, SEED);
+        hold_outputs(&all, &format!("{}.eval/", case.name), &graph, &weights, &picture);
     }
 }
 
 #[test]
 fn a_training_steps_outputs_and_gradients_are_pytorchs() {
-    let all = goldens();
+    let all = goldens("resnet");
     for case in CASES {
         let graph = case.graph();
         let weights = Weights::random(&graph, SEED);

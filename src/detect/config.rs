@@ -3,6 +3,8 @@
 //! Unknown fields are ignored, an unknown format version is refused. A file without that entry is
 //! taken where its tensors are those of a public detector that we know.
 
+use super::detector::Detector;
+use super::group_sampling::GroupSamplingConfig;
 use super::pyramid::PyramidConfig;
 use super::retinaface::RetinaFaceConfig;
 use crate::error::{Error, Result};
@@ -77,8 +79,30 @@ fn default_candidates() -> usize {
 pub enum DetectorConfig {
     /// RetinaFace (Deng et al. 2019), single shot with SSH heads and landmarks.
     Retinaface(RetinaFaceConfig),
-    /// Our own five-level pyramid, `farface-nano` and `farface-small`.
+    /// Our own pyramid, `farface-nano` and `farface-small`.
     Pyramid(PyramidConfig),
+    /// Group Sampling (Ming et al. 2019): the proposal network's head on a pyramid of a ResNet.
+    GroupSampling(GroupSamplingConfig),
+}
+
+impl DetectorConfig {
+    /// Errors where a setting is beyond what a network can have.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            DetectorConfig::Retinaface(r) => r.check(),
+            DetectorConfig::Pyramid(p) => p.check(),
+            DetectorConfig::GroupSampling(g) => g.check(),
+        }
+    }
+
+    /// What a session runs.
+    pub fn detector(&self) -> Box<dyn Detector> {
+        match self {
+            DetectorConfig::Retinaface(r) => Box::new(r.clone()),
+            DetectorConfig::Pyramid(p) => Box::new(p.clone()),
+            DetectorConfig::GroupSampling(g) => Box::new(g.clone()),
+        }
+    }
 }
 
 /// Channel order, mean and scale of the network's input.
@@ -93,6 +117,16 @@ pub struct InputConfig {
 }
 
 impl InputConfig {
+    /// ImageNet's mean and standard deviation, red first: what torchvision's backbones were trained with, and their running
+    /// statistics are for.
+    pub fn imagenet() -> Self {
+        Self {
+            order: "rgb".into(),
+            mean: [123.675, 116.28, 103.53],
+            scale: [1.0 / 58.395, 1.0 / 57.12, 1.0 / 57.375],
+        }
+    }
+
     /// As the pixel code takes it.
     pub fn normalization(&self) -> Result<Normalization> {
         let order = match self.order.as_str() {
@@ -137,17 +171,10 @@ impl ModelConfig {
     }
 
     fn pyramid(name: &str, detector: PyramidConfig) -> Self {
-        // ImageNet's mean and standard deviation, red first: what the backbone's ImageNet weights and
-        // their running statistics were trained with.
-        let input = InputConfig {
-            order: "rgb".into(),
-            mean: [123.675, 116.28, 103.53],
-            scale: [1.0 / 58.395, 1.0 / 57.12, 1.0 / 57.375],
-        };
         Self {
             name: name.into(),
             detector: DetectorConfig::Pyramid(detector),
-            input,
+            input: InputConfig::imagenet(),
             nms_plus_one: false,
             // Scores tell how well a box fits, so that sure finds lie at 0.6 to 0.9. Nine finds of ten above this overlap a
             // face by an IoU of 0.35 on WIDER FACE.
@@ -157,14 +184,31 @@ impl ModelConfig {
         }
     }
 
-    /// What [`ModelConfig::named`] knows.
-    pub const NAMES: [&'static str; 3] = ["farface-nano", "farface-small", "retinaface-mobile025"];
+    /// A detector of Group Sampling, with the suppression of section 5.3.
+    fn group_sampling(name: &str, detector: GroupSamplingConfig) -> Self {
+        Self {
+            name: name.into(),
+            // Half the smallest anchor's area to the largest one and a half times as long.
+            detectable_px: [detector.scales[0] * 0.7, detector.scales[detector.scales.len() - 1] * 1.5],
+            detector: DetectorConfig::GroupSampling(detector),
+            input: InputConfig::imagenet(),
+            nms_plus_one: false,
+            nms_iou: 0.5,
+            max_candidates: 50_000,
+            ..Self::retinaface_mobile025()
+        }
+    }
+
+    /// What [`ModelConfig::named`] knows, to be read by people.
+    pub const NAMES: &'static str = "farface-nano, farface-small, retinaface-mobile025, or one of Group Sampling's: rpn, fpn, \
+         fpn-finest, fpn-finest-stride, fpn-p3 or fpn-p4, then -dc for the dilated head or nothing, then -r18, -r34, -r50, -r101 or \
+         -r152 (fpn-finest-dc-r50)";
 
     /// A configuration by its name, for weights that come without one.
     pub fn named(name: &str) -> Option<Self> {
-        [Self::farface_nano(), Self::farface_small(), Self::retinaface_mobile025()]
-            .into_iter()
-            .find(|config| config.name == name)
+        let known = [Self::farface_nano(), Self::farface_small(), Self::retinaface_mobile025()];
+        let own = known.into_iter().find(|config| config.name == name);
+        own.or_else(|| Some(Self::group_sampling(name, GroupSamplingConfig::named(name)?)))
     }
 
     /// Reads the configuration of a model file.
@@ -226,10 +270,7 @@ impl ModelConfig {
         if !(min > 0.0 && max >= min && max.is_finite()) {
             return bad("detectable_px must be 0 < smallest <= largest");
         }
-        match &self.detector {
-            DetectorConfig::Retinaface(r) => r.check(),
-            DetectorConfig::Pyramid(p) => p.check(),
-        }
+        self.detector.check()
     }
 
     /// As the metadata entry.

@@ -52,6 +52,16 @@ impl Window {
     }
 }
 
+/// Sigmoid(x) is above `threshold` where x is above this.
+pub(super) fn logit(threshold: f32) -> f32 {
+    (threshold.max(f32::MIN_POSITIVE) / (1.0 - threshold).max(f32::MIN_POSITIVE)).ln()
+}
+
+/// Softmax of two logits, background and face: the face's part.
+pub(super) fn face_probability(logits: &[f32]) -> f32 {
+    1.0 / (1.0 + (logits[0] - logits[1]).exp())
+}
+
 /// A single-stage detector.
 pub trait Detector: Send + Sync {
     /// The network.

@@ -20,6 +20,7 @@ mod candidates;
 pub mod config;
 pub mod detector;
 pub mod face;
+pub mod group_sampling;
 pub mod model;
 pub mod nms;
 pub mod options;

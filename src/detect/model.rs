@@ -1,6 +1,6 @@
 //! A loaded model: configuration, network, packed weights. Immutable, shared by any number of sessions.
 
-use super::config::{DetectorConfig, ModelConfig};
+use super::config::ModelConfig;
 use super::detector::Detector;
 use crate::cpu::isa;
 use crate::error::{Error, Result};
@@ -60,10 +60,7 @@ impl Model {
     /// Builds a model from weights already read.
     pub fn from_weights(weights: &Weights) -> Result<Self> {
         let config = ModelConfig::of(weights)?;
-        let detector: Box<dyn Detector> = match &config.detector {
-            DetectorConfig::Retinaface(r) => Box::new(r.clone()),
-            DetectorConfig::Pyramid(p) => Box::new(p.clone()),
-        };
+        let detector = config.detector.detector();
         let graph = detector.graph();
         let network = Compiled::new(&graph, weights, isa::detected())?;
         let normalization = config.input.normalization()?;

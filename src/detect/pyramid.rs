@@ -3,7 +3,7 @@
 //! `farface-nano` and `farface-small` differ in their settings alone.
 
 use super::anchors::{owned_cells, Anchor};
-use super::detector::{Detector, Map, Window};
+use super::detector::{logit, Detector, Map, Window};
 use super::face::Face;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
@@ -144,8 +144,7 @@ impl Detector for PyramidConfig {
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
-        // sigmoid(logit) > threshold where the logit is above this.
-        let least = (threshold.max(f32::MIN_POSITIVE) / (1.0 - threshold).max(f32::MIN_POSITIVE)).ln();
+        let least = logit(threshold);
         for (map, (stride, anchors)) in maps.iter().zip(self.levels()) {
             for y in owned_cells(&window.owned_y, stride, map.height()) {
                 for x in owned_cells(&window.owned_x, stride, map.width()) {

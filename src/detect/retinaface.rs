@@ -2,7 +2,7 @@
 //! heads, two square anchors a cell, five landmarks.
 
 use super::anchors::{owned_cells, Anchor};
-use super::detector::{Detector, Map, Window};
+use super::detector::{face_probability, logit, Detector, Map, Window};
 use super::face::Face;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
@@ -75,7 +75,7 @@ impl Detector for RetinaFaceConfig {
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
         // p(face) = softmax > threshold where the logits differ by more than this.
-        let margin = (threshold.max(f32::MIN_POSITIVE) / (1.0 - threshold).max(f32::MIN_POSITIVE)).ln();
+        let margin = logit(threshold);
         for (level, maps) in maps.chunks_exact(3).enumerate() {
             let [class, boxes, landmarks] = [&maps[0], &maps[1], &maps[2]];
             let stride = STRIDES[level];
@@ -100,9 +100,4 @@ impl Detector for RetinaFaceConfig {
             }
         }
     }
-}
-
-/// Softmax of (background, face), the face's part.
-fn face_probability(logits: &[f32]) -> f32 {
-    1.0 / (1.0 + (logits[0] - logits[1]).exp())
 }

@@ -31,10 +31,32 @@ pub fn fpn_merge(
     [p3, p4, p5]
 }
 
-/// The pyramid of the paper on C2 to C5, of `in_channels` (section 3): 1x1 convolutions `lateral{2,3,4,5}` to `channels`,
-/// each summed with the coarser level enlarged to its size, then 3x3 convolutions `output{2,3,4,5}` against the
-/// aliasing of the enlargement. All with bias, without normalisation or activation. The paper enlarges to the nearest
-/// neighbour. Returns P2 to P5.
+/// The sums of the paper's pyramid on C2 to C5, of `in_channels` (section 3): 1x1 convolutions `lateral{l}` with bias to
+/// `channels`, each summed with the coarser level enlarged to its size, from C5 down to level `finest`. Without
+/// normalisation or activation. The paper enlarges to the nearest neighbour. Returns the levels from `finest` to 5.
+pub fn fpn_sums(
+    b: &mut Builder,
+    features: [NodeId; 4],
+    in_channels: [usize; 4],
+    channels: usize,
+    enlarge: Interpolation,
+    finest: usize,
+) -> Vec<NodeId> {
+    let mut merged: Vec<NodeId> = (finest..=5)
+        .map(|level| {
+            let conv = Conv2d::new(in_channels[level - 2], channels, 1).bias();
+            b.conv(&format!("lateral{level}"), features[level - 2], conv)
+        })
+        .collect();
+    for i in (0..merged.len() - 1).rev() {
+        let up = b.upsample_to(merged[i + 1], enlarge, merged[i]);
+        merged[i] = b.add(merged[i], up);
+    }
+    merged
+}
+
+/// The pyramid of the paper: [`fpn_sums`] down to P2, then 3x3 convolutions `output{2,3,4,5}` with bias against the aliasing
+/// of the enlargement. Returns P2 to P5.
 pub fn fpn(
     b: &mut Builder,
     features: [NodeId; 4],
@@ -42,13 +64,7 @@ pub fn fpn(
     channels: usize,
     enlarge: Interpolation,
 ) -> [NodeId; 4] {
-    let mut merged = [0, 1, 2, 3].map(|i| {
-        b.conv(&format!("lateral{}", i + 2), features[i], Conv2d::new(in_channels[i], channels, 1).bias())
-    });
-    for i in (0..3).rev() {
-        let up = b.upsample_to(merged[i + 1], enlarge, merged[i]);
-        merged[i] = b.add(merged[i], up);
-    }
+    let sums = fpn_sums(b, features, in_channels, channels, enlarge, 2);
     [0, 1, 2, 3]
-        .map(|i| b.conv(&format!("output{}", i + 2), merged[i], Conv2d::new(channels, channels, 3).bias()))
+        .map(|i| b.conv(&format!("output{}", i + 2), sums[i], Conv2d::new(channels, channels, 3).bias()))
 }

@@ -1,6 +1,7 @@
 //! Backbones, necks and heads: plain functions over a graph builder that read like the papers' figures.
 
 pub mod fpn;
+pub mod group_sampling;
 pub mod mobilenet;
 pub mod nano;
 pub mod resnet;

@@ -18,9 +18,11 @@
 use super::conv_bn_at;
 use crate::graph::{Builder, NodeId};
 use crate::layers::{Activation, Conv2d, MaxPool};
+use serde::{Deserialize, Serialize};
 
 /// What a stage is made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Block {
     /// Two 3x3 convolutions.
     Basic,
@@ -29,7 +31,7 @@ pub enum Block {
 }
 
 /// Sizes of the network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResNet {
     /// What the stages are made of.
     pub block: Block,

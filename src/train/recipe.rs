@@ -54,6 +54,12 @@ pub struct Recipe {
 pub struct ModelRecipe {
     /// A detector by name, as `farface convert --detector` takes it.
     pub detector: String,
+    /// Channels of the backbone's first convolution instead of the detector's.
+    #[serde(default)]
+    pub width: Option<usize>,
+    /// Channels of pyramid and head instead of the detector's.
+    #[serde(default)]
+    pub channels: Option<usize>,
     /// Weights to start from, safetensors: a model, or a training's checkpoint, whose averages are taken where it has any.
     /// What it lacks starts at random.
     #[serde(default)]
@@ -298,7 +304,7 @@ mod tests {
             let path = entry.unwrap().path();
             let recipe = Recipe::parse(&std::fs::read_to_string(&path).unwrap());
             let recipe = recipe.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-            assert!(recipe.data.dev.is_some() && recipe.ema.is_some());
+            assert!(recipe.data.dev.is_some(), "{}", path.display());
             shipped += 1;
         }
         assert!(shipped >= 3, "{shipped} recipes");

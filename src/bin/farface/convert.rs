@@ -3,7 +3,6 @@
 use crate::settings::PictureSize;
 use crate::Outcome;
 use anyhow::{bail, Context, Result};
-use clap::builder::PossibleValuesParser;
 use farface::detect::config::{CHECKPOINT_KEY, METADATA_KEY};
 use farface::detect::{Model, ModelConfig};
 use farface::files;
@@ -44,7 +43,7 @@ pub struct Args {
     #[arg(long, value_name = "WxH", requires = "onnx")]
     size: Option<PictureSize>,
     /// Detector that weights without a configuration are for
-    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(ModelConfig::NAMES))]
+    #[arg(long, value_name = "NAME", value_parser = detector_name, long_help = format!("Detector that weights without a configuration are for: {}", ModelConfig::NAMES))]
     detector: Option<String>,
     /// Store the model file's weights in half precision; biases and normalisations stay in single
     #[arg(long, requires = "output")]
@@ -58,6 +57,10 @@ pub struct Args {
     /// Training data to record
     #[arg(long, value_name = "TEXT")]
     data: Option<String>,
+}
+
+fn detector_name(name: &str) -> Result<String, String> {
+    ModelConfig::named(name).map(|_| name.into()).ok_or_else(|| format!("not one of {}", ModelConfig::NAMES))
 }
 
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {

@@ -1,38 +1,54 @@
 //! Anchors' channels in one picture's output maps.
 
-use super::Level;
+use super::{Layout, Level};
 use crate::detect::BBox;
 use crate::train::matching::AnchorGrid;
 
-/// Reads and writes anchors' channels in one picture's output maps.
-pub(super) struct Head<'a> {
-    pub(super) levels: &'a [Level],
-    pub(super) grid: &'a AnchorGrid,
-    /// Output and place of every anchor group.
-    pub(super) groups: &'a [(usize, usize)],
+/// Where the channels of an anchor group are: of a cell's, in output `.0` of `.1` channels, those from `.2` on.
+#[derive(Clone, Copy)]
+pub(super) struct GroupChannels {
+    class: (usize, usize, usize),
+    boxes: (usize, usize, usize),
 }
 
-/// An anchor's channels: its output, and the places of its logit and offsets in the picture's map.
+impl GroupChannels {
+    /// Those of anchor `a` of a level whose first output is `output`.
+    pub(super) fn new(level: &Level, output: usize, a: usize) -> Self {
+        let n = level.anchors.len();
+        match level.layout {
+            Layout::Joint => Self { class: (output, 5 * n, a), boxes: (output, 5 * n, n + 4 * a) },
+            Layout::Apart => Self { class: (output, 2 * n, 2 * a), boxes: (output + 1, 4 * n, 4 * a) },
+        }
+    }
+}
+
+/// Reads and writes anchors' channels in one picture's output maps.
+pub(super) struct Head<'a> {
+    pub(super) grid: &'a AnchorGrid,
+    /// Of every anchor group.
+    pub(super) groups: &'a [GroupChannels],
+}
+
+/// An anchor's channels: output and place in the picture's map of its first logit and of its first offset.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
-    pub(super) level: usize,
-    pub(super) logit: usize,
-    pub(super) offsets: usize,
+    pub(super) class: (usize, usize),
+    pub(super) boxes: (usize, usize),
 }
 
 impl Place {
     pub(super) fn offsets(&self, maps: &[&[f32]]) -> [f32; 4] {
-        let t = &maps[self.level][self.offsets..self.offsets + 4];
+        let (output, at) = self.boxes;
+        let t = &maps[output][at..at + 4];
         [t[0], t[1], t[2], t[3]]
     }
 }
 
 impl Head<'_> {
     fn place(&self, group: usize, cell: usize) -> Place {
-        let (level, a) = self.groups[group];
-        let anchors = self.levels[level].anchors.len();
-        let pixel = cell * 5 * anchors;
-        Place { level, logit: pixel + a, offsets: pixel + anchors + 4 * a }
+        let at = |(output, channels, first): (usize, usize, usize)| (output, cell * channels + first);
+        let GroupChannels { class, boxes } = self.groups[group];
+        Place { class: at(class), boxes: at(boxes) }
     }
 
     pub(super) fn at(&self, i: usize) -> Place {

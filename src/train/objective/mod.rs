@@ -5,8 +5,8 @@ mod head;
 
 use super::data::Annotated;
 use super::losses::{
-    quality_focal_loss, regression_aware_box_weight, regression_aware_focal_loss, AnchorRole, BatchCounts,
-    ClassLoss, LossRecipe, ScaleAwareMargin,
+    quality_focal_loss, regression_aware_box_weight, regression_aware_focal_loss, sigmoid_cross_entropy,
+    softmax_cross_entropy2, AnchorRole, BatchCounts, ClassLoss, LossRecipe, ScaleAwareMargin,
 };
 use super::matching::{
     match_anchors, mine_high_quality_anchors, AnchorGrid, AnchorMining, FaceBox, Matches, MatchingRecipe,
@@ -18,21 +18,58 @@ use crate::detect::BBox;
 use crate::error::{Error, Result};
 use crate::graph::init::Rng;
 use crate::shape::{Shape, Tensor};
-use head::{Head, Place};
+use head::{GroupChannels, Head, Place};
 
-/// One of a detector's outputs: the anchors of a level on every cell. Channels: a logit for each, then four offsets for each.
+/// The anchors of a level, on every cell of its maps.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Level {
     /// Pixels between cells.
     pub stride: usize,
     /// Width and height of each anchor.
     pub anchors: Vec<[f32; 2]>,
+    /// Where the detector's outputs have them.
+    pub layout: Layout,
+}
+
+/// A level's channels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// One output: a logit for each anchor, then four offsets for each.
+    Joint,
+    /// Two outputs: two logits (background, face) for each anchor; four offsets for each.
+    Apart,
+}
+
+impl Layout {
+    /// Outputs of a level.
+    pub fn outputs(self) -> usize {
+        match self {
+            Layout::Joint => 1,
+            Layout::Apart => 2,
+        }
+    }
+
+    /// Logits of an anchor.
+    pub fn logits(self) -> usize {
+        self.outputs()
+    }
+}
+
+impl Level {
+    /// Channels of each of its outputs.
+    fn channels(&self) -> Vec<usize> {
+        let n = self.anchors.len();
+        match self.layout {
+            Layout::Joint => vec![5 * n],
+            Layout::Apart => vec![2 * n, 4 * n],
+        }
+    }
 }
 
 /// How a batch is judged.
 #[derive(Clone, Debug)]
 pub struct Objective {
-    /// Outputs of the detector in their order.
+    /// The detector's, in the order of its outputs.
     pub levels: Vec<Level>,
     /// Of the box code.
     pub variances: [f32; 2],
@@ -103,11 +140,14 @@ impl Objective {
         if let Some(mining) = &self.mining {
             mining.check()?;
         }
-        if self.loss.classification.logits() != 1 {
-            return Err(Error::InvalidArgument(
-                "loss: classification softmax (the default) wants two logits an anchor, this detector has one: name sigmoid, focal, quality-focal or regression-aware-focal"
-                    .into(),
-            ));
+        let (wanted, there) =
+            (self.loss.classification.logits(), self.levels.iter().map(|l| l.layout.logits()));
+        if there.clone().any(|n| n != wanted) {
+            return Err(Error::InvalidArgument(if wanted == 2 {
+                "loss: classification softmax (the default) wants two logits an anchor, this detector has one: name sigmoid, focal, quality-focal or regression-aware-focal".into()
+            } else {
+                "loss: this detector has two logits an anchor, background and face: classification must be softmax".into()
+            }));
         }
         let aware = matches!(self.loss.classification, ClassLoss::RegressionAwareFocal { .. });
         if aware && self.mining.is_none() {
@@ -118,20 +158,21 @@ impl Objective {
         Ok(())
     }
 
-    /// The anchors of a picture whose outputs have these shapes, and output and place of
-    /// every group.
-    fn grid(&self, outputs: &[Shape]) -> (AnchorGrid, Vec<(usize, usize)>) {
-        let (mut grid, mut groups) = (AnchorGrid::new(), Vec::new());
-        for (i, (level, shape)) in self.levels.iter().zip(outputs).enumerate() {
+    /// The anchors of a picture whose outputs have these shapes, and where every group's channels are.
+    fn grid(&self, outputs: &[Shape]) -> (AnchorGrid, Vec<GroupChannels>) {
+        let (mut grid, mut groups, mut output) = (AnchorGrid::new(), Vec::new(), 0);
+        for level in &self.levels {
+            let shape = outputs[output];
             for (a, [w, h]) in level.anchors.iter().enumerate() {
                 grid.push(level.stride, *w, *h, shape.h, shape.w);
-                groups.push((i, a));
+                groups.push(GroupChannels::new(level, output, a));
             }
+            output += level.layout.outputs();
         }
         (grid, groups)
     }
 
-    /// Losses of a batch, and their gradients with respect to `outputs` (N x H x W x 5A each), on `threads` threads. `rng`
+    /// Losses of a batch, and their gradients with respect to `outputs` (N x H x W x C, C as the levels' layouts say), on `threads` threads. `rng`
     /// gives a generator for each picture. The result does not depend on the number of threads.
     pub fn judge(
         &self,
@@ -141,12 +182,13 @@ impl Objective {
         threads: usize,
     ) -> Result<(Losses, Vec<Tensor>)> {
         let shapes: Vec<Shape> = outputs.iter().map(|o| o.shape).collect();
-        let fits = |(l, s): (&Level, &Shape)| s.c == 5 * l.anchors.len() && s.n == faces.len();
-        if shapes.len() != self.levels.len() || !self.levels.iter().zip(&shapes).all(fits) {
+        let channels: Vec<usize> = self.levels.iter().flat_map(Level::channels).collect();
+        let fits = shapes.iter().zip(&channels).all(|(s, &c)| s.c == c && s.n == faces.len());
+        if shapes.len() != channels.len() || !fits {
             return Err(Error::Internal("outputs are not the objective's levels".into()));
         }
         let (grid, groups) = self.grid(&shapes);
-        let head = Head { levels: &self.levels, grid: &grid, groups: &groups };
+        let head = Head { grid: &grid, groups: &groups };
         let images = faces.len();
         let maps = |n: usize| -> Vec<&[f32]> {
             outputs.iter().map(|o| &o.data[n * (o.data.len() / images)..][..o.data.len() / images]).collect()
@@ -204,14 +246,14 @@ impl Objective {
         let positives = 1.0 / (counts.matched + counts.compensated).max(1) as f32;
         let mut losses = Losses { faces: wanted(&assigned.faces), ..Losses::default() };
         for (i, place) in head.places().enumerate() {
-            let Place { level, logit, .. } = place;
+            let Place { class: (output, logit), .. } = place;
             let role = assigned.role(i);
             let face = match role {
                 AnchorRole::Matched { face } | AnchorRole::Compensated { face, .. } => Some(face),
                 AnchorRole::Background { .. } | AnchorRole::Ignored => None,
             };
             let bbox = face.map(|f| &assigned.faces[f].bbox);
-            let x = margin.logit(maps[level][logit], bbox.map(|b| [b.width(), b.height()]));
+            let x = margin.logit(maps[output][logit], bbox.map(|b| [b.width(), b.height()]));
             let (loss, slope, box_weight) = match self.loss.classification {
                 ClassLoss::QualityFocal { beta } => {
                     let fits =
@@ -227,7 +269,7 @@ impl Objective {
                 }
             };
             losses.class += f64::from(loss);
-            gradient[level][logit] = slope;
+            gradient[output][logit] = slope;
             let Some(bbox) = bbox else { continue };
             match role {
                 AnchorRole::Matched { .. } => losses.matched += 1,
@@ -253,18 +295,23 @@ impl Objective {
         if let Some(mined) = &assigned.mined {
             mined.relabel(&mut matches);
         }
+        let logits = self.loss.classification.logits();
         let value = |i: usize| {
-            let Place { level, logit, .. } = head.at(i);
+            let Place { class: (output, logit), .. } = head.at(i);
             let size =
                 matches.face(i).map(|f| [assigned.faces[f].bbox.width(), assigned.faces[f].bbox.height()]);
-            let mut slope = [0.0];
-            let loss = self.loss.classification.value(&maps[level][logit..=logit], size, margin, &mut slope);
-            (loss, slope[0])
+            let (x, mut slopes) = (&maps[output][logit..logit + logits], [0.0; 2]);
+            let loss = self.loss.classification.value(x, size, margin, &mut slopes[..logits]);
+            (loss, slopes)
         };
         let all: Vec<f32> = if self.sampler.needs_losses() {
             // The miners look at -ln p_t, whatever the loss.
             let loss = |(i, p): (usize, Place)| {
-                super::losses::sigmoid_cross_entropy(maps[p.level][p.logit], matches.face(i).is_some()).0
+                let (face, x) = (matches.face(i).is_some(), &maps[p.class.0][p.class.1..]);
+                match logits {
+                    1 => sigmoid_cross_entropy(x[0], face).0,
+                    _ => softmax_cross_entropy2([x[0], x[1]], face).0,
+                }
             };
             head.places().enumerate().map(loss).collect()
         } else {
@@ -275,10 +322,12 @@ impl Objective {
         let share = 1.0 / images as f32;
         for GroupSample { positives, negatives, class_weight, box_weight } in samples {
             for &i in positives.iter().chain(&negatives) {
-                let (loss, slope) = value(i);
-                let Place { level, logit, .. } = head.at(i);
+                let (loss, slopes) = value(i);
+                let Place { class: (output, logit), .. } = head.at(i);
                 losses.class += f64::from(loss * class_weight * share);
-                gradient[level][logit] += slope * class_weight * share;
+                for (to, slope) in gradient[output][logit..logit + logits].iter_mut().zip(slopes) {
+                    *to += slope * class_weight * share;
+                }
             }
             for &i in &positives {
                 let Some(face) = matches.face(i) else { continue };
@@ -311,7 +360,7 @@ impl Objective {
         losses.boxes += f64::from(value.loss * weight);
         losses.iou += f64::from(value.iou);
         for k in 0..4 {
-            gradient[place.level][place.offsets + k] += value.gradient[k] * weight * self.loss.box_weight;
+            gradient[place.boxes.0][place.boxes.1 + k] += value.gradient[k] * weight * self.loss.box_weight;
         }
     }
 }

@@ -3,7 +3,8 @@
 use super::{Resources, Trainer};
 use crate::cpu::dense::bf16_supported;
 use crate::detect::config::DetectorConfig;
-use crate::detect::detector::Detector;
+use crate::detect::group_sampling::GroupSamplingConfig;
+use crate::detect::pyramid::PyramidConfig;
 use crate::detect::ModelConfig;
 use crate::error::{Error, Result};
 use crate::graph::build::ParamRole;
@@ -11,7 +12,7 @@ use crate::graph::{Graph, Weights};
 use crate::pixels::ChannelOrder;
 use crate::train::data::Dataset;
 use crate::train::network::{Engine, Frozen, InputTable, Network};
-use crate::train::objective::{Level, Objective};
+use crate::train::objective::{Layout, Level, Objective};
 use crate::train::optim::{Ema, Optimizer, ParamOptions};
 use crate::train::recipe::{ModelRecipe, Precision, Recipe};
 use half::bf16;
@@ -25,35 +26,43 @@ impl Trainer {
     /// A training of `text` before its first step; from the recipe's start where `from_start`, else from random weights.
     pub(super) fn build(text: &str, base: &Path, resources: Resources, from_start: bool) -> Result<Self> {
         let recipe = Recipe::parse(text)?;
-        let config = ModelConfig::named(&recipe.model.detector).ok_or_else(|| {
+        let mut config = ModelConfig::named(&recipe.model.detector).ok_or_else(|| {
             Error::InvalidArgument(format!(
                 "model.detector {:?} is not one of {}",
                 recipe.model.detector,
-                ModelConfig::NAMES.join(", ")
+                ModelConfig::NAMES
             ))
         })?;
-        let DetectorConfig::Pyramid(detector) = &config.detector else {
-            return Err(Error::Unsupported(format!(
-                "{} cannot be trained: its landmarks have no loss here",
-                recipe.model.detector
-            )));
+        resize(&mut config.detector, &recipe.model)?;
+        let (levels, variances) = match &config.detector {
+            DetectorConfig::Pyramid(d) => (pyramid_levels(d), d.variances),
+            DetectorConfig::GroupSampling(d) => (group_sampling_levels(d), [1.0; 2]),
+            DetectorConfig::Retinaface(_) => {
+                return Err(Error::Unsupported(format!(
+                    "{} cannot be trained: its landmarks have no loss here",
+                    recipe.model.detector
+                )))
+            }
         };
-        let levels =
-            detector.levels().map(|(stride, anchors)| Level { stride, anchors: anchors.to_vec() }).collect();
         let objective = Objective {
             levels,
-            variances: detector.variances,
+            variances,
             matching: recipe.matching,
             mining: recipe.mining,
             sampler: recipe.sampler.unwrap_or_default(),
             loss: recipe.loss,
         };
         objective.check()?;
-        let graph = detector.graph();
+        let graph = config.detector.detector().graph();
         let (start, notes) =
             if from_start { start_weights(&recipe.model, base, &graph)? } else { Default::default() };
         let mut weights = start.completed(&graph, recipe.run.seed);
-        detector.set_prior(&mut weights, PRIOR, |name| !start.tensors.contains_key(name));
+        let is_new = |name: &str| !start.tensors.contains_key(name);
+        match &config.detector {
+            DetectorConfig::Pyramid(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
+            DetectorConfig::GroupSampling(detector) => detector.set_prior(&mut weights, is_new),
+            DetectorConfig::Retinaface(_) => {}
+        }
         let mut engine = engine(&recipe, graph, &weights, resources.threads.max(1))?;
         let optimizer = Optimizer::new(recipe.optimizer, options(&recipe, &*engine)?)?;
         let dataset = Arc::new(Dataset::load(&recipe.data.train, base)?);
@@ -79,6 +88,37 @@ impl Trainer {
             recipe,
         })
     }
+}
+
+/// Makes a detector as wide as the recipe says.
+fn resize(detector: &mut DetectorConfig, model: &ModelRecipe) -> Result<()> {
+    let sizes = match detector {
+        DetectorConfig::Pyramid(d) => Some((&mut d.width, &mut d.channels)),
+        DetectorConfig::GroupSampling(d) => Some((&mut d.backbone.width, &mut d.channels)),
+        DetectorConfig::Retinaface(_) => None,
+    };
+    if let Some((width, channels)) = sizes {
+        *width = model.width.unwrap_or(*width);
+        *channels = model.channels.unwrap_or(*channels);
+    }
+    detector.check()
+}
+
+fn pyramid_levels(detector: &PyramidConfig) -> Vec<Level> {
+    let level = |(stride, anchors): (usize, &[[f32; 2]])| Level {
+        stride,
+        anchors: anchors.to_vec(),
+        layout: Layout::Joint,
+    };
+    detector.levels().map(level).collect()
+}
+
+fn group_sampling_levels(detector: &GroupSamplingConfig) -> Vec<Level> {
+    let level = |(stride, scales): (usize, &[f32])| {
+        let anchors = scales.iter().map(|&s| [s, s]).collect();
+        Level { stride, anchors, layout: Layout::Apart }
+    };
+    detector.levels().into_iter().map(level).collect()
 }
 
 /// The weights of `model.start` that the network has, under its names, and a note of how many there are; none where the

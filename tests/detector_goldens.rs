@@ -1,0 +1,58 @@
+//! The papers' detectors, narrow, against PyTorch: names and outputs (tests/golden/detectors.py makes the values; its cases
+//! stand here by the same names).
+
+#[path = "common/goldens.rs"]
+mod goldens;
+
+use farface::detect::config::DetectorConfig;
+use farface::detect::group_sampling::GroupSamplingConfig;
+use farface::detect::{Model, ModelConfig};
+use farface::graph::Weights;
+use farface::nets::resnet::ResNet;
+use farface::shape::{Shape, Tensor};
+use goldens::{drawn, goldens, hold_outputs, SEED};
+
+const WIDTH: usize = 8;
+const CHANNELS: usize = 16;
+
+/// The detector of a name, made narrow.
+fn narrow(name: &str) -> ModelConfig {
+    let config = ModelConfig::named(name).unwrap_or_else(|| panic!("{name}"));
+    let detector = match config.detector {
+        DetectorConfig::GroupSampling(d) => DetectorConfig::GroupSampling(GroupSamplingConfig {
+            backbone: ResNet { width: WIDTH, ..d.backbone },
+            channels: CHANNELS,
+            ..d
+        }),
+        other => other,
+    };
+    ModelConfig { detector, ..config }
+}
+
+#[test]
+fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
+    let all = goldens("detectors");
+    let sized = |name| (name, [54, 70]);
+    let cases = ["rpn-r18", "fpn-r18", "fpn-finest-r18", "fpn-finest-stride-r18", "fpn-p3-r18", "fpn-p4-r18"]
+        .map(sized);
+    for (name, [h, w]) in cases.into_iter().chain([("fpn-finest-dc-r50", [48, 64])]) {
+        let config = narrow(name);
+        let graph = config.detector.detector().graph();
+        let weights = Weights::random(&graph, SEED);
+        let shape = Shape::new(1, 3, h, w);
+        let picture = Tensor::from_nchw(shape, &drawn(&format!("{name}.image"), shape.len()));
+        hold_outputs(&all, &format!("{name}/"), &graph, &weights, &picture);
+        // The configuration survives the file.
+        let mut file = weights;
+        file.metadata.insert("farface".into(), config.to_json().unwrap());
+        let model = Model::from_bytes(&file.to_bytes().unwrap()).unwrap();
+        assert_eq!(model.config(), &config, "{name}");
+    }
+}
+
+#[test]
+fn names_of_no_detector_are_none() {
+    for name in ["fpn", "fpn-r", "fpn-r19", "fpn-dc-r18", "fpn-finest-stride-dc-r50", "-r50", "fpn-p5-r50"] {
+        assert!(ModelConfig::named(name).is_none(), "{name}");
+    }
+}
