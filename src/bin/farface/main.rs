@@ -81,6 +81,12 @@ fn main() -> ExitCode {
 
 /// One line with the error and its causes.
 fn report_error(error: &anyhow::Error) {
-    // `{:#}` joins the causes with ": ".
-    eprintln!("error: {}", format!("{error:#}").replace('\n', " "));
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        // Some errors name their cause themselves.
+        if !text.ends_with(&cause) {
+            text = if text.is_empty() { cause } else { format!("{text}: {cause}") };
+        }
+    }
+    eprintln!("error: {}", text.replace('\n', " "));
 }

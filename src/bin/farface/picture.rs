@@ -17,7 +17,11 @@ pub struct Picture {
 impl Picture {
     /// Reads a picture; the error names the file.
     pub fn open(path: &Path) -> Result<Self> {
-        let (image, orientation) = picture::read(path)?;
+        let (image, orientation) = picture::read(path).map_err(|e| match e {
+            // It names the file and what is wrong with it.
+            farface::Error::InvalidData(what) => anyhow!(what),
+            e => e.into(),
+        })?;
         let image = match image {
             kept @ (DynamicImage::ImageLuma8(_)
             | DynamicImage::ImageRgb8(_)

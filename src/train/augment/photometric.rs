@@ -50,7 +50,6 @@ impl Colour {
     }
 
     /// Applies the map to planes of values, in place.
-    #[inline(always)] // into loops that are compiled for several instruction sets
     pub(super) fn apply(&self, [r, g, b]: [&mut [f32]; 3]) {
         if *self == Self::IDENTITY {
             return;

@@ -3,8 +3,7 @@
 //! A triangle filter of half width max(1, reduction) in source pixels: bilinear when enlarging, a
 //! weighted area average when reducing. Separable: rows first, in 16-bit integers with 8 bits of
 //! fraction (which vectorises eightfold even in SSE2), then columns into planes of floats, the
-//! colour map on these, and back to bytes. Nothing is computed that the window does not show. The loops are compiled for
-//! several instruction sets, which multiply and add apart and so give the same bits.
+//! colour map on these, and back to bytes. Nothing is computed that the window does not show.
 
 use super::crop::Window;
 use super::photometric::Colour;
@@ -104,21 +103,6 @@ impl Resampler {
             pixels.len() == width * height * 3 && out.len() == side * side * 3,
             "picture or example size"
         );
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || self.draw_lines((width, pixels), height, what, side, out),
-        );
-    }
-
-    #[inline(always)]
-    fn draw_lines(
-        &mut self,
-        (width, pixels): (usize, &[u8]),
-        height: usize,
-        what: &Drawing,
-        side: usize,
-        out: &mut [u8],
-    ) {
         let Self { columns, rows, row, planes, bytes } = self;
         let Window { x, y, size } = what.window;
         columns.set(x.into(), size.into(), side, width, what.flip);
@@ -156,13 +140,11 @@ impl Resampler {
     }
 }
 
-#[inline(always)]
 fn fill(line: &mut [u8], colour: [u8; 3]) {
     line.as_chunks_mut::<3>().0.fill(colour);
 }
 
 /// Weighted sum of source rows, at most 255 * 256.
-#[inline(always)]
 fn sum_rows<'a>(weights: &[u16], source: impl Fn(usize) -> &'a [u8], sum: &mut Vec<u16>) {
     let mut used = weights.iter().enumerate().filter(|(_, w)| **w > 0);
     sum.clear();
@@ -182,7 +164,6 @@ fn sum_rows<'a>(weights: &[u16], source: impl Fn(usize) -> &'a [u8], sum: &mut V
     }
 }
 
-#[inline(always)]
 fn sum_columns(axis: &Axis, row: &[u16], planes: [&mut [f32]; 3]) {
     match axis.taps {
         1 => sum_taps::<1>(axis, row, planes),
@@ -206,7 +187,6 @@ fn sum_columns(axis: &Axis, row: &[u16], planes: [&mut [f32]; 3]) {
 }
 
 /// [`sum_columns`] with a number of taps that the compiler knows.
-#[inline(always)]
 fn sum_taps<const N: usize>(axis: &Axis, row: &[u16], [r, g, b]: [&mut [f32]; 3]) {
     let (weights, _) = axis.weights.as_chunks::<N>();
     let outputs = r.iter_mut().zip(g).zip(b);
@@ -223,14 +203,12 @@ fn sum_taps<const N: usize>(axis: &Axis, row: &[u16], [r, g, b]: [&mut [f32]; 3]
 }
 
 /// Sums carry 16 bits of fraction and stay below 2^24, which f32 holds exactly.
-#[inline(always)]
 fn to_value(sum: u32) -> f32 {
     sum as i32 as f32 * (1.0 / (ONE * ONE) as f32)
 }
 
 /// Rounds to the nearest byte. Adding 2^23 leaves the rounded value in the lowest bits, which
 /// vectorises where a cast would not.
-#[inline(always)]
 fn to_bytes(values: &[f32], bytes: &mut [u8]) {
     const SHIFT: f32 = (1 << 23) as f32;
     for (byte, &v) in bytes.iter_mut().zip(values) {
@@ -238,7 +216,6 @@ fn to_bytes(values: &[f32], bytes: &mut [u8]) {
     }
 }
 
-#[inline(always)]
 fn interleave([r, g, b]: &[Vec<u8>; 3], out: &mut [u8]) {
     for (((pixel, &r), &g), &b) in out.as_chunks_mut::<3>().0.iter_mut().zip(r).zip(g).zip(b) {
         *pixel = [r, g, b];
