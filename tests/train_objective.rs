@@ -1,0 +1,221 @@
+//! From outputs and faces to the loss: its gradients are those of the losses, on any number of threads, whatever the outputs.
+#![cfg(feature = "train")]
+
+use farface::detect::BBox;
+use farface::graph::init::Rng;
+use farface::shape::{Shape, Tensor};
+use farface::train::data::Annotated;
+use farface::train::losses::{BoxLoss, ClassLoss, LossRecipe, NoOverlap};
+use farface::train::matching::{AnchorMining, MatchingRecipe};
+use farface::train::objective::{Layout, Level, Losses, Objective};
+use farface::train::sampler::{Miner, SamplerRecipe};
+
+/// Two levels on pictures of 64 x 64 pixels.
+fn objective(
+    classification: ClassLoss,
+    boxes: BoxLoss,
+    mining: Option<AnchorMining>,
+    sampler: SamplerRecipe,
+) -> Objective {
+    let layout = if classification.logits() == 2 { Layout::Apart } else { Layout::Joint };
+    let level =
+        |stride, sizes: &[f32]| Level { stride, anchors: sizes.iter().map(|&s| [s, s]).collect(), layout };
+    let objective = Objective {
+        levels: vec![level(16, &[16.0, 24.0]), level(32, &[40.0])],
+        variances: [0.1, 0.2],
+        matching: MatchingRecipe::Thresholds { negative: 0.3, positive: 0.4, force_best: true },
+        mining,
+        sampler,
+        loss: LossRecipe { classification, boxes, box_weight: 1.7, margin: 3.0 },
+    };
+    objective.check().unwrap();
+    objective
+}
+
+/// Values of an anchor in each output of a level.
+fn channels(layout: Layout) -> Vec<usize> {
+    match layout {
+        Layout::Joint => vec![5],
+        Layout::Apart => vec![2, 4],
+    }
+}
+
+/// Random outputs for `images` pictures, and faces of which some are found by anchors, some by mined ones alone, and one
+/// is ignored.
+fn batch(objective: &Objective, images: usize, rng: &mut Rng) -> (Vec<Tensor>, Vec<Vec<Annotated>>) {
+    let mut outputs = Vec::new();
+    for l in &objective.levels {
+        for values in channels(l.layout) {
+            let shape = Shape::new(images, values * l.anchors.len(), 64 / l.stride, 64 / l.stride);
+            let data = (0..shape.len()).map(|_| rng.range(-1.5, 1.5)).collect();
+            outputs.push(Tensor { shape, data });
+        }
+    }
+    let face =
+        |x: f32, y: f32, w: f32, h: f32, ignore| Annotated { bbox: BBox::from_xywh(x, y, w, h), ignore };
+    let faces = (0..images).map(|_| {
+        let [x, y] = [rng.range(0.0, 8.0), rng.range(0.0, 8.0)];
+        vec![
+            face(2.0 + x, 3.0 + y, 19.0, 22.0, false),
+            face(30.0 + y, 36.0 - x, 27.0, 25.0, false),
+            face(10.0 + x, 44.0 + y, 11.0, 12.0, false),
+            face(44.0, 4.0, 18.0, 18.0, true),
+        ]
+    });
+    (outputs, faces.collect())
+}
+
+fn generator(n: usize) -> Rng {
+    Rng::new(77 + n as u64)
+}
+
+fn cases() -> Vec<(&'static str, Objective)> {
+    let all = |grouped| SamplerRecipe { miner: Miner::All {}, grouped, ..SamplerRecipe::default() };
+    let mining = Some(AnchorMining { anchors: 3, overlap: 0.35 });
+    let ln = BoxLoss::NegLnIou { no_overlap: NoOverlap::Zero };
+    let smooth = BoxLoss::SmoothL1 { beta: 0.7 };
+    let square = BoxLoss::LeastSquareIou { no_overlap: NoOverlap::Zero };
+    let focal = ClassLoss::Focal { alpha: 0.25, gamma: 2.0 };
+    let aware = ClassLoss::RegressionAwareFocal { alpha: 0.25, gamma: 2.0 };
+    let quality = ClassLoss::QualityFocal { beta: 2.0 };
+    vec![
+        ("sigmoid", objective(ClassLoss::Sigmoid {}, smooth, None, all(false))),
+        ("sigmoid in groups", objective(ClassLoss::Sigmoid {}, square, None, all(true))),
+        ("softmax", objective(ClassLoss::Softmax {}, smooth, None, all(false))),
+        ("softmax in groups", objective(ClassLoss::Softmax {}, square, None, all(true))),
+        ("focal", objective(focal, ln, None, all(false))),
+        ("focal with mined anchors", objective(focal, ln, mining, all(false))),
+        ("regression-aware focal", objective(aware, ln, mining, SamplerRecipe::default())),
+        ("quality focal", objective(quality, ln, None, SamplerRecipe::default())),
+        ("quality focal with mined anchors", objective(quality, ln, mining, SamplerRecipe::default())),
+    ]
+}
+
+/// The loss of classification and the weighted one of the boxes.
+fn parts(o: &Objective, outputs: &[Tensor], faces: &[Vec<Annotated>]) -> ([f64; 2], Losses) {
+    let losses = o.judge(outputs, faces, generator, 1).unwrap().0;
+    ([losses.class, losses.boxes * f64::from(o.loss.box_weight)], losses)
+}
+
+/// The roles of anchors, F_i and a face's quality depend on the offsets, but no gradient flows that way (they are constants
+/// in the papers' losses). So a logit is compared with the classification, an offset with the boxes, and where mining chooses otherwise on
+/// one side of a point there is nothing to compare.
+#[test]
+fn the_objectives_gradients_are_those_of_its_losses() {
+    for (name, o) in cases() {
+        let (outputs, faces) = batch(&o, 2, &mut Rng::new(3));
+        let (losses, gradients) = o.judge(&outputs, &faces, generator, 1).unwrap();
+        assert!(losses.matched > 4 && losses.faces == 6, "{name}: {losses:?}");
+        assert_eq!(losses.mined > 0, o.mining.is_some(), "{name}: {losses:?}");
+        let h = 4e-3;
+        let (mut compared, mut switched, mut folds) = ([0, 0], 0, 0);
+        let places =
+            o.levels.iter().flat_map(|l| channels(l.layout).into_iter().map(|c| (c, l.anchors.len())));
+        for (level, (output, (values, anchors))) in outputs.iter().zip(places).enumerate() {
+            for i in 0..output.data.len() {
+                let offset = match values {
+                    5 => usize::from(i % (5 * anchors) >= anchors),
+                    values => usize::from(values == 4),
+                };
+                let at = |d: f32| {
+                    let mut moved = outputs.clone();
+                    moved[level].data[i] += d;
+                    parts(&o, &moved, &faces)
+                };
+                let ((above, a), (below, b)) = (at(h), at(-h));
+                let counts = |l: &Losses| (l.matched, l.mined);
+                if counts(&a) != counts(&losses) || counts(&b) != counts(&losses) {
+                    switched += 1;
+                    continue;
+                }
+                let expected = (above[offset] - below[offset]) / f64::from(2.0 * h);
+                let gradient = f64::from(gradients[level].data[i]);
+                let close = |expected: f64| (gradient - expected).abs() <= 2e-3 * expected.abs() + 1e-4;
+                // An IoU has a fold where two edges meet: there either side's slope is the gradient.
+                let here = parts(&o, &outputs, &faces).0[offset];
+                let sides = [above[offset] - here, here - below[offset]].map(|d| d / f64::from(h));
+                let folded = (sides[0] - sides[1]).abs() > 0.02 * sides[0].abs().max(sides[1].abs());
+                assert!(
+                    close(expected) || (folded && sides.into_iter().any(close)),
+                    "{name}, output {level}, value {i}: gradient {gradient}, finite differences {expected}, {sides:?}"
+                );
+                folds += usize::from(!close(expected));
+                compared[offset] += usize::from(gradient != 0.0);
+                if offset == 0 {
+                    assert_eq!(above[1], below[1], "{name}: a logit moved the boxes' loss");
+                } else if o.mining.is_none()
+                    && !matches!(o.loss.classification, ClassLoss::QualityFocal { .. })
+                {
+                    assert_eq!(above[0], below[0], "{name}: an offset moved the classification");
+                }
+            }
+        }
+        assert!(
+            compared[0] > 50 && compared[1] > 16 && switched < 10 && folds < 4,
+            "{name}: {compared:?}, {switched} switched, {folds} folds"
+        );
+    }
+}
+
+/// Worked by hand: anchors of 8 x 8 pixels at (0, 0), (8, 0), (0, 8) and (8, 8), and a face at (2, 0) to (10, 8), which the
+/// first one meets with an IoU of 48 / 80 and the second with 16 / 112.
+#[test]
+fn the_quality_focal_losss_target_is_the_iou_of_the_decoded_box() {
+    let mut o = objective(
+        ClassLoss::QualityFocal { beta: 2.0 },
+        BoxLoss::NegLnIou { no_overlap: NoOverlap::Zero },
+        None,
+        SamplerRecipe::default(),
+    );
+    o.levels = vec![Level { stride: 8, anchors: vec![[8.0, 8.0]], layout: Layout::Joint }];
+    o.loss.margin = 0.0;
+    let face = Annotated { bbox: BBox::new(2.0, 0.0, 10.0, 8.0), ignore: false };
+    let background = 1.0 / (1.0 + 1f64.exp());
+    // Moved by 0, 1 and 2 pixels to the right: 0.1 * 8 pixels is an offset of 1.
+    for (offset, iou) in [(0.0, 48.0 / 80.0), (1.25, 56.0 / 72.0), (2.5, 1.0)] {
+        let mut output = Tensor::zeros(Shape::new(1, 5, 2, 2));
+        output.data[1] = offset;
+        for cell in 1..4 {
+            output.data[5 * cell] = -1.0;
+        }
+        let (losses, _) = o.judge(&[output], &[vec![face]], generator, 1).unwrap();
+        // A logit of 0 says 1/2, whose cross-entropy with any target is ln 2.
+        let class = (iou - 0.5f64).powi(2) * 2f64.ln() + 3.0 * background.powi(2) * -(1.0 - background).ln();
+        assert!((losses.class - class).abs() < 1e-6, "offset {offset}: {} {class}", losses.class);
+        assert!((losses.boxes + iou.ln()).abs() < 1e-6 && (losses.iou - iou).abs() < 1e-6, "{losses:?}");
+        assert_eq!((losses.matched, losses.mined, losses.faces), (1, 0, 1));
+    }
+}
+
+#[test]
+fn the_objective_does_not_depend_on_the_number_of_threads() {
+    for (name, mut o) in cases() {
+        if name == "sigmoid in groups" {
+            o.sampler = SamplerRecipe { samples: 20, ..SamplerRecipe::default() };
+        }
+        let (outputs, faces) = batch(&o, 5, &mut Rng::new(4));
+        let expected = o.judge(&outputs, &faces, generator, 1).unwrap();
+        for threads in [2, 3, 5, 16] {
+            assert!(
+                o.judge(&outputs, &faces, generator, threads).unwrap() == expected,
+                "{name}, {threads} threads"
+            );
+        }
+    }
+}
+
+#[test]
+fn pictures_without_faces_and_outputs_that_are_not_finite_are_borne() {
+    for (name, o) in cases() {
+        let (mut outputs, _) = batch(&o, 2, &mut Rng::new(5));
+        let none = vec![Vec::new(), Vec::new()];
+        let (losses, gradients) = o.judge(&outputs, &none, generator, 2).unwrap();
+        assert!(losses.class > 0.0 && losses.boxes == 0.0 && losses.iou == 0.0, "{name}: {losses:?}");
+        assert!(gradients.iter().flat_map(|g| &g.data).all(|v| v.is_finite()), "{name}");
+        let (_, faces) = batch(&o, 2, &mut Rng::new(5));
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e38, -1e38] {
+            outputs.iter_mut().for_each(|t| t.data.fill(value));
+            o.judge(&outputs, &faces, generator, 2).unwrap();
+        }
+    }
+}
