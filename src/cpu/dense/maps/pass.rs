@@ -1,5 +1,6 @@
 //! How a pass runs over a map: on the registers of an ISA, a register of channels at a time.
 
+use super::Source;
 use crate::cpu::kernels::Vector;
 use crate::cpu::Isa;
 
@@ -93,6 +94,54 @@ macro_rules! for_blocks {
     }};
 }
 pub(super) use for_blocks;
+
+/// What readers of a register of channels apply: act(scale * z + shift), act(x) = max(slope * x, x).
+pub(super) struct Act<V> {
+    scale: V,
+    shift: V,
+    slope: V,
+}
+
+impl<V: Vector> Act<V> {
+    /// Of channels `at` to `at + n`.
+    ///
+    /// # Safety
+    /// The caller is compiled for `V`'s ISA; `source` has the channels.
+    #[inline(always)]
+    pub(super) unsafe fn of<T>(source: &Source<'_, T>, at: usize, n: usize) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe {
+            Self {
+                scale: V::load_upto(source.scale.as_ptr().add(at), n),
+                shift: V::load_upto(source.shift.as_ptr().add(at), n),
+                slope: V::splat(source.slope),
+            }
+        }
+    }
+
+    /// What is seen of a stored `z`.
+    ///
+    /// # Safety
+    /// The caller is compiled for `V`'s ISA.
+    #[inline(always)]
+    pub(super) unsafe fn seen(&self, z: V) -> V {
+        // SAFETY: register arithmetic.
+        unsafe {
+            let x = self.shift.mul_add(self.scale, z);
+            x.mul(self.slope).max(x)
+        }
+    }
+
+    /// g of [`Gradient`](super::Gradient): `d`, the gradient of what is seen of `z`, pulled back through the activation.
+    ///
+    /// # Safety
+    /// The caller is compiled for `V`'s ISA.
+    #[inline(always)]
+    pub(super) unsafe fn back(&self, z: V, d: V) -> V {
+        // SAFETY: register arithmetic.
+        unsafe { self.shift.mul_add(self.scale, z).where_positive(d, d.mul(self.slope)) }
+    }
+}
 
 /// `to += v`, the first `n` lanes.
 ///

@@ -1,17 +1,11 @@
 //! What a map's readers see, and the gradient with respect to the map itself.
 
+use super::pass::Act;
 use super::wide::{groups, repeated};
 use super::{dispatch, for_blocks, for_registers, holds, Gradient, Pass, Source};
 use crate::cpu::dense::Element;
 use crate::cpu::kernels::Vector;
 use crate::cpu::Isa;
-
-/// max(slope * x, x).
-#[inline(always)]
-unsafe fn activate<V: Vector>(x: V, slope: V) -> V {
-    // SAFETY: register arithmetic; the caller is compiled for V's ISA.
-    unsafe { x.mul(slope).max(x) }
-}
 
 struct Read<'a, T, O> {
     source: Source<'a, T>,
@@ -24,19 +18,15 @@ impl<T: Element, O: Element> Pass for Read<'_, T, O> {
     const BF16: bool = O::BF16;
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
-        let Source { z, scale, shift, slope } = self.source;
-        let c = scale.len();
+        let (z, c) = (self.source.z, self.source.channels());
         // SAFETY: lengths were checked by `read`.
         unsafe {
-            let slope = V::splat(slope);
             for_blocks!(V, c, self.pixels, |at, n, first, pixels| {
-                let (scale, shift) =
-                    (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
+                let act = Act::<V>::of(&self.source, at, n);
                 let mut from = z.as_ptr().add(first * c + at);
                 let mut to = self.to.as_mut_ptr().add(first * self.pixel + at);
                 for _ in 0..pixels {
-                    let v = shift.mul_add(scale, T::load::<V>(from, n));
-                    O::store(activate(v, slope), to, n);
+                    O::store(act.seen(T::load::<V>(from, n)), to, n);
                     (from, to) = (from.wrapping_add(c), to.wrapping_add(self.pixel));
                 }
             });
@@ -81,23 +71,20 @@ impl<T: Element, O: Element> Pass for PullBack<'_, T, O> {
     const BF16: bool = O::BF16;
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
-        let Gradient { map: Source { z, scale, shift, slope }, dy, a, b, c } = self.gradient;
+        let Gradient { map, dy, a, b, c } = self.gradient;
         let channels = a.len();
         // SAFETY: lengths were checked by `pull_back`.
         unsafe {
-            let slope = V::splat(slope);
             for_blocks!(V, channels, self.pixels, |at, n, first, pixels| {
-                let (scale, shift) =
-                    (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
+                let act = Act::<V>::of(&map, at, n);
                 let (a, b) = (V::load_upto(a.as_ptr().add(at), n), V::load_upto(b.as_ptr().add(at), n));
                 let c = V::load_upto(c.as_ptr().add(at), n);
                 let start = first * channels + at;
-                let (mut z, mut dy) = (z.as_ptr().add(start), dy.as_ptr().add(start));
+                let (mut z, mut dy) = (map.z.as_ptr().add(start), dy.as_ptr().add(start));
                 let mut to = self.to.as_mut_ptr().add(first * self.pixel + at);
                 for _ in 0..pixels {
                     let v = T::load::<V>(z, n);
-                    let d = T::load::<V>(dy, n);
-                    let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
+                    let g = act.back(v, T::load::<V>(dy, n));
                     O::store(c.mul_add(b, v).mul_add(a, g), to, n);
                     (z, dy) = (z.wrapping_add(channels), dy.wrapping_add(channels));
                     to = to.wrapping_add(self.pixel);

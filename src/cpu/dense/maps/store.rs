@@ -1,6 +1,6 @@
 //! Gradients written to maps.
 
-use super::pass::add_to;
+use super::pass::{add_to, Act};
 use super::wide::{fold, groups, repeated};
 use super::{dispatch, for_blocks, for_registers, holds, Pass, Source};
 use crate::cpu::dense::Element;
@@ -69,14 +69,11 @@ impl<T: Element> Pass for DepositWhole<'_, T> {
     const BF16: bool = T::BF16;
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
-        let Source { z, scale, shift, slope } = self.map;
-        let channels = scale.len();
+        let (z, channels) = (self.map.z, self.map.channels());
         // SAFETY: lengths were checked by `deposit_whole`.
         unsafe {
-            let slope = V::splat(slope);
             for_blocks!(V, channels, self.pixels, |at, n, first, pixels| {
-                let (scale, shift) =
-                    (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
+                let act = Act::<V>::of(&self.map, at, n);
                 let start = first * channels + at;
                 let (mut z, mut to) = (z.as_ptr().add(start), self.to.as_mut_ptr().add(start));
                 let mut from = self.from.as_ptr().add(first * self.stride + at);
@@ -88,7 +85,7 @@ impl<T: Element> Pass for DepositWhole<'_, T> {
                     }
                     T::store(d, to, n);
                     let v = T::load::<V>(z, n);
-                    let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
+                    let g = act.back(v, d);
                     (sum, product) = (sum.add(g), product.mul_add(g, v));
                     (from, z) = (from.wrapping_add(self.stride), z.wrapping_add(channels));
                     to = to.wrapping_add(channels);

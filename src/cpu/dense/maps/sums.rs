@@ -1,6 +1,6 @@
 //! Statistics of maps and of their gradients.
 
-use super::pass::add_to;
+use super::pass::{add_to, Act};
 use super::wide::{fold, groups, repeated};
 use super::{dispatch, for_blocks, for_registers, holds, Pass, Source};
 use crate::cpu::dense::Element;
@@ -18,14 +18,11 @@ impl<T: Element> Pass for GradientSums<'_, T> {
     const BF16: bool = T::BF16;
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
-        let Source { z, scale, shift, slope } = self.map;
-        let (channels, dy) = (scale.len(), self.dy);
+        let (z, dy, channels) = (self.map.z, self.dy, self.map.channels());
         // SAFETY: lengths were checked by `gradient_sums`.
         unsafe {
-            let slope = V::splat(slope);
             for_blocks!(V, channels, self.pixels, |at, n, first, pixels| {
-                let (scale, shift) =
-                    (V::load_upto(scale.as_ptr().add(at), n), V::load_upto(shift.as_ptr().add(at), n));
+                let act = Act::<V>::of(&self.map, at, n);
                 let start = first * channels + at;
                 let (mut z, mut dy) = (z.as_ptr().add(start), dy.as_ptr().add(start));
                 // Two chains of sums, since an addition takes four cycles.
@@ -34,15 +31,14 @@ impl<T: Element> Pass for GradientSums<'_, T> {
                 for _ in 0..pixels / 2 {
                     let (v, v2) = (T::load::<V>(z, n), T::load::<V>(z.wrapping_add(channels), n));
                     let (d, d2) = (T::load::<V>(dy, n), T::load::<V>(dy.wrapping_add(channels), n));
-                    let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
-                    let g2 = shift.mul_add(scale, v2).where_positive(d2, d2.mul(slope));
+                    let (g, g2) = (act.back(v, d), act.back(v2, d2));
                     (sum, sum2) = (sum.add(g), sum2.add(g2));
                     (product, product2) = (product.mul_add(g, v), product2.mul_add(g2, v2));
                     (z, dy) = (z.wrapping_add(2 * channels), dy.wrapping_add(2 * channels));
                 }
                 if pixels % 2 == 1 {
                     let (v, d) = (T::load::<V>(z, n), T::load::<V>(dy, n));
-                    let g = shift.mul_add(scale, v).where_positive(d, d.mul(slope));
+                    let g = act.back(v, d);
                     (sum, product) = (sum.add(g), product.mul_add(g, v));
                 }
                 let (sum, product) = (sum.add(sum2), product.add(product2));
