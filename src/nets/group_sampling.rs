@@ -30,7 +30,7 @@ pub enum Tiling {
     FpnFinest,
     /// All on P2, each on every 1st, 2nd, 4th or 8th cell of a row and a column.
     FpnFinestStride,
-    /// All on P3 or P4.
+    /// All on the level of this number, 2 to 5 (the paper: 3 or 4).
     FpnSingle(usize),
 }
 

@@ -64,7 +64,7 @@ fn detector_name(name: &str) -> Result<String, String> {
 }
 
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
-    refuse_checkpoints(&args.input)?;
+    refuse_pytorch_files(&args.input)?;
     let mut weights = Weights::load(&args.input)?;
     let in_file = || args.input.display().to_string();
     strip_data_parallel(&mut weights);
@@ -126,7 +126,7 @@ fn strip_data_parallel(weights: &mut Weights) {
 }
 
 /// Says what to do with PyTorch's own format.
-fn refuse_checkpoints(path: &Path) -> Result<()> {
+fn refuse_pytorch_files(path: &Path) -> Result<()> {
     let mut start = [0; 4];
     let mut file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
     let n = file.read(&mut start).with_context(|| path.display().to_string())?;

@@ -83,7 +83,7 @@ fn main() -> ExitCode {
 fn report_error(error: &anyhow::Error) {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
-        // Some errors name their cause themselves.
+        // Error::Io names its cause itself.
         if !text.ends_with(&cause) {
             text = if text.is_empty() { cause } else { format!("{text}: {cause}") };
         }
