@@ -6,6 +6,7 @@ mod goldens;
 
 use farface::detect::config::DetectorConfig;
 use farface::detect::group_sampling::GroupSamplingConfig;
+use farface::detect::hambox::HamBoxConfig;
 use farface::detect::{Model, ModelConfig};
 use farface::graph::Weights;
 use farface::nets::resnet::ResNet;
@@ -24,6 +25,11 @@ fn narrow(name: &str) -> ModelConfig {
             channels: CHANNELS,
             ..d
         }),
+        DetectorConfig::Hambox(d) => DetectorConfig::Hambox(HamBoxConfig {
+            backbone: ResNet { width: WIDTH, ..d.backbone },
+            channels: CHANNELS,
+            ..d
+        }),
         other => other,
     };
     ModelConfig { detector, ..config }
@@ -32,10 +38,18 @@ fn narrow(name: &str) -> ModelConfig {
 #[test]
 fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
     let all = goldens("detectors");
-    let sized = |name| (name, [54, 70]);
-    let cases = ["rpn-r18", "fpn-r18", "fpn-finest-r18", "fpn-finest-stride-r18", "fpn-p3-r18", "fpn-p4-r18"]
-        .map(sized);
-    for (name, [h, w]) in cases.into_iter().chain([("fpn-finest-dc-r50", [48, 64])]) {
+    for (name, [h, w]) in [
+        ("rpn-r18", [54, 70]),
+        ("fpn-r18", [54, 70]),
+        ("fpn-finest-r18", [54, 70]),
+        ("fpn-finest-stride-r18", [54, 70]),
+        ("fpn-p3-r18", [54, 70]),
+        ("fpn-p4-r18", [54, 70]),
+        ("fpn-finest-dc-r50", [48, 64]),
+        ("hambox-baseline-r18", [101, 131]),
+        ("hambox-fpn-r18", [101, 131]),
+        ("hambox-r50", [128, 160]),
+    ] {
         let config = narrow(name);
         let graph = config.detector.detector().graph();
         let weights = Weights::random(&graph, SEED);

@@ -17,7 +17,7 @@ fn objective(
     mining: Option<AnchorMining>,
     sampler: SamplerRecipe,
 ) -> Objective {
-    let layout = if classification.logits() == 2 { Layout::Apart } else { Layout::Joint };
+    let layout = if classification.logits() == 2 { Layout::Apart { logits: 2 } } else { Layout::Joint };
     let level =
         |stride, sizes: &[f32]| Level { stride, anchors: sizes.iter().map(|&s| [s, s]).collect(), layout };
     let objective = Objective {
@@ -36,7 +36,7 @@ fn objective(
 fn channels(layout: Layout) -> Vec<usize> {
     match layout {
         Layout::Joint => vec![5],
-        Layout::Apart => vec![2, 4],
+        Layout::Apart { logits } => vec![logits, 4],
     }
 }
 

@@ -1,6 +1,8 @@
 //! Anchor boxes on the cells of a feature map, and the code that relates a box to its anchor.
 
 use super::boxes::BBox;
+use super::detector::{logit, Map, Window};
+use super::face::Face;
 use std::ops::Range;
 
 /// An anchor by its centre and size, network pixels.
@@ -48,6 +50,48 @@ pub fn owned_cells(owned: &Range<f32>, stride: usize, cells: usize) -> Range<usi
     };
     let start = first(owned.start);
     start..first(owned.end).max(start)
+}
+
+/// The anchors that a level has on each of its cells.
+pub(super) struct LevelAnchors<'a> {
+    /// Pixels between cells.
+    pub stride: usize,
+    /// Width and height of each, pixels.
+    pub sizes: &'a [[f32; 2]],
+    /// Of centre and size in the box code.
+    pub variances: [f32; 2],
+}
+
+/// Gives `sink` what a level with maps of its own for classes and boxes finds in its owned cells, in their order. Of classes
+/// it has one logit an anchor, or two: background and face, whose softmax is the sigmoid of their difference.
+pub(super) fn decode_level(
+    [class, boxes]: [&Map<'_>; 2],
+    anchors: &LevelAnchors<'_>,
+    window: &Window,
+    threshold: f32,
+    sink: &mut dyn FnMut(Face),
+) {
+    let least = logit(threshold);
+    let &LevelAnchors { stride, sizes, variances } = anchors;
+    for y in owned_cells(&window.owned_y, stride, class.height()) {
+        for x in owned_cells(&window.owned_x, stride, class.width()) {
+            let cell = class.pixel(y, x);
+            for (a, logits) in cell.chunks_exact(cell.len() / sizes.len()).enumerate() {
+                let logit = match *logits {
+                    [background, face] => face - background,
+                    _ => logits[0],
+                };
+                // False for a NaN too.
+                let face = logit > least;
+                if !face {
+                    continue;
+                }
+                let bbox =
+                    Anchor::on_cell(y, x, stride, sizes[a]).decode(&boxes.pixel(y, x)[4 * a..], variances);
+                sink(Face { bbox, score: 1.0 / (1.0 + (-logit).exp()), ..Face::default() });
+            }
+        }
+    }
 }
 
 #[cfg(test)]

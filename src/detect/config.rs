@@ -5,6 +5,7 @@
 
 use super::detector::Detector;
 use super::group_sampling::GroupSamplingConfig;
+use super::hambox::HamBoxConfig;
 use super::pyramid::PyramidConfig;
 use super::retinaface::RetinaFaceConfig;
 use crate::error::{Error, Result};
@@ -83,6 +84,8 @@ pub enum DetectorConfig {
     Pyramid(PyramidConfig),
     /// Group Sampling (Ming et al. 2019): the proposal network's head on a pyramid of a ResNet.
     GroupSampling(GroupSamplingConfig),
+    /// HAMBox (Liu et al. 2020): RetinaNet's heads, one anchor a cell.
+    Hambox(HamBoxConfig),
 }
 
 impl DetectorConfig {
@@ -92,6 +95,7 @@ impl DetectorConfig {
             DetectorConfig::Retinaface(r) => r.check(),
             DetectorConfig::Pyramid(p) => p.check(),
             DetectorConfig::GroupSampling(g) => g.check(),
+            DetectorConfig::Hambox(h) => h.check(),
         }
     }
 
@@ -101,6 +105,7 @@ impl DetectorConfig {
             DetectorConfig::Retinaface(r) => Box::new(r.clone()),
             DetectorConfig::Pyramid(p) => Box::new(p.clone()),
             DetectorConfig::GroupSampling(g) => Box::new(g.clone()),
+            DetectorConfig::Hambox(h) => Box::new(h.clone()),
         }
     }
 }
@@ -199,16 +204,31 @@ impl ModelConfig {
         }
     }
 
+    /// HAMBox.
+    fn hambox(name: &str, detector: HamBoxConfig) -> Self {
+        Self {
+            name: name.into(),
+            // As with Group Sampling.
+            detectable_px: [detector.scales[0] * 0.7, detector.scales[5] * 1.5],
+            detector: DetectorConfig::Hambox(detector),
+            input: InputConfig::imagenet(),
+            nms_plus_one: false,
+            ..Self::retinaface_mobile025()
+        }
+    }
+
     /// What [`ModelConfig::named`] knows, to be read by people.
     pub const NAMES: &'static str = "farface-nano, farface-small, retinaface-mobile025, or one of Group Sampling's: rpn, fpn, \
          fpn-finest, fpn-finest-stride, fpn-p3 or fpn-p4, then -dc for the dilated head or nothing, then -r18, -r34, -r50, -r101 or \
-         -r152 (fpn-finest-dc-r50)";
+         -r152 (fpn-finest-dc-r50); or hambox, then nothing, -baseline or some of -sms -dh -ssh in this order, then -fpn or nothing, \
+         then the backbone as before (hambox-r50)";
 
     /// A configuration by its name, for weights that come without one.
     pub fn named(name: &str) -> Option<Self> {
         let known = [Self::farface_nano(), Self::farface_small(), Self::retinaface_mobile025()];
         let own = known.into_iter().find(|config| config.name == name);
         own.or_else(|| Some(Self::group_sampling(name, GroupSamplingConfig::named(name)?)))
+            .or_else(|| Some(Self::hambox(name, HamBoxConfig::named(name)?)))
     }
 
     /// Reads the configuration of a model file.

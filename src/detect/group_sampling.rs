@@ -1,8 +1,8 @@
 //! The detectors of Group Sampling (Ming et al. 2019): the region proposal network's head on a pyramid of a ResNet, four
 //! square anchors, softmax scores. What they are about, how anchors are sampled in training, is in `train::sampler`.
 
-use super::anchors::{owned_cells, Anchor};
-use super::detector::{face_probability, logit, Detector, Map, Window};
+use super::anchors::{decode_level, LevelAnchors};
+use super::detector::{Detector, Map, Window};
 use super::face::Face;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
@@ -45,15 +45,7 @@ impl GroupSamplingConfig {
     /// By name: `rpn`, `fpn`, `fpn-finest`, `fpn-finest-stride`, `fpn-p3` or `fpn-p4`, `-dc` for the dilated head, then
     /// `-r18`, `-r34`, `-r50`, `-r101` or `-r152`.
     pub fn named(name: &str) -> Option<Self> {
-        let (name, backbone) = name.rsplit_once("-r")?;
-        let backbone = match backbone {
-            "18" => ResNet::R18,
-            "34" => ResNet::R34,
-            "50" => ResNet::R50,
-            "101" => ResNet::R101,
-            "152" => ResNet::R152,
-            _ => return None,
-        };
+        let (name, backbone) = ResNet::split_name(name)?;
         let (name, dilated) = name.strip_suffix("-dc").map_or((name, false), |name| (name, true));
         let tiling = match name {
             "rpn" => Tiling::Rpn,
@@ -141,24 +133,10 @@ impl Detector for GroupSamplingConfig {
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
-        // p(face) = softmax > threshold where the logits differ by more than this.
-        let margin = logit(threshold);
         for (maps, (stride, scales)) in maps.chunks_exact(2).zip(self.levels()) {
-            let [class, boxes] = [&maps[0], &maps[1]];
-            for y in owned_cells(&window.owned_y, stride, class.height()) {
-                for x in owned_cells(&window.owned_x, stride, class.width()) {
-                    for (a, logits) in class.pixel(y, x).chunks_exact(2).enumerate() {
-                        // False for a NaN too.
-                        let face = logits[1] - logits[0] > margin;
-                        if !face {
-                            continue;
-                        }
-                        let anchor = Anchor::square(y, x, stride, scales[a]);
-                        let bbox = anchor.decode(&boxes.pixel(y, x)[4 * a..], [1.0; 2]);
-                        sink(Face { bbox, score: face_probability(logits), ..Face::default() });
-                    }
-                }
-            }
+            let sizes: Vec<[f32; 2]> = scales.iter().map(|&s| [s, s]).collect();
+            let anchors = LevelAnchors { stride, sizes: &sizes, variances: [1.0; 2] };
+            decode_level([&maps[0], &maps[1]], &anchors, window, threshold, sink);
         }
     }
 }

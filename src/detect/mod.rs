@@ -21,6 +21,7 @@ pub mod config;
 pub mod detector;
 pub mod face;
 pub mod group_sampling;
+pub mod hambox;
 pub mod model;
 pub mod nms;
 pub mod options;

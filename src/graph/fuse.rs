@@ -12,7 +12,7 @@
 //! where `other` may be a nearest upsampling that nobody else reads. The chain's op stands where its
 //! last node stood, so everything it reads has been computed.
 
-use super::build::{Graph, Node, NodeId, NodeKind};
+use super::build::{Graph, Node, NodeId, NodeKind, ParamId};
 use super::fold::{fold_batchnorm, Affine};
 use super::weights::Weights;
 use crate::cpu::conv::Residual;
@@ -125,38 +125,39 @@ fn activate_before_concat(graph: &Graph) -> Graph {
     out
 }
 
-/// What a chain of nodes became.
+/// What a chain of nodes becomes.
 struct Chain {
     start: NodeId,
     last: NodeId,
-    affine: Affine,
+    /// Batch normalisations folded into the start's weights.
+    norms: Vec<NodeId>,
     slope: f32,
     residual: Residual,
     add: Option<NodeId>,
 }
 
-/// Follows the chain that starts at `start`, a convolution-like node with these weights.
-fn follow(
-    graph: &Graph,
-    weights: &Weights,
-    uses: &Uses,
-    absorbed: &mut [bool],
-    start: NodeId,
-    affine: Affine,
-) -> Result<Chain> {
+/// Whether a chain can start with this layer.
+fn starts(layer: Option<&Layer>) -> bool {
+    matches!(
+        layer,
+        Some(Layer::Conv2d(_) | Layer::ConvTranspose2d(_) | Layer::BatchNorm(_) | Layer::Linear(_))
+    )
+}
+
+/// Follows the chain that starts at `start`, a convolution-like node.
+fn follow(graph: &Graph, uses: &Uses, absorbed: &mut [bool], start: NodeId) -> Chain {
     let dense = matches!(graph.nodes[start.0].layer(), Some(Layer::Conv2d(c)) if !c.is_depthwise())
         || matches!(graph.nodes[start.0].layer(), Some(Layer::Linear(_)));
     let can_activate =
         dense || matches!(graph.nodes[start.0].layer(), Some(Layer::Conv2d(_) | Layer::BatchNorm(_)));
-    let mut chain = Chain { start, last: start, affine, slope: 1.0, residual: Residual::None, add: None };
+    let mut chain =
+        Chain { start, last: start, norms: Vec::new(), slope: 1.0, residual: Residual::None, add: None };
     let mut activated = false;
     while let Some(next) = uses.sole(chain.last) {
         let node = &graph.nodes[next.0];
         match node.layer() {
             _ if absorbed[next.0] => break,
-            Some(Layer::BatchNorm(bn)) if !activated && chain.add.is_none() => {
-                fold_batchnorm(&mut chain.affine, graph, node, bn.eps, weights)?;
-            }
+            Some(Layer::BatchNorm(_)) if !activated && chain.add.is_none() => chain.norms.push(next),
             Some(layer) if !activated && can_activate && slope_of(Some(layer)).is_some() => {
                 chain.slope = slope_of(Some(layer)).expect("checked by the guard");
                 activated = true;
@@ -184,7 +185,27 @@ fn follow(
             break;
         }
     }
-    Ok(chain)
+    chain
+}
+
+impl Chain {
+    /// Whether `other` has the same weights and the same settings, as a head has on every level of a pyramid: one op serves
+    /// both.
+    fn is_like(&self, other: &Self, graph: &Graph) -> bool {
+        let node = |id: NodeId| &graph.nodes[id.0];
+        let (a, b) = (node(self.start), node(other.start));
+        let norms = self.norms.iter().zip(&other.norms);
+        // A fully connected layer also depends on the size of its map.
+        a.kind == b.kind
+            && !matches!(a.layer(), Some(Layer::Linear(_)))
+            && a.params == b.params
+            && self.norms.len() == other.norms.len()
+            && norms
+                .into_iter()
+                .all(|(&a, &b)| node(a).kind == node(b).kind && node(a).params == node(b).params)
+            && self.slope == other.slope
+            && self.residual == other.residual
+    }
 }
 
 /// Rows and columns of a node where they do not depend on the network's input.
@@ -220,15 +241,15 @@ impl Compiled {
         let mut chains: HashMap<NodeId, Chain> = HashMap::new();
         for i in 0..graph.nodes.len() {
             let id = NodeId(i);
-            if absorbed[i] || !uses.read(id) {
+            if absorbed[i] || !uses.read(id) || !starts(graph.nodes[i].layer()) {
                 continue;
             }
-            if let Some(affine) = Affine::of(&graph, id, weights)? {
-                absorbed[i] = true;
-                let chain = follow(&graph, weights, &uses, &mut absorbed, id, affine)?;
-                chains.insert(chain.last, chain);
-            }
+            absorbed[i] = true;
+            let chain = follow(&graph, &uses, &mut absorbed, id);
+            chains.insert(chain.last, chain);
         }
+        // Chains by the first parameter of their start, with their ops.
+        let mut made: HashMap<Option<ParamId>, Vec<(Chain, Arc<Op>)>> = HashMap::new();
         let mut c = Self {
             values: Vec::new(),
             steps: Vec::new(),
@@ -254,8 +275,14 @@ impl Compiled {
                     let start = &graph.nodes[chain.start.0];
                     let mut inputs = vec![read(&start.inputs[0])];
                     inputs.extend(chain.add.iter().map(read));
-                    let op = lower_chain(&graph, isa, &chain)?;
-                    c.step(op, inputs, value, chain.start);
+                    let made = made.entry(start.params.first().copied()).or_default();
+                    let same = made.iter().find(|(other, _)| chain.is_like(other, &graph));
+                    let op = match same {
+                        Some((_, op)) => op.clone(),
+                        None => Arc::new(lower_chain(&graph, weights, isa, &chain)?),
+                    };
+                    c.step(op.clone(), inputs, value, chain.start);
+                    made.push((chain, op));
                 }
                 (NodeKind::Layer(Layer::Concat(_)), None) => {
                     let parts: Vec<ValueId> = node.inputs.iter().map(read).collect();
@@ -269,7 +296,7 @@ impl Compiled {
                         value_of.insert(last, value);
                         c.values[value.0].node = last;
                     }
-                    c.step(op, inputs, value, id);
+                    c.step(Arc::new(op), inputs, value, id);
                 }
             }
         }
@@ -283,8 +310,8 @@ impl Compiled {
         ValueId(self.values.len() - 1)
     }
 
-    fn step(&mut self, op: Op, inputs: Vec<ValueId>, output: ValueId, node: NodeId) {
-        self.steps.push(CompiledStep { op: Arc::new(op), inputs, output, node });
+    fn step(&mut self, op: Arc<Op>, inputs: Vec<ValueId>, output: ValueId, node: NodeId) {
+        self.steps.push(CompiledStep { op, inputs, output, node });
     }
 
     /// Parts that nobody else reads are written straight into the concatenation; others are copied.
@@ -307,7 +334,7 @@ impl Compiled {
             } else {
                 let copy = self.value(self.values[part.0].node);
                 self.values[copy.0].parent = Some((value, first));
-                self.step(crate::layers::combine::cpu::copy(), vec![part], copy, id);
+                self.step(Arc::new(crate::layers::combine::cpu::copy()), vec![part], copy, id);
             }
             first += channels(graph, node);
         }
@@ -318,9 +345,10 @@ impl Compiled {
         self.steps.iter().map(|s| (self.graph.nodes[s.node.0].name.as_str(), s.op.name()))
     }
 
-    /// Bytes of packed weights.
+    /// Bytes of packed weights; those that several steps share count once.
     pub fn weight_bytes(&self) -> usize {
-        self.steps.iter().map(|s| s.op.bytes()).sum()
+        let ops: HashMap<_, _> = self.steps.iter().map(|s| (Arc::as_ptr(&s.op), s.op.bytes())).collect();
+        ops.into_values().sum()
     }
 
     /// The ISA the weights are packed for.
@@ -346,10 +374,18 @@ fn channels(graph: &Graph, id: NodeId) -> usize {
 }
 
 /// The op of a chain.
-fn lower_chain(graph: &Graph, isa: Isa, chain: &Chain) -> Result<Op> {
+fn lower_chain(graph: &Graph, weights: &Weights, isa: Isa, chain: &Chain) -> Result<Op> {
     use crate::layers::{batchnorm, conv2d, conv_transpose2d, linear};
-    let Affine { weight, bias, .. } = &chain.affine;
     let node = &graph.nodes[chain.start.0];
+    let affine = Affine::of(graph, chain.start, weights)?;
+    let mut affine = affine.ok_or_else(|| Error::Internal(format!("layer {} starts no chain", node.name)))?;
+    for norm in &chain.norms {
+        let node = &graph.nodes[norm.0];
+        if let Some(Layer::BatchNorm(bn)) = node.layer() {
+            fold_batchnorm(&mut affine, graph, node, bn.eps, weights)?;
+        }
+    }
+    let Affine { weight, bias, .. } = &affine;
     match node.layer() {
         Some(Layer::Conv2d(c)) => Ok(conv2d::cpu::lower(c, isa, weight, bias, chain.slope, chain.residual)),
         Some(Layer::ConvTranspose2d(c)) => Ok(conv_transpose2d::cpu::lower(c, weight, bias)),

@@ -5,6 +5,8 @@ use crate::cpu::program::StepSpec;
 use crate::cpu::{Arena, Pool, Program, View};
 use crate::error::{Error, Result};
 use crate::shape::{Shape, Tensor};
+use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A compiled network for one set of input shapes.
@@ -25,7 +27,7 @@ pub struct StepInfo {
     pub output: Shape,
     /// Multiply-adds.
     pub macs: u64,
-    /// Bytes of packed weights.
+    /// Bytes of packed weights; none where an earlier step has the same ones.
     pub weight_bytes: usize,
 }
 
@@ -101,6 +103,7 @@ impl Plan {
     pub fn describe(network: &Compiled, input_shapes: &[Shape]) -> Result<Vec<StepInfo>> {
         let graph = &network.graph;
         let shapes = graph.shapes(input_shapes)?;
+        let mut seen = HashSet::new();
         let info = |step: &super::fuse::CompiledStep| {
             let node = &graph.nodes[step.node.0];
             let input = node.inputs.first().map_or(shapes[step.node.0], |i| shapes[i.0]);
@@ -109,7 +112,7 @@ impl Plan {
                 kernel: step.op.name(),
                 output: shapes[network.values[step.output.0].node.0],
                 macs: node.layer().map_or(0, |l| l.macs(input, shapes[step.node.0])),
-                weight_bytes: step.op.bytes(),
+                weight_bytes: if seen.insert(Arc::as_ptr(&step.op)) { step.op.bytes() } else { 0 },
             }
         };
         Ok(network.steps.iter().map(info).collect())

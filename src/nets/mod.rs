@@ -2,6 +2,7 @@
 
 pub mod fpn;
 pub mod group_sampling;
+pub mod hambox;
 pub mod mobilenet;
 pub mod nano;
 pub mod resnet;

@@ -53,6 +53,20 @@ impl ResNet {
     /// ResNet-152.
     pub const R152: Self = Self { block: Block::Bottleneck, blocks: [3, 8, 36, 3], width: 64 };
 
+    /// A detector's name without its last part, and the backbone that this says: `r18`, `r34`, `r50`, `r101` or `r152`.
+    pub fn split_name(name: &str) -> Option<(&str, Self)> {
+        let (rest, depth) = name.rsplit_once("-r")?;
+        let net = match depth {
+            "18" => Self::R18,
+            "34" => Self::R34,
+            "50" => Self::R50,
+            "101" => Self::R101,
+            "152" => Self::R152,
+            _ => return None,
+        };
+        Some((rest, net))
+    }
+
     /// Channels of C2 to C5.
     pub fn channels(&self) -> [usize; 4] {
         [1, 2, 4, 8].map(|times| times * self.width * self.block.expansion())

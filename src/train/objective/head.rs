@@ -17,7 +17,9 @@ impl GroupChannels {
         let n = level.anchors.len();
         match level.layout {
             Layout::Joint => Self { class: (output, 5 * n, a), boxes: (output, 5 * n, n + 4 * a) },
-            Layout::Apart => Self { class: (output, 2 * n, 2 * a), boxes: (output + 1, 4 * n, 4 * a) },
+            Layout::Apart { logits } => {
+                Self { class: (output, logits * n, logits * a), boxes: (output + 1, 4 * n, 4 * a) }
+            }
         }
     }
 }

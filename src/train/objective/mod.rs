@@ -36,8 +36,11 @@ pub struct Level {
 pub enum Layout {
     /// One output: a logit for each anchor, then four offsets for each.
     Joint,
-    /// Two outputs: two logits (background, face) for each anchor; four offsets for each.
-    Apart,
+    /// Two outputs: a logit for each anchor, or two (background, face); four offsets for each.
+    Apart {
+        /// Of an anchor: 1 or 2.
+        logits: usize,
+    },
 }
 
 impl Layout {
@@ -45,13 +48,16 @@ impl Layout {
     pub fn outputs(self) -> usize {
         match self {
             Layout::Joint => 1,
-            Layout::Apart => 2,
+            Layout::Apart { .. } => 2,
         }
     }
 
     /// Logits of an anchor.
     pub fn logits(self) -> usize {
-        self.outputs()
+        match self {
+            Layout::Joint => 1,
+            Layout::Apart { logits } => logits,
+        }
     }
 }
 
@@ -61,7 +67,7 @@ impl Level {
         let n = self.anchors.len();
         match self.layout {
             Layout::Joint => vec![5 * n],
-            Layout::Apart => vec![2 * n, 4 * n],
+            Layout::Apart { logits } => vec![logits * n, 4 * n],
         }
     }
 }

@@ -4,6 +4,7 @@ use super::{Resources, Trainer};
 use crate::cpu::dense::bf16_supported;
 use crate::detect::config::DetectorConfig;
 use crate::detect::group_sampling::GroupSamplingConfig;
+use crate::detect::hambox::HamBoxConfig;
 use crate::detect::pyramid::PyramidConfig;
 use crate::detect::ModelConfig;
 use crate::error::{Error, Result};
@@ -37,6 +38,7 @@ impl Trainer {
         let (levels, variances) = match &config.detector {
             DetectorConfig::Pyramid(d) => (pyramid_levels(d), d.variances),
             DetectorConfig::GroupSampling(d) => (group_sampling_levels(d), [1.0; 2]),
+            DetectorConfig::Hambox(d) => (hambox_levels(d), [1.0; 2]),
             DetectorConfig::Retinaface(_) => {
                 return Err(Error::Unsupported(format!(
                     "{} cannot be trained: its landmarks have no loss here",
@@ -61,6 +63,7 @@ impl Trainer {
         match &config.detector {
             DetectorConfig::Pyramid(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
             DetectorConfig::GroupSampling(detector) => detector.set_prior(&mut weights, is_new),
+            DetectorConfig::Hambox(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
             DetectorConfig::Retinaface(_) => {}
         }
         let mut engine = engine(&recipe, graph, &weights, resources.threads.max(1))?;
@@ -95,6 +98,7 @@ fn resize(detector: &mut DetectorConfig, model: &ModelRecipe) -> Result<()> {
     let sizes = match detector {
         DetectorConfig::Pyramid(d) => Some((&mut d.width, &mut d.channels)),
         DetectorConfig::GroupSampling(d) => Some((&mut d.backbone.width, &mut d.channels)),
+        DetectorConfig::Hambox(d) => Some((&mut d.backbone.width, &mut d.channels)),
         DetectorConfig::Retinaface(_) => None,
     };
     if let Some((width, channels)) = sizes {
@@ -116,9 +120,15 @@ fn pyramid_levels(detector: &PyramidConfig) -> Vec<Level> {
 fn group_sampling_levels(detector: &GroupSamplingConfig) -> Vec<Level> {
     let level = |(stride, scales): (usize, &[f32])| {
         let anchors = scales.iter().map(|&s| [s, s]).collect();
-        Level { stride, anchors, layout: Layout::Apart }
+        Level { stride, anchors, layout: Layout::Apart { logits: 2 } }
     };
     detector.levels().into_iter().map(level).collect()
+}
+
+fn hambox_levels(detector: &HamBoxConfig) -> Vec<Level> {
+    let level =
+        |(stride, side)| Level { stride, anchors: vec![[side, side]], layout: Layout::Apart { logits: 1 } };
+    detector.levels().map(level).collect()
 }
 
 /// The weights of `model.start` that the network has, under its names, and a note of how many there are; none where the

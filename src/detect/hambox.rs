@@ -1,0 +1,203 @@
+//! HAMBox (Liu et al. 2020): RetinaNet's heads on six levels of a ResNet's pyramid, one square anchor a cell, smaller than
+//! usual so that more faces overlap one. Its way of training, in `train::matching` and `train::losses`, finds anchors for
+//! the faces that have too few.
+
+use super::anchors::{decode_level, LevelAnchors};
+use super::detector::{Detector, Map, Window};
+use super::face::Face;
+use crate::error::{Error, Result};
+use crate::graph::{Builder, Graph};
+use crate::nets::hambox::{hambox, HamBox, TopDown, LEVELS};
+use crate::nets::resnet::ResNet;
+use serde::{Deserialize, Serialize};
+
+/// Settings of the network and its boxes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HamBoxConfig {
+    /// Backbone.
+    pub backbone: ResNet,
+    /// Channels of pyramid and heads.
+    pub channels: usize,
+    /// Where the top-down path begins.
+    pub top_down: TopDown,
+    /// SSH's context module on every level.
+    pub context: bool,
+    /// Four 3x3 convolutions in front of each prediction.
+    pub deep_head: bool,
+    /// Side of the anchor on strides 4 to 128, pixels.
+    pub scales: [f32; 6],
+}
+
+/// Sides of RetinaNet's anchors here (section 4.1): four times the stride.
+const SCALES: [f32; 6] = [16.0, 32.0, 64.0, 128.0, 256.0, 512.0];
+/// By how much the paper's are smaller (section 3.1, footnote 5).
+const RATIO: f32 = 0.68;
+
+impl HamBoxConfig {
+    /// The baseline of table 4 on a backbone: anchors of four strides, predictions straight from the pyramid.
+    pub fn baseline(backbone: ResNet) -> Self {
+        let (top_down, scales) = (TopDown::Lfpn, SCALES);
+        Self { backbone, channels: 256, top_down, context: false, deep_head: false, scales }
+    }
+
+    /// By name: `hambox`, its switches, then `-r18`, `-r34`, `-r50`, `-r101` or `-r152`. Switches, in this order: `-sms`
+    /// (anchors of 0.68 times the size), `-dh` (deep head), `-ssh` (context module), `-fpn` (top-down path from C7).
+    /// `hambox-r50`, without any, has the first three, `hambox-baseline-r50` none.
+    pub fn named(name: &str) -> Option<Self> {
+        let (name, backbone) = ResNet::split_name(name)?;
+        let mut switches = name.strip_prefix("hambox")?;
+        if switches.is_empty() || switches == "-fpn" {
+            switches = if switches.is_empty() { "-sms-dh-ssh" } else { "-sms-dh-ssh-fpn" };
+        } else if let Some(rest) = switches.strip_prefix("-baseline") {
+            // Of the baseline the top-down path alone is to choose.
+            switches = rest.is_empty().then_some("").or((rest == "-fpn").then_some(rest))?;
+        }
+        let mut take = |switch: &str| match switches.strip_prefix(switch) {
+            Some(rest) => {
+                switches = rest;
+                true
+            }
+            None => false,
+        };
+        let mut config = Self::baseline(backbone);
+        if take("-sms") {
+            config.scales = SCALES.map(|s| s * RATIO);
+        }
+        config.deep_head = take("-dh");
+        config.context = take("-ssh");
+        if take("-fpn") {
+            config.top_down = TopDown::Fpn;
+        }
+        switches.is_empty().then_some(config)
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        let sane = |n: usize, most: usize| n > 0 && n <= most;
+        let context = !self.context || self.channels.is_multiple_of(4);
+        let backbone = sane(self.backbone.width, 256) && self.backbone.blocks.iter().all(|&n| sane(n, 100));
+        if !(sane(self.channels, 1024) && context && backbone) {
+            return Err(Error::InvalidModel(
+                "detector hambox: channels 1..1024 (with a context module a multiple of 4), backbone.width 1..256, backbone.blocks 1..100 each"
+                    .into(),
+            ));
+        }
+        if !self.scales.iter().all(|s| s.is_finite() && *s > 0.0) {
+            return Err(Error::InvalidModel("detector hambox: scales above 0".into()));
+        }
+        Ok(())
+    }
+
+    /// Starts new predictions and heads as RetinaNet does (Lin et al. 2017, section 4.1): weights with a deviation of 0.01,
+    /// logits that say `probability`. `is_new` tells by name which tensors do not come from a start.
+    #[cfg(feature = "train")]
+    pub fn set_prior(
+        &self,
+        weights: &mut crate::graph::Weights,
+        probability: f32,
+        is_new: impl Fn(&str) -> bool,
+    ) {
+        let he = (2.0 / (9 * self.channels) as f32).sqrt();
+        for (name, w) in &mut weights.tensors {
+            let predicts = name == "class.predict.weight" || name == "box.predict.weight";
+            if predicts && is_new(name) {
+                w.data.iter_mut().for_each(|v| *v *= 0.01 / he);
+            }
+            if name == "class.predict.bias" && is_new(name) {
+                w.data.fill((probability / (1.0 - probability)).ln());
+            }
+        }
+    }
+
+    /// Stride and side of the anchors of every level, the outputs' order.
+    pub fn levels(&self) -> impl Iterator<Item = (usize, f32)> + '_ {
+        LEVELS.map(|level| 1 << level).zip(self.scales)
+    }
+}
+
+impl Detector for HamBoxConfig {
+    /// For strides 4 to 128, level l of stride 2^l, `class{l}`, a logit a cell, and `box{l}`.
+    fn graph(&self) -> Graph {
+        let mut b = Builder::new();
+        let image = b.input("image", 3);
+        let &Self { backbone, channels, top_down, context, deep_head, .. } = self;
+        hambox(&mut b, image, &HamBox { backbone, channels, top_down, context, deep_head });
+        b.finish()
+    }
+
+    fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
+        for (maps, (stride, side)) in maps.chunks_exact(2).zip(self.levels()) {
+            let anchors = LevelAnchors { stride, sizes: &[[side, side]], variances: [1.0; 2] };
+            decode_level([&maps[0], &maps[1]], &anchors, window, threshold, sink);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shape::Shape;
+
+    #[test]
+    fn names_are_the_rows_of_table_4() {
+        let named = |name: &str| HamBoxConfig::named(name);
+        let base = HamBoxConfig::baseline(ResNet::R50);
+        let sms = HamBoxConfig { scales: SCALES.map(|s| s * 0.68), ..base.clone() };
+        let deep = HamBoxConfig { deep_head: true, ..sms.clone() };
+        let whole = HamBoxConfig { context: true, ..deep.clone() };
+        assert_eq!(named("hambox-baseline-r50"), Some(base.clone()));
+        assert_eq!(named("hambox-sms-r50"), Some(sms));
+        assert_eq!(named("hambox-sms-dh-r50"), Some(deep));
+        assert_eq!(named("hambox-sms-dh-ssh-r50"), Some(whole.clone()));
+        assert_eq!(named("hambox-r50"), Some(whole.clone()));
+        assert_eq!(named("hambox-fpn-r50"), Some(HamBoxConfig { top_down: TopDown::Fpn, ..whole }));
+        let fpn = HamBoxConfig { top_down: TopDown::Fpn, ..base };
+        assert_eq!(named("hambox-baseline-fpn-r50"), Some(fpn));
+        for wrong in [
+            "hambox",
+            "hambox-r51",
+            "hambox-dh-sms-r50",
+            "hambox-baseline-dh-r50",
+            "hamboxr50",
+            "hambox--r50",
+        ] {
+            assert_eq!(named(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn every_level_has_its_stride_whatever_the_size() {
+        for name in ["hambox-r18", "hambox-fpn-r18", "hambox-baseline-r18"] {
+            let config = HamBoxConfig::named(name).unwrap();
+            let backbone = ResNet { width: 4, ..config.backbone };
+            let config = HamBoxConfig { backbone, channels: 8, ..config };
+            let graph = config.graph();
+            let shapes = graph.shapes(&[Shape::new(1, 3, 101, 131)]).unwrap();
+            assert_eq!(graph.outputs.len(), 12);
+            for (pair, (stride, _)) in graph.outputs.chunks_exact(2).zip(config.levels()) {
+                let size = |n: usize| n.div_ceil(stride);
+                let [class, offsets] = [0, 1].map(|i| shapes[pair[i].1 .0]);
+                assert_eq!(class, Shape::new(1, 1, size(101), size(131)), "{name}, stride {stride}");
+                assert_eq!(offsets, Shape { c: 4, ..class }, "{name}, stride {stride}");
+            }
+        }
+    }
+
+    #[test]
+    fn settings_that_no_network_can_have_are_refused() {
+        let broken: [fn(&mut HamBoxConfig); 5] = [
+            |c| c.channels = 0,
+            |c| c.channels = 66,
+            |c| c.backbone.width = 1000,
+            |c| c.backbone.blocks[2] = 0,
+            |c| c.scales[5] = f32::NAN,
+        ];
+        let config = HamBoxConfig::named("hambox-r50").unwrap();
+        assert!(config.check().is_ok());
+        for (i, breaks) in broken.into_iter().enumerate() {
+            let mut config = config.clone();
+            breaks(&mut config);
+            let error = config.check().expect_err(&format!("case {i} must be refused")).to_string();
+            assert!(error.contains("detector hambox"), "{error}");
+        }
+    }
+}
