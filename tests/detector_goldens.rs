@@ -4,17 +4,23 @@
 #[path = "common/goldens.rs"]
 mod goldens;
 
+use farface::cpu::View;
 use farface::detect::config::DetectorConfig;
+use farface::detect::detector::{Map, Window};
 use farface::detect::group_sampling::GroupSamplingConfig;
 use farface::detect::hambox::HamBoxConfig;
+use farface::detect::refineface::RefineFaceConfig;
 use farface::detect::{Model, ModelConfig};
-use farface::graph::Weights;
+use farface::graph::{run_reference, Weights};
 use farface::nets::resnet::ResNet;
 use farface::shape::{Shape, Tensor};
 use goldens::{drawn, goldens, hold_outputs, SEED};
 
 const WIDTH: usize = 8;
 const CHANNELS: usize = 16;
+/// Scores that faces pass, and anchors in a first step.
+const THRESHOLD: f32 = 0.6;
+const FIRST: f32 = 0.5;
 
 /// The detector of a name, made narrow.
 fn narrow(name: &str) -> ModelConfig {
@@ -28,6 +34,12 @@ fn narrow(name: &str) -> ModelConfig {
         DetectorConfig::Hambox(d) => DetectorConfig::Hambox(HamBoxConfig {
             backbone: ResNet { width: WIDTH, ..d.backbone },
             channels: CHANNELS,
+            ..d
+        }),
+        DetectorConfig::Refineface(d) => DetectorConfig::Refineface(RefineFaceConfig {
+            backbone: ResNet { width: WIDTH, ..d.backbone },
+            channels: CHANNELS,
+            first_step_score: FIRST,
             ..d
         }),
         other => other,
@@ -49,6 +61,11 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         ("hambox-baseline-r18", [101, 131]),
         ("hambox-fpn-r18", [101, 131]),
         ("hambox-r50", [128, 160]),
+        ("refineface-baseline-r18", [54, 70]),
+        ("refineface-str-r18", [54, 70]),
+        ("refineface-stc-r18", [54, 70]),
+        ("refineface-r18", [101, 131]),
+        ("refineface-r50", [128, 160]),
     ] {
         let config = narrow(name);
         let graph = config.detector.detector().graph();
@@ -56,6 +73,7 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         let shape = Shape::new(1, 3, h, w);
         let picture = Tensor::from_nchw(shape, &drawn(&format!("{name}.image"), shape.len()));
         hold_outputs(&all, &format!("{name}/"), &graph, &weights, &picture);
+        hold_faces(&all, name, &config, &run_reference(&graph, &weights, &[picture]).unwrap());
         // The configuration survives the file.
         let mut file = weights;
         file.metadata.insert("farface".into(), config.to_json().unwrap());
@@ -64,9 +82,40 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
     }
 }
 
+/// Holds the boxes that the outputs mean to PyTorch's.
+fn hold_faces(all: &Weights, name: &str, config: &ModelConfig, outputs: &[Tensor]) {
+    let map =
+        |t: &'static str| all.tensors.get(&format!("{name}/{t}")).unwrap_or_else(|| panic!("{name}/{t}"));
+    let maps: Vec<Map<'_>> =
+        outputs.iter().map(|o| Map::new(&o.data, View::new(o.shape, 0, [0; 4]))).collect();
+    let mut faces = Vec::new();
+    config.detector.detector().decode(&maps, &Window::whole(), THRESHOLD, &mut |face| {
+        faces.push([face.bbox.x1, face.bbox.y1, face.bbox.x2, face.bbox.y2, face.score]);
+    });
+    assert_eq!(faces.len() as f32, map("count").data[0], "{name}: faces");
+    for (i, (got, expected)) in faces.iter().zip(map("faces").data.chunks_exact(5)).enumerate() {
+        let size = expected[..4].iter().fold(1.0f32, |m, v| m.max(v.abs()));
+        for (g, e) in got.iter().zip(expected) {
+            assert!((g - e).abs() < 1e-4 * size, "{name}, face {i}: {got:?}, PyTorch {expected:?}");
+        }
+    }
+}
+
 #[test]
 fn names_of_no_detector_are_none() {
-    for name in ["fpn", "fpn-r", "fpn-r19", "fpn-dc-r18", "fpn-finest-stride-dc-r50", "-r50", "fpn-p5-r50"] {
+    for name in [
+        "fpn",
+        "fpn-r",
+        "fpn-r19",
+        "fpn-dc-r18",
+        "fpn-finest-stride-dc-r50",
+        "-r50",
+        "fpn-p5-r50",
+        "refineface",
+        "refineface--r18",
+        "refineface-stc-str-r18",
+        "refineface-r20",
+    ] {
         assert!(ModelConfig::named(name).is_none(), "{name}");
     }
 }

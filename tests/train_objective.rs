@@ -7,7 +7,7 @@ use farface::shape::{Shape, Tensor};
 use farface::train::data::Annotated;
 use farface::train::losses::{BoxLoss, ClassLoss, LossRecipe, NoOverlap};
 use farface::train::matching::{AnchorMining, MatchingRecipe};
-use farface::train::objective::{Layout, Level, Losses, Objective};
+use farface::train::objective::{Layout, Level, Losses, Objective, PyramidAnchors};
 use farface::train::sampler::{Miner, SamplerRecipe};
 
 /// Two levels on pictures of 64 x 64 pixels.
@@ -78,6 +78,10 @@ fn cases() -> Vec<(&'static str, Objective)> {
     let focal = ClassLoss::Focal { alpha: 0.25, gamma: 2.0 };
     let aware = ClassLoss::RegressionAwareFocal { alpha: 0.25, gamma: 2.0 };
     let quality = ClassLoss::QualityFocal { beta: 2.0 };
+    let apart = |mut o: Objective| {
+        o.levels.iter_mut().for_each(|l| l.layout = Layout::Apart { logits: 1 });
+        o
+    };
     vec![
         ("sigmoid", objective(ClassLoss::Sigmoid {}, smooth, None, all(false))),
         ("sigmoid in groups", objective(ClassLoss::Sigmoid {}, square, None, all(true))),
@@ -86,6 +90,10 @@ fn cases() -> Vec<(&'static str, Objective)> {
         ("focal", objective(focal, ln, None, all(false))),
         ("focal with mined anchors", objective(focal, ln, mining, all(false))),
         ("regression-aware focal", objective(aware, ln, mining, SamplerRecipe::default())),
+        (
+            "regression-aware focal, outputs apart",
+            apart(objective(aware, ln, mining, SamplerRecipe::default())),
+        ),
         ("quality focal", objective(quality, ln, None, SamplerRecipe::default())),
         ("quality focal with mined anchors", objective(quality, ln, mining, SamplerRecipe::default())),
     ]
@@ -216,6 +224,39 @@ fn pictures_without_faces_and_outputs_that_are_not_finite_are_borne() {
         for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e38, -1e38] {
             outputs.iter_mut().for_each(|t| t.data.fill(value));
             o.judge(&outputs, &faces, generator, 2).unwrap();
+        }
+    }
+}
+
+/// A pyramid anchor looks for what is around a face as the detector looks for a face of that size, and counts for less.
+#[test]
+fn pyramid_anchors_find_what_is_twice_as_large_and_weigh_half() {
+    for (name, o) in cases() {
+        let (outputs, faces) = batch(&o, 2, &mut Rng::new(5));
+        for (k, times, weight) in [(1, 2.0, 0.5), (2, 4.0, 0.25)] {
+            let around: Vec<Vec<Annotated>> = faces
+                .iter()
+                .map(|faces| {
+                    let larger = |f: &Annotated| {
+                        let b = f.bbox;
+                        let [w, h] = [times * b.width(), times * b.height()];
+                        let [x, y] = [(b.x1 + b.x2 - w) / 2.0, (b.y1 + b.y2 - h) / 2.0];
+                        Annotated { bbox: BBox::from_xywh(x, y, w, h), ..*f }
+                    };
+                    faces.iter().map(larger).collect()
+                })
+                .collect();
+            let (expected, gradients) = o.judge(&outputs, &around, generator, 1).unwrap();
+            let anchors = PyramidAnchors::new(o.clone(), k, 0.5);
+            let (losses, got) = anchors.judge(&outputs, &faces, generator, 2).unwrap();
+            assert!(expected.class > 0.0 && expected.matched > 0, "{name}: {expected:?}");
+            assert!((losses.class - weight * expected.class).abs() < 1e-4 * expected.class, "{name}");
+            assert!((losses.boxes - weight * expected.boxes).abs() <= 1e-4 * expected.boxes, "{name}");
+            for (got, expected) in got.iter().zip(&gradients) {
+                for (g, e) in got.data.iter().zip(&expected.data) {
+                    assert!((g - weight as f32 * e).abs() < 1e-4, "{name}: {g}, {e}");
+                }
+            }
         }
     }
 }

@@ -36,6 +36,12 @@ impl Anchor {
         BBox::new(cx - w / 2.0, cy - h / 2.0, cx + w / 2.0, cy + h / 2.0)
     }
 
+    /// The anchor on the box that offsets `t` mean, as [`decode`](Self::decode): where a first step moves it for a second.
+    pub fn moved(&self, t: &[f32], variances: [f32; 2]) -> Self {
+        let b = self.decode(t, variances);
+        Self { center: [(b.x1 + b.x2) / 2.0, (b.y1 + b.y2) / 2.0], size: [b.width(), b.height()] }
+    }
+
     /// The point that offsets `t` = tx, ty mean: centre + t * variance * size.
     pub fn point(&self, t: &[f32], variance: f32) -> [f32; 2] {
         [self.center[0] + t[0] * variance * self.size[0], self.center[1] + t[1] * variance * self.size[1]]

@@ -7,6 +7,7 @@ use super::detector::Detector;
 use super::group_sampling::GroupSamplingConfig;
 use super::hambox::HamBoxConfig;
 use super::pyramid::PyramidConfig;
+use super::refineface::RefineFaceConfig;
 use super::retinaface::RetinaFaceConfig;
 use crate::error::{Error, Result};
 use crate::graph::Weights;
@@ -86,6 +87,8 @@ pub enum DetectorConfig {
     GroupSampling(GroupSamplingConfig),
     /// HAMBox (Liu et al. 2020): RetinaNet's heads, one anchor a cell.
     Hambox(HamBoxConfig),
+    /// RefineFace (Zhang et al. 2019): RetinaNet in two steps.
+    Refineface(RefineFaceConfig),
 }
 
 impl DetectorConfig {
@@ -96,6 +99,7 @@ impl DetectorConfig {
             DetectorConfig::Pyramid(p) => p.check(),
             DetectorConfig::GroupSampling(g) => g.check(),
             DetectorConfig::Hambox(h) => h.check(),
+            DetectorConfig::Refineface(r) => r.check(),
         }
     }
 
@@ -106,6 +110,7 @@ impl DetectorConfig {
             DetectorConfig::Pyramid(p) => Box::new(p.clone()),
             DetectorConfig::GroupSampling(g) => Box::new(g.clone()),
             DetectorConfig::Hambox(h) => Box::new(h.clone()),
+            DetectorConfig::Refineface(r) => Box::new(r.clone()),
         }
     }
 }
@@ -217,11 +222,27 @@ impl ModelConfig {
         }
     }
 
+    /// RefineFace, with the thresholds of section 3.6.
+    fn refineface(name: &str, detector: RefineFaceConfig) -> Self {
+        let scale = |first: bool| detector.scales[if first { 0 } else { detector.scales.len() - 1 }];
+        Self {
+            name: name.into(),
+            // As with Group Sampling; strides 4 to 128.
+            detectable_px: [4.0 * scale(true) * 0.7, 128.0 * scale(false) * 1.5],
+            detector: DetectorConfig::Refineface(detector),
+            input: InputConfig::imagenet(),
+            nms_plus_one: false,
+            eval_score_threshold: 0.05,
+            ..Self::retinaface_mobile025()
+        }
+    }
+
     /// What [`ModelConfig::named`] knows, to be read by people.
     pub const NAMES: &'static str = "farface-nano, farface-small, retinaface-mobile025, or one of Group Sampling's: rpn, fpn, \
          fpn-finest, fpn-finest-stride, fpn-p3 or fpn-p4, then -dc for the dilated head or nothing, then -r18, -r34, -r50, -r101 or \
          -r152 (fpn-finest-dc-r50); or hambox, then nothing, -baseline or some of -sms -dh -ssh in this order, then -fpn or nothing, \
-         then the backbone as before (hambox-r50)";
+         then the backbone as before (hambox-r50); or refineface, then nothing, -baseline or some of -str -stc -rfe in this order, then \
+         the backbone (refineface-r50)";
 
     /// A configuration by its name, for weights that come without one.
     pub fn named(name: &str) -> Option<Self> {
@@ -229,6 +250,7 @@ impl ModelConfig {
         let own = known.into_iter().find(|config| config.name == name);
         own.or_else(|| Some(Self::group_sampling(name, GroupSamplingConfig::named(name)?)))
             .or_else(|| Some(Self::hambox(name, HamBoxConfig::named(name)?)))
+            .or_else(|| Some(Self::refineface(name, RefineFaceConfig::named(name)?)))
     }
 
     /// Reads the configuration of a model file.

@@ -98,11 +98,13 @@ impl HamBoxConfig {
     ) {
         let he = (2.0 / (9 * self.channels) as f32).sqrt();
         for (name, w) in &mut weights.tensors {
-            let predicts = name == "class.predict.weight" || name == "box.predict.weight";
-            if predicts && is_new(name) {
-                w.data.iter_mut().for_each(|v| *v *= 0.01 / he);
+            let (class, boxes) = (name.starts_with("class.predict"), name.starts_with("box.predict"));
+            if !((class || boxes) && is_new(name)) {
+                continue;
             }
-            if name == "class.predict.bias" && is_new(name) {
+            if name.ends_with(".weight") {
+                w.data.iter_mut().for_each(|v| *v *= 0.01 / he);
+            } else if class {
                 w.data.fill((probability / (1.0 - probability)).ln());
             }
         }
@@ -112,16 +114,27 @@ impl HamBoxConfig {
     pub fn levels(&self) -> impl Iterator<Item = (usize, f32)> + '_ {
         LEVELS.map(|level| 1 << level).zip(self.scales)
     }
+
+    /// The network as it is trained with so many pyramid anchors: further outputs, behind those of
+    /// [`graph`](Detector::graph).
+    #[cfg(feature = "train")]
+    pub fn training_graph(&self, pyramid_anchors: usize) -> Graph {
+        self.network(pyramid_anchors)
+    }
+
+    fn network(&self, pyramid_anchors: usize) -> Graph {
+        let mut b = Builder::new();
+        let image = b.input("image", 3);
+        let &Self { backbone, channels, top_down, context, deep_head, .. } = self;
+        hambox(&mut b, image, &HamBox { backbone, channels, top_down, context, deep_head }, pyramid_anchors);
+        b.finish()
+    }
 }
 
 impl Detector for HamBoxConfig {
     /// For strides 4 to 128, level l of stride 2^l, `class{l}`, a logit a cell, and `box{l}`.
     fn graph(&self) -> Graph {
-        let mut b = Builder::new();
-        let image = b.input("image", 3);
-        let &Self { backbone, channels, top_down, context, deep_head, .. } = self;
-        hambox(&mut b, image, &HamBox { backbone, channels, top_down, context, deep_head });
-        b.finish()
+        self.network(0)
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
@@ -135,6 +148,8 @@ impl Detector for HamBoxConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::Isa;
+    use crate::graph::{Compiled, Plan, Weights};
     use crate::shape::Shape;
 
     #[test]
@@ -180,6 +195,47 @@ mod tests {
                 assert_eq!(offsets, Shape { c: 4, ..class }, "{name}, stride {stride}");
             }
         }
+    }
+
+    #[test]
+    fn heads_that_levels_share_are_packed_once() {
+        let config = HamBoxConfig::named("hambox-r18").unwrap();
+        let config =
+            HamBoxConfig { backbone: ResNet { width: 4, ..config.backbone }, channels: 64, ..config };
+        let graph = config.graph();
+        let network = Compiled::new(&graph, &Weights::random(&graph, 1), Isa::Generic).unwrap();
+        let steps = Plan::describe(&network, &[Shape::new(1, 3, 64, 64)]).unwrap();
+        let of =
+            |name: &str| steps.iter().filter(|s| s.name == name).map(|s| s.weight_bytes).collect::<Vec<_>>();
+        let conv = of("box.conv2");
+        assert_eq!(conv.len(), 6, "a step a level");
+        assert!(conv[0] >= 64 * 64 * 9 * 4 && conv[1..].iter().all(|&b| b == 0), "{conv:?}");
+        let sum: usize = steps.iter().map(|s| s.weight_bytes).sum();
+        assert_eq!(network.weight_bytes(), sum);
+        // What has weights of its own keeps them.
+        assert!((2..8).all(|level| of(&format!("fpn.output{level}"))[0] > 0));
+    }
+
+    #[cfg(feature = "train")]
+    #[test]
+    fn pyramid_anchors_add_outputs_and_their_convolutions_alone() {
+        let config = HamBoxConfig::named("hambox-r18").unwrap();
+        let config = HamBoxConfig { backbone: ResNet { width: 4, ..config.backbone }, channels: 8, ..config };
+        let (plain, around) = (config.graph(), config.training_graph(2));
+        assert_eq!(
+            around.outputs[..12].iter().map(|(n, _)| n).collect::<Vec<_>>(),
+            plain.outputs.iter().map(|(n, _)| n).collect::<Vec<_>>()
+        );
+        let names: Vec<&str> = around.outputs[12..].iter().map(|(n, _)| n.as_str()).collect();
+        let expected: Vec<String> = [(1, 3..8), (2, 4..8)]
+            .into_iter()
+            .flat_map(|(k, levels)| {
+                levels.flat_map(move |l| [format!("class{l}.{k}"), format!("box{l}.{k}")])
+            })
+            .collect();
+        assert_eq!(names, expected);
+        // 3x3 with bias to 1 + 4 values, twice.
+        assert_eq!(around.param_count() - plain.param_count(), 2 * 5 * (9 * 8 + 1));
     }
 
     #[test]

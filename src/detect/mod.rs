@@ -27,6 +27,7 @@ pub mod nms;
 pub mod options;
 mod passes;
 pub mod pyramid;
+pub mod refineface;
 pub mod retinaface;
 pub mod session;
 

@@ -31,28 +31,29 @@ pub fn fpn_merge(
     [p3, p4, p5]
 }
 
-/// The sums of the paper's pyramid on C2 to C5, of `in_channels` (section 3): 1x1 convolutions `lateral{l}` with bias to
-/// `channels`, each summed with the coarser level enlarged to its size, from C5 down to level `finest`. Without
-/// normalisation or activation. The paper enlarges to the nearest neighbour. Returns the levels from `finest` to 5.
+/// The sums of the paper's pyramid (section 3) on `features`, the levels from 2 on, of `in_channels`: 1x1 convolutions
+/// `lateral{l}` with bias to `channels`; from level `top` down to `finest` each summed with the coarser one enlarged to its
+/// size. Without normalisation or activation. The paper enlarges to the nearest neighbour, from the last level. Returns the
+/// levels from `finest` on.
 pub fn fpn_sums(
     b: &mut Builder,
-    features: [NodeId; 4],
-    in_channels: [usize; 4],
+    features: &[NodeId],
+    in_channels: &[usize],
     channels: usize,
     enlarge: Interpolation,
-    finest: usize,
+    [finest, top]: [usize; 2],
 ) -> Vec<NodeId> {
-    let mut merged: Vec<NodeId> = (finest..=5)
-        .map(|level| {
-            let conv = Conv2d::new(in_channels[level - 2], channels, 1).bias();
-            b.conv(&format!("lateral{level}"), features[level - 2], conv)
+    let levels = (2..).zip(features.iter().zip(in_channels)).skip(finest - 2);
+    let mut sums: Vec<NodeId> = levels
+        .map(|(level, (&x, &from))| {
+            b.conv(&format!("lateral{level}"), x, Conv2d::new(from, channels, 1).bias())
         })
         .collect();
-    for i in (0..merged.len() - 1).rev() {
-        let up = b.upsample_to(merged[i + 1], enlarge, merged[i]);
-        merged[i] = b.add(merged[i], up);
+    for i in (0..top - finest).rev() {
+        let up = b.upsample_to(sums[i + 1], enlarge, sums[i]);
+        sums[i] = b.add(sums[i], up);
     }
-    merged
+    sums
 }
 
 /// The pyramid of the paper: [`fpn_sums`] down to P2, then 3x3 convolutions `output{2,3,4,5}` with bias against the aliasing
@@ -64,7 +65,7 @@ pub fn fpn(
     channels: usize,
     enlarge: Interpolation,
 ) -> [NodeId; 4] {
-    let sums = fpn_sums(b, features, in_channels, channels, enlarge, 2);
+    let sums = fpn_sums(b, &features, &in_channels, channels, enlarge, [2, 5]);
     [0, 1, 2, 3]
         .map(|i| b.conv(&format!("output{}", i + 2), sums[i], Conv2d::new(channels, channels, 3).bias()))
 }

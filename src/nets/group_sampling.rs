@@ -57,7 +57,7 @@ pub fn group_sampling(b: &mut Builder, image: NodeId, net: &GroupSampling) {
     let features = resnet(b, image, &net.backbone);
     let from = net.backbone.channels();
     let mut sums = |finest: usize| {
-        b.scope("fpn", |b| fpn_sums(b, features, from, net.channels, Interpolation::Bilinear, finest))
+        b.scope("fpn", |b| fpn_sums(b, &features, &from, net.channels, Interpolation::Bilinear, [finest, 5]))
     };
     let (maps, channels) = match net.tiling {
         Tiling::Rpn => (vec![features[2]], from[2]),

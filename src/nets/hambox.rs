@@ -9,7 +9,11 @@
 //!          P2    P3    P4    P5    P6    P7        then, where wanted, a context module each
 //!          class and box ...                       where deep, four 3x3 each; 3x3 to the outputs
 //! ```
+//!
+//! While it is trained it may have pyramid anchors, too (PyramidBox, Tang et al. 2018, section 3.3; "PA" of table 4): from
+//! level 2 + k on, predictions of their own for what is 2^k times as large as a face and around it, head and body.
 
+use super::fpn::fpn_sums;
 use super::resnet::{resnet, ResNet};
 use super::ssh::ssh;
 use crate::graph::{Builder, NodeId};
@@ -59,20 +63,32 @@ pub struct HamBox {
 const DEPTH: usize = 4;
 
 /// The network on `image` (3 channels). Outputs, for each of [`LEVELS`]: `class{l}`, a logit a cell, and `box{l}`, four
-/// offsets. The backbone's parameters have torchvision's names; the others begin with `fpn.`, `context{l}.`, `class.` and
-/// `box.`.
-pub fn hambox(b: &mut Builder, image: NodeId, net: &HamBox) {
+/// offsets; then, for each of the `pyramid_anchors` k from 1 on and each level from 2 + k on, `class{l}.{k}` and
+/// `box{l}.{k}`. The backbone's parameters have torchvision's names; the others begin with `fpn.`, `context{l}.`, `class.`
+/// and `box.`, the pyramid anchors' with `class.predict{k}.` and `box.predict{k}.`.
+pub fn hambox(b: &mut Builder, image: NodeId, net: &HamBox, pyramid_anchors: usize) {
     let levels = pyramid(b, image, net);
     let c = net.channels;
+    let mut around = vec![Vec::new(); pyramid_anchors];
     for (level, mut p) in LEVELS.zip(levels) {
         if net.context {
             p = ssh(b, &format!("context{level}"), p, c, c);
         }
         for (output, values) in [("class", 1), ("box", 4)] {
-            let out = b.scope(output, |b| head(b, p, c, values, net.deep_head));
-            b.output(&format!("{output}{level}"), out);
+            let predict = |b: &mut Builder, name: &str, x| b.conv(name, x, Conv2d::new(c, values, 3).bias());
+            b.scope(output, |b| {
+                let x = if net.deep_head { deep_head(b, p, c) } else { p };
+                let out = predict(b, "predict", x);
+                b.output(&format!("{output}{level}"), out);
+                for (k, around) in (1..).zip(&mut around) {
+                    if level >= LEVELS.start() + k {
+                        around.push((format!("{output}{level}.{k}"), predict(b, &format!("predict{k}"), x)));
+                    }
+                }
+            });
         }
     }
+    around.into_iter().flatten().for_each(|(name, out)| b.output(&name, out));
 }
 
 /// P2 to P7.
@@ -87,26 +103,18 @@ fn pyramid(b: &mut Builder, image: NodeId, net: &HamBox) -> Vec<NodeId> {
             features.push(b.relu(down));
             from.push(c);
         }
-        let lateral = |(i, level): (usize, usize)| {
-            b.conv(&format!("lateral{level}"), features[i], Conv2d::new(from[i], c, 1).bias())
-        };
-        let mut sums: Vec<NodeId> = LEVELS.enumerate().map(lateral).collect();
-        let first = *LEVELS.start();
-        for level in (first..net.top_down.from()).rev() {
-            let (fine, coarse) = (sums[level - first], sums[level + 1 - first]);
-            let up = b.upsample_to(coarse, Interpolation::Bilinear, fine);
-            sums[level - first] = b.add(fine, up);
-        }
+        let (finest, top) = (*LEVELS.start(), net.top_down.from());
+        let sums = fpn_sums(b, &features, &from, c, Interpolation::Bilinear, [finest, top]);
         let output = |(level, p)| b.conv(&format!("output{level}"), p, Conv2d::new(c, c, 3).bias());
         LEVELS.zip(sums).map(output).collect()
     })
 }
 
-/// Convolutions that all levels share, to `values` channels.
-fn head(b: &mut Builder, mut x: NodeId, channels: usize, values: usize, deep: bool) -> NodeId {
-    for i in 0..if deep { DEPTH } else { 0 } {
+/// The convolutions in front of a prediction, which all levels share.
+fn deep_head(b: &mut Builder, mut x: NodeId, channels: usize) -> NodeId {
+    for i in 0..DEPTH {
         let y = b.conv(&format!("conv{i}"), x, Conv2d::new(channels, channels, 3).bias());
         x = b.relu(y);
     }
-    b.conv("predict", x, Conv2d::new(channels, values, 3).bias())
+    x
 }

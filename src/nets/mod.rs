@@ -5,6 +5,7 @@ pub mod group_sampling;
 pub mod hambox;
 pub mod mobilenet;
 pub mod nano;
+pub mod refineface;
 pub mod resnet;
 pub mod ssh;
 

@@ -35,6 +35,9 @@ pub struct Recipe {
     pub sampler: Option<SamplerRecipe>,
     /// Losses.
     pub loss: LossRecipe,
+    /// Pyramid anchors, for HAMBox; none without this table.
+    #[serde(default)]
+    pub pyramid_anchors: Option<PyramidAnchorsRecipe>,
     /// Update rule.
     #[serde(default)]
     pub optimizer: OptimizerRecipe,
@@ -90,6 +93,22 @@ pub struct ModelRecipe {
     /// What it was trained on, for its metadata.
     #[serde(default)]
     pub data: String,
+}
+
+/// Outputs for what surrounds a face, which training alone has: see [`super::objective::PyramidAnchors`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct PyramidAnchorsRecipe {
+    /// How many: 1 for the head, twice a face's size, 2 for the body, too, four times its size; default 2, at most 3.
+    pub count: usize,
+    /// Weight of the first one's losses, the square of it of the second's; default 0.5.
+    pub weight: f32,
+}
+
+impl Default for PyramidAnchorsRecipe {
+    fn default() -> Self {
+        Self { count: 2, weight: 0.5 }
+    }
 }
 
 /// Pictures to train on and to choose by.
@@ -229,6 +248,12 @@ impl Recipe {
             mining.check()?;
         }
         self.loss.check()?;
+        if self
+            .pyramid_anchors
+            .is_some_and(|p| !((1..=3).contains(&p.count) && p.weight > 0.0 && p.weight <= 1.0))
+        {
+            return bad("pyramid-anchors: count must be from 1 to 3, weight above 0 and up to 1");
+        }
         if let Some(sampler) = &self.sampler {
             if self.loss.classification.takes_all() {
                 return bad("sampler: this loss takes all anchors; leave the table out");

@@ -3,8 +3,8 @@
     python tests/golden/detectors.py        (needs torch, torchvision, numpy, safetensors)
 
 The networks are written out here on the ResNet of resnet.py (which is held to torchvision's). Weights and pictures are
-drawn as there, bit for bit as the tests draw them. Tensors are named `case/output`; tests/detector_goldens.rs holds the
-same cases by name.
+drawn as there, bit for bit as the tests draw them. Tensors are named `case/output`; `case/faces` are the first boxes that
+the outputs mean, `case/count` how many there are. tests/detector_goldens.rs holds the same cases by name.
 """
 
 from pathlib import Path
@@ -62,6 +62,14 @@ class GroupSampling(ResNet):
             y = head["conv"](m).relu()
             outputs[f"class{i}"], outputs[f"box{i}"] = head["class"](y), head["box"](y)
         return outputs
+
+    def faces(self, outputs):
+        scales = [16.0, 32.0, 64.0, 128.0]
+        alone = len(outputs) == 8
+        for i in range(len(outputs) // 2):
+            several = self.tiling in ("fpn", "fpn-finest-stride")
+            level = {"rpn": 4, "fpn-p3": 3, "fpn-p4": 4}.get(self.tiling, 2) + (i if several else 0)
+            yield i, level, [(s, s) for s in (scales[i : i + 1] if alone else scales)], None
 
 
 def conv_bn(i, o):
@@ -121,7 +129,123 @@ class HamBox(ResNet):
                 outputs[f"{name}{level}"] = head["predict"](y)
         return outputs
 
+    def faces(self, outputs):
+        for level in range(2, 8):
+            side = 4 * 2**level * (0.68 if self.deep else 1)
+            yield level, level, [(side, side)], None
 
+
+class Enhancement(nn.Module):
+    """RefineFace's RFE, Fig. 7: convolutions by name, from `C` channels."""
+
+    def __init__(self, c):
+        super().__init__()
+        for kh, kw in ((1, 5), (5, 1), (1, 3), (3, 1)):
+            setattr(self, f"{kh}x{kw}", nn.ModuleDict({
+                "reduce": nn.Conv2d(c, c // 4, 1), "window": nn.Conv2d(c // 4, c // 4, (kh, kw), 1, (kh // 2, kw // 2)),
+                "expand": nn.Conv2d(c // 4, c // 4, 1)}))
+        self.merge = nn.Conv2d(c, c, 1)
+
+    def forward(self, x):
+        branches = []
+        for kernel in ("1x5", "5x1", "1x3", "3x1"):
+            y = x
+            for conv in getattr(self, kernel).values():
+                y = conv(y).relu()
+            branches.append(y)
+        return x + self.merge(torch.cat(branches, 1)).relu()
+
+
+class RefineFace(ResNet):
+    """Zhang et al. 2019, Fig. 3: `first.*`, `fpn.*` and the subnets `class.*` and `box.*` behind the backbone's own names."""
+
+    def __init__(self, blocks, bottleneck, regression, classification, rfe):
+        super().__init__(blocks, bottleneck, WIDTH)
+        c, wide = CHANNELS, (16 if bottleneck else 8) * WIDTH
+        inputs = [(4 if bottleneck else 1) * WIDTH << i for i in range(4)] + [wide, c]
+        self.regression, self.classification = regression, classification
+        first = {f"lateral{level}": nn.Conv2d(inputs[level - 2], c, 1) for level in self.asked()}
+        if regression:
+            first |= {"down6": nn.Conv2d(inputs[3], wide, 3, 2, 1), "down7": nn.Conv2d(wide, c, 3, 2, 1)}
+        if first:
+            self.first = nn.ModuleDict(first)
+        self.fpn = nn.ModuleDict({"down6": nn.Conv2d(c, c, 3, 2, 1), "down7": nn.Conv2d(c, c, 3, 2, 1)})
+        for level in range(2, 6):
+            self.fpn[f"lateral{level}"] = nn.Conv2d(inputs[level - 2], c, 1)
+            self.fpn[f"output{level}"] = nn.Conv2d(c, c, 3, 1, 1)
+        for name, values in (("class", 2), ("box", 8)):
+            convs = {"conv0": nn.Conv2d(c, c, 3, 1, 1)}
+            if rfe:
+                convs["rfe"] = Enhancement(c)
+            else:
+                convs |= {"conv1": nn.Conv2d(c, c, 3, 1, 1), "conv2": nn.Conv2d(c, c, 3, 1, 1)}
+            convs |= {"conv3": nn.Conv2d(c, c, 3, 1, 1), "predict": nn.Conv2d(c, values, 1)}
+            setattr(self, name, nn.ModuleDict(convs))
+
+    def asked(self):
+        return [level for level in range(2, 8) if (self.classification if level < 5 else self.regression)]
+
+    def subnet(self, name, x):
+        for part, conv in getattr(self, name).items():
+            x = conv(x) if part in ("rfe", "predict") else conv(x).relu()
+        return x
+
+    def forward(self, x):
+        c, outputs = list(super().forward(x)), {}
+        if self.regression:
+            c.append(self.first["down6"](c[3]).relu())
+            c.append(self.first["down7"](c[4]).relu())
+        for level in self.asked():
+            name = "class" if level < 5 else "box"
+            outputs[f"{name}{level}.1"] = self.subnet(name, self.first[f"lateral{level}"](c[level - 2]))
+        sums = [self.fpn[f"lateral{level}"](c[level - 2]) for level in range(2, 6)]
+        for i in reversed(range(3)):
+            sums[i] = sums[i] + F.interpolate(sums[i + 1], sums[i].shape[2:], mode="bilinear")
+        p = [self.fpn[f"output{level}"](s) for level, s in zip(range(2, 6), sums)]
+        p.append(self.fpn["down6"](sums[3]))
+        p.append(self.fpn["down7"](p[4]))
+        for level, m in zip(range(2, 8), p):
+            for name in ("class", "box"):
+                outputs[f"{name}{level}"] = self.subnet(name, m)
+        return outputs
+
+    def faces(self, outputs):
+        for level in range(2, 8):
+            before = outputs.get(f"{'class' if level < 5 else 'box'}{level}.1")
+            sides = [2 * 2**level, 8**0.5 * 2**level]
+            yield level, level, [(s / 1.25**0.5, s * 1.25**0.5) for s in sides], before
+
+
+def code(anchor, t):
+    """Boxes of offsets `t` [..., 4] on anchors cx, cy, w, h."""
+    center, size = anchor[..., :2] + t[..., :2] * anchor[..., 2:], anchor[..., 2:] * t[..., 2:].exp()
+    return torch.cat([center, size], -1)
+
+
+def decoded(net, outputs, threshold, first):
+    """Faces x1 y1 x2 y2 score above the threshold, in the order level or branch, row, column, anchor."""
+    rows = []
+    for i, level, sizes, before in net.faces(outputs):
+        cells = lambda y, values: y[0].permute(1, 2, 0).unflatten(-1, (len(sizes), values))  # H W A values
+        logits = outputs[f"class{i}"]
+        logits = cells(logits, logits.shape[1] // len(sizes))
+        logit = logits[..., 1] - logits[..., 0] if logits.shape[-1] == 2 else logits[..., 0]
+        h, w = logit.shape[:2]
+        y, x = torch.meshgrid((torch.arange(h) + 0.5) * 2**level, (torch.arange(w) + 0.5) * 2**level, indexing="ij")
+        anchor = torch.stack([x, y], -1)[:, :, None].expand(h, w, len(sizes), 2)
+        anchor = torch.cat([anchor, torch.tensor(sizes).expand(h, w, len(sizes), 2)], -1)
+        kept = logit.sigmoid() > threshold
+        if before is not None and before.shape[1] == len(sizes):
+            kept &= cells(before, 1)[..., 0].sigmoid() > first
+        elif before is not None:
+            anchor = code(anchor, cells(before, 4))
+        box = code(anchor, cells(outputs[f"box{i}"], 4))
+        corners = torch.cat([box[..., :2] - box[..., 2:] / 2, box[..., :2] + box[..., 2:] / 2], -1)
+        rows.append(torch.cat([corners, logit.sigmoid()[..., None]], -1)[kept])
+    return torch.cat(rows)
+
+
+THRESHOLD, FIRST, STORED = 0.6, 0.5, 40
 golden = {}
 
 
@@ -131,8 +255,13 @@ def case(name, net, size):
         if p.dtype == torch.float32:
             p.copy_(draw(k, p, isinstance(modules[k.rpartition(".")[0]], nn.BatchNorm2d)))
     with torch.no_grad():
-        for output, y in net.eval()(normal(f"{name}.image", 1, 3, *size)).items():
-            golden[f"{name}/{output}"] = y
+        outputs = net.eval()(normal(f"{name}.image", 1, 3, *size))
+        golden.update({f"{name}/{output}": y for output, y in outputs.items()})
+        found = decoded(net, outputs, THRESHOLD, FIRST)
+        if found.shape[0] < 5:
+            raise SystemExit(f"{name}: {found.shape[0]} faces, too few to compare")
+        golden[f"{name}/faces"] = found[:STORED]
+        golden[f"{name}/count"] = torch.tensor([float(found.shape[0])])
 
 
 if __name__ == "__main__":
@@ -142,6 +271,11 @@ if __name__ == "__main__":
     case("hambox-baseline-r18", HamBox(*R18, False, False, 5), (101, 131))
     case("hambox-fpn-r18", HamBox(*R18, True, True, 7), (101, 131))
     case("hambox-r50", HamBox(*R50, True, True, 5), (128, 160))
+    case("refineface-baseline-r18", RefineFace(*R18, False, False, False), (54, 70))
+    case("refineface-str-r18", RefineFace(*R18, True, False, False), (54, 70))
+    case("refineface-stc-r18", RefineFace(*R18, False, True, False), (54, 70))
+    case("refineface-r18", RefineFace(*R18, True, True, True), (101, 131))
+    case("refineface-r50", RefineFace(*R50, True, True, True), (128, 160))
     path = Path(__file__).with_name("detectors.safetensors")
     save_file({k: v.contiguous() for k, v in golden.items()}, path)
     print(f"{path}: {len(golden)} tensors, {path.stat().st_size} bytes")

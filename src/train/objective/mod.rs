@@ -2,6 +2,7 @@
 //! sampling, losses.
 
 mod head;
+mod pyramid_anchors;
 
 use super::data::Annotated;
 use super::losses::{
@@ -19,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::graph::init::Rng;
 use crate::shape::{Shape, Tensor};
 use head::{GroupChannels, Head, Place};
+pub use pyramid_anchors::PyramidAnchors;
 
 /// The anchors of a level, on every cell of its maps.
 #[derive(Clone, Debug, PartialEq)]
@@ -162,6 +164,11 @@ impl Objective {
             ));
         }
         Ok(())
+    }
+
+    /// How many outputs it judges.
+    pub fn outputs(&self) -> usize {
+        self.levels.iter().map(|l| l.layout.outputs()).sum()
     }
 
     /// The anchors of a picture whose outputs have these shapes, and where every group's channels are.

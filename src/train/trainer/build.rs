@@ -13,7 +13,7 @@ use crate::graph::{Graph, Weights};
 use crate::pixels::ChannelOrder;
 use crate::train::data::Dataset;
 use crate::train::network::{Engine, Frozen, InputTable, Network};
-use crate::train::objective::{Layout, Level, Objective};
+use crate::train::objective::{Layout, Level, Objective, PyramidAnchors};
 use crate::train::optim::{Ema, Optimizer, ParamOptions};
 use crate::train::recipe::{ModelRecipe, Precision, Recipe};
 use half::bf16;
@@ -45,6 +45,12 @@ impl Trainer {
                     recipe.model.detector
                 )))
             }
+            DetectorConfig::Refineface(_) => {
+                return Err(Error::Unsupported(format!(
+                    "{} cannot be trained yet: the losses of its two steps are to come",
+                    recipe.model.detector
+                )))
+            }
         };
         let objective = Objective {
             levels,
@@ -55,7 +61,22 @@ impl Trainer {
             loss: recipe.loss,
         };
         objective.check()?;
-        let graph = config.detector.detector().graph();
+        let (graph, pyramid_anchors) = match (&config.detector, recipe.pyramid_anchors) {
+            (detector, None) => (detector.detector().graph(), Vec::new()),
+            (DetectorConfig::Hambox(d), Some(p)) => {
+                let of = |k: usize| {
+                    let levels = objective.levels[k..].to_vec();
+                    PyramidAnchors::new(Objective { levels, ..objective.clone() }, k as u32, p.weight)
+                };
+                (d.training_graph(p.count), (1..=p.count).map(of).collect())
+            }
+            (_, Some(_)) => {
+                return Err(Error::InvalidArgument(format!(
+                    "pyramid-anchors: {} has none; they are for HAMBox",
+                    recipe.model.detector
+                )))
+            }
+        };
         let (start, notes) =
             if from_start { start_weights(&recipe.model, base, &graph)? } else { Default::default() };
         let mut weights = start.completed(&graph, recipe.run.seed);
@@ -64,7 +85,7 @@ impl Trainer {
             DetectorConfig::Pyramid(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
             DetectorConfig::GroupSampling(detector) => detector.set_prior(&mut weights, is_new),
             DetectorConfig::Hambox(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
-            DetectorConfig::Retinaface(_) => {}
+            DetectorConfig::Retinaface(_) | DetectorConfig::Refineface(_) => {}
         }
         let mut engine = engine(&recipe, graph, &weights, resources.threads.max(1))?;
         let optimizer = Optimizer::new(recipe.optimizer, options(&recipe, &*engine)?)?;
@@ -78,6 +99,7 @@ impl Trainer {
             config,
             engine,
             objective,
+            pyramid_anchors,
             optimizer,
             schedule,
             ema,
@@ -99,7 +121,7 @@ fn resize(detector: &mut DetectorConfig, model: &ModelRecipe) -> Result<()> {
         DetectorConfig::Pyramid(d) => Some((&mut d.width, &mut d.channels)),
         DetectorConfig::GroupSampling(d) => Some((&mut d.backbone.width, &mut d.channels)),
         DetectorConfig::Hambox(d) => Some((&mut d.backbone.width, &mut d.channels)),
-        DetectorConfig::Retinaface(_) => None,
+        DetectorConfig::Retinaface(_) | DetectorConfig::Refineface(_) => None,
     };
     if let Some((width, channels)) = sizes {
         *width = model.width.unwrap_or(*width);

@@ -8,7 +8,7 @@ use super::dev::{Dev, DevScore};
 use super::loader::{Batch, Loader, LoaderConfig, Sides};
 use super::losses::ClassLoss;
 use super::network::{Engine, InputTable};
-use super::objective::{Losses, Objective};
+use super::objective::{Losses, Objective, PyramidAnchors};
 use super::optim::{clip_global_norm, first_non_finite, global_norm, Ema, Optimizer, Schedule};
 use super::recipe::Recipe;
 use crate::detect::config::METADATA_KEY;
@@ -18,6 +18,7 @@ use crate::files::write_durably;
 use crate::graph::init::Rng;
 use crate::graph::Weights;
 use crate::shape::Shape;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -38,6 +39,7 @@ pub struct Trainer {
     config: ModelConfig,
     engine: Box<dyn Engine>,
     objective: Objective,
+    pyramid_anchors: Vec<PyramidAnchors>,
     optimizer: Optimizer,
     schedule: Schedule,
     ema: Option<Ema>,
@@ -112,9 +114,9 @@ impl Trainer {
         self.dataset.samples.len() as f64 / self.recipe.batch.size as f64
     }
 
-    /// Trained values, multiply-adds at 640x480, and precision of the maps.
+    /// Trained values and multiply-adds at 640x480 of what it makes, and precision of the maps.
     pub fn describe(&self) -> Result<(usize, u64, &'static str)> {
-        let graph = self.engine.graph();
+        let graph = self.config.detector.detector().graph();
         Ok((graph.param_count(), graph.macs(&[Shape::new(1, 3, 480, 640)])?, self.engine.precision()))
     }
 
@@ -161,7 +163,19 @@ impl Trainer {
         let outputs = self.engine.forward(&batch.pixels, shape, &self.table)?;
         let (seed, step) = (self.recipe.run.seed, self.step);
         let rng = |n: usize| Rng::new(Rng::new(seed ^ step.rotate_left(32)).bits() ^ n as u64);
-        let (losses, d) = self.objective.judge(&outputs, &batch.faces, rng, self.engine.threads())?;
+        let (own, mut around) = outputs.split_at(self.objective.outputs());
+        let threads = self.engine.threads();
+        let (mut losses, mut d) = self.objective.judge(own, &batch.faces, rng, threads)?;
+        for anchors in &self.pyramid_anchors {
+            let (outputs, rest) = around.split_at(anchors.objective.outputs());
+            around = rest;
+            // Draws of its own, under numbers past the batch's.
+            let rng = |n: usize| rng(n + (anchors.enlargement as usize) * batch.faces.len());
+            let (more, gradients) = anchors.judge(outputs, &batch.faces, rng, threads)?;
+            losses.class += more.class;
+            losses.boxes += more.boxes;
+            d.extend(gradients);
+        }
         let stop = |what: &str| {
             Err(Error::InvalidData(format!(
                 "training stopped at step {step}: {what}. Checkpoints made before it are sound. The batch's pictures: {}",
@@ -200,8 +214,13 @@ impl Trainer {
             Some(ema) => ema.average.clone(),
             None => self.engine.params().to_vec(),
         };
+        // What training alone needs is left out.
+        let graph = self.config.detector.detector().graph();
+        let kept: HashSet<&str> = graph.params.iter().map(|p| p.name.as_str()).collect();
         for (p, v) in self.engine.graph().params.iter().zip(values) {
-            weights.insert(&p.name, &p.shape, v);
+            if kept.contains(p.name.as_str()) {
+                weights.insert(&p.name, &p.shape, v);
+            }
         }
         let mut config = self.config.clone();
         if let Some(threshold) = self.recipe.model.score_threshold {

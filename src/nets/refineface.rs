@@ -1,0 +1,138 @@
+//! The network of RefineFace (Zhang et al. 2019, figure 3): RetinaNet on a ResNet's pyramid, asked twice. The first step looks at
+//! the backbone's own levels: it drops anchors of the fine ones (selective two-step classification, STC) and moves those of
+//! the coarse ones (selective two-step regression, STR); the second looks at the pyramid. The same two subnets serve both.
+//!
+//! ```text
+//! image -> C2   C3   C4   C5   C6   C7     first step: 1x1 each; class of 2 to 4, boxes of 5 to 7
+//!          |    |    |    |                C6, C7: 3x3, stride 2, ReLU
+//!          P2 <-P3 <-P4 <-P5 -> P6 -> P7   second step: class and boxes of all; P6, P7: 3x3, stride 2
+//!
+//! subnet:  3x3, ReLU -> RFE -> 3x3, ReLU -> 1x1           (without RFE: two 3x3, ReLU in its place)
+//! RFE:     x + 1x1(1x5 | 5x1 | 1x3 | 3x1)                 (section 3.5, each between 1x1, all with ReLU)
+//! ```
+
+use super::fpn::fpn_sums;
+use super::resnet::{resnet, Block, ResNet};
+use crate::graph::{Builder, NodeId};
+use crate::layers::{Conv2d, Interpolation};
+use std::ops::RangeInclusive;
+
+/// Levels; level `l` has stride 2^l.
+pub const LEVELS: RangeInclusive<usize> = 2..=7;
+/// Levels with two-step classification (section 3.2).
+pub const STC_LEVELS: RangeInclusive<usize> = 2..=4;
+/// Levels with two-step regression (section 3.1).
+pub const STR_LEVELS: RangeInclusive<usize> = 5..=7;
+
+/// Sizes and modules of the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RefineFace {
+    /// Backbone.
+    pub backbone: ResNet,
+    /// Channels of pyramid and subnets.
+    pub channels: usize,
+    /// Anchors a cell.
+    pub anchors: usize,
+    /// Selective two-step regression.
+    pub two_step_regression: bool,
+    /// Selective two-step classification.
+    pub two_step_classification: bool,
+    /// Receptive field enhancement in the subnets.
+    pub receptive_field: bool,
+}
+
+/// The network on `image` (3 channels). Outputs, from level 2 to 7: of the first step `class{l}.1`, a logit an anchor (STC), or
+/// `box{l}.1`, four offsets (STR); then of the second `class{l}` and `box{l}` of every level. The backbone's parameters have
+/// torchvision's names; those of the others begin with `first.`, `fpn.`, `class.` and `box.`.
+pub fn refineface(b: &mut Builder, image: NodeId, net: &RefineFace) {
+    let features = resnet(b, image, &net.backbone);
+    let c = net.channels;
+    if net.two_step_classification || net.two_step_regression {
+        let maps = b.scope("first", |b| first_step(b, &features, net));
+        for (level, x) in maps {
+            let (output, values) = if STC_LEVELS.contains(&level) { ("class", 1) } else { ("box", 4) };
+            let out = subnet(b, output, x, net, values);
+            b.output(&format!("{output}{level}.1"), out);
+        }
+    }
+    let pyramid = b.scope("fpn", |b| {
+        let from = net.backbone.channels();
+        let sums = fpn_sums(b, &features, &from, c, Interpolation::Bilinear, [2, 5]);
+        let coarsest = sums[3];
+        let conv = Conv2d::new(c, c, 3).bias();
+        let mut levels: Vec<NodeId> =
+            (2..).zip(sums).map(|(level, x)| b.conv(&format!("output{level}"), x, conv)).collect();
+        let p6 = b.conv("down6", coarsest, conv.stride(2));
+        levels.extend([p6, b.conv("down7", p6, conv.stride(2))]);
+        levels
+    });
+    for (level, p) in LEVELS.zip(pyramid) {
+        for (output, values) in [("class", 1), ("box", 4)] {
+            let out = subnet(b, output, p, net, values);
+            b.output(&format!("{output}{level}"), out);
+        }
+    }
+}
+
+/// The levels that the first step looks at, each with its number.
+fn first_step(b: &mut Builder, features: &[NodeId; 4], net: &RefineFace) -> Vec<(usize, NodeId)> {
+    let c = net.channels;
+    let mut maps: Vec<(NodeId, usize)> = features.iter().copied().zip(net.backbone.channels()).collect();
+    if net.two_step_regression {
+        // 1,024 channels on bottlenecks, 512 on basic blocks, 256.
+        let wide = net.backbone.width * if net.backbone.block == Block::Bottleneck { 16 } else { 8 };
+        for (level, channels) in [(6, wide), (7, c)] {
+            let (x, from) = maps[maps.len() - 1];
+            let down = b.conv(&format!("down{level}"), x, Conv2d::new(from, channels, 3).stride(2).bias());
+            maps.push((b.relu(down), channels));
+        }
+    }
+    let asked = |level: &usize| {
+        net.two_step_classification && STC_LEVELS.contains(level)
+            || net.two_step_regression && STR_LEVELS.contains(level)
+    };
+    let levels = LEVELS.zip(maps).filter(|(level, _)| asked(level));
+    let mut lateral =
+        |level: usize, x, from| b.conv(&format!("lateral{level}"), x, Conv2d::new(from, c, 1).bias());
+    levels.map(|(level, (x, from))| (level, lateral(level, x, from))).collect()
+}
+
+/// The subnet `name` on one map, to `values` an anchor. Asked again it has the same parameters.
+fn subnet(b: &mut Builder, name: &str, x: NodeId, net: &RefineFace, values: usize) -> NodeId {
+    let c = net.channels;
+    let mut conv = |b: &mut Builder, name: &str, x, conv: Conv2d| {
+        let y = b.conv(name, x, conv.bias());
+        b.relu(y)
+    };
+    let three = Conv2d::new(c, c, 3);
+    b.scope(name, |b| {
+        let mut x = conv(b, "conv0", x, three);
+        if net.receptive_field {
+            x = b.scope("rfe", |b| receptive_field_enhancement(b, x, c));
+        } else {
+            x = conv(b, "conv1", x, three);
+            x = conv(b, "conv2", x, three);
+        }
+        x = conv(b, "conv3", x, three);
+        b.conv("predict", x, Conv2d::new(c, net.anchors * values, 1).bias())
+    })
+}
+
+/// RFE (section 3.5, figure 7): windows of four shapes beside the square one.
+fn receptive_field_enhancement(b: &mut Builder, x: NodeId, channels: usize) -> NodeId {
+    let quarter = channels / 4;
+    let mut conv = |b: &mut Builder, name: &str, x, conv: Conv2d| {
+        let y = b.conv(name, x, conv.bias());
+        b.relu(y)
+    };
+    let branches = [[1, 5], [5, 1], [1, 3], [3, 1]].map(|[kh, kw]| {
+        b.scope(&format!("{kh}x{kw}"), |b| {
+            let y = conv(b, "reduce", x, Conv2d::new(channels, quarter, 1));
+            let y = conv(b, "window", y, Conv2d::rect(quarter, quarter, kh, kw));
+            conv(b, "expand", y, Conv2d::new(quarter, quarter, 1))
+        })
+    });
+    let all = b.concat(&branches);
+    let y = conv(b, "merge", all, Conv2d::new(channels, channels, 1));
+    b.add(x, y)
+}
