@@ -7,6 +7,7 @@ mod common;
 use farface::detect::config::DetectorConfig;
 use farface::detect::{detector::Detector, ModelConfig};
 use farface::graph::Weights;
+use farface::shape::Shape;
 use image::codecs::png::PngEncoder;
 use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageFormat, Rgb, RgbImage};
 use serde_json::Value;
@@ -419,6 +420,32 @@ fn settings_reach_the_detector() {
     assert_eq!(bench.json(&["a.png", "--tile", "1024"]), whole);
     let two = bench.ok(&["detect", "-m", "m.safetensors", "a.png", "--json", "--threads", "2"]);
     assert_eq!(serde_json::from_str::<Value>(&two).unwrap(), whole);
+}
+
+#[test]
+fn detectors_are_listed_with_what_they_cost() {
+    let bench = Bench::new();
+    let args = ["detectors", "farface-nano", "hambox-r18", "--size", "96x64"];
+    let text = bench.ok(&args);
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(
+        lines.len() == 3 && lines[1].starts_with("farface-nano ") && lines[2].starts_with("hambox-r18 "),
+        "{text}"
+    );
+    let list: Value = serde_json::from_str(&bench.ok(&[&args[..], &["--json", "--time"]].concat())).unwrap();
+    for (entry, name) in list.as_array().unwrap().iter().zip(["farface-nano", "hambox-r18"]) {
+        let graph = ModelConfig::named(name).unwrap().detector.detector().graph();
+        assert_eq!(entry["name"], name);
+        assert_eq!(entry["parameters"], graph.param_count());
+        assert_eq!(entry["multiply_adds"], graph.macs(&[Shape::new(1, 3, 64, 96)]).unwrap());
+        assert!(entry["milliseconds"].as_f64().unwrap() > 0.0);
+    }
+    let all = bench.ok(&["detectors"]);
+    assert!(all.lines().skip(1).all(|l| ModelConfig::named(l.split(' ').next().unwrap()).is_some()), "{all}");
+    assert!(all.lines().count() > 30);
+    assert!(bench
+        .error(&["detectors", "farface-nano", "hambox-r19"])
+        .contains("\"hambox-r19\" is not one of"));
 }
 
 #[test]

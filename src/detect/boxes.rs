@@ -39,11 +39,22 @@ impl BBox {
         self.width().max(0.0) * self.height().max(0.0)
     }
 
-    /// Intersection over union of two continuous boxes; 0 where either is empty.
-    pub fn iou(&self, other: &Self) -> f32 {
+    /// Area that two boxes share.
+    fn intersection(&self, other: &Self) -> f32 {
         let w = (self.x2.min(other.x2) - self.x1.max(other.x1)).max(0.0);
         let h = (self.y2.min(other.y2) - self.y1.max(other.y1)).max(0.0);
-        let inter = w * h;
+        w * h
+    }
+
+    /// Share of this box's area that lies in the other; NaN where it has none.
+    #[cfg(feature = "train")]
+    pub fn share_in(&self, other: &Self) -> f32 {
+        self.intersection(other) / self.area()
+    }
+
+    /// Intersection over union of two continuous boxes; 0 where either is empty.
+    pub fn iou(&self, other: &Self) -> f32 {
+        let inter = self.intersection(other);
         let union = self.area() + other.area() - inter;
         if union > 0.0 {
             inter / union

@@ -255,11 +255,7 @@ impl ModelConfig {
 
     /// Reads the configuration of a model file.
     pub fn of(weights: &Weights) -> Result<Self> {
-        if weights.metadata.contains_key(CHECKPOINT_KEY) {
-            return Err(Error::InvalidModel(
-                "this is the checkpoint of a training; best.safetensors and final.safetensors beside it are models".into(),
-            ));
-        }
+        Self::refuse_checkpoint(weights)?;
         let Some(json) = weights.metadata.get(METADATA_KEY) else {
             return Self::recognise(weights).ok_or_else(|| {
                 Error::InvalidModel(format!(
@@ -283,6 +279,16 @@ impl ModelConfig {
         let config: Self = serde_json::from_str(json).map_err(bad)?;
         config.check()?;
         Ok(config)
+    }
+
+    /// Errors where the file is the checkpoint of a training, whatever configuration it is given.
+    pub fn refuse_checkpoint(weights: &Weights) -> Result<()> {
+        if weights.metadata.contains_key(CHECKPOINT_KEY) {
+            return Err(Error::InvalidModel(
+                "this is the checkpoint of a training; best.safetensors and final.safetensors beside it are models".into(),
+            ));
+        }
+        Ok(())
     }
 
     /// The configuration of public weights, by their tensors' names.

@@ -5,6 +5,7 @@
 use super::anchors::{decode_level, LevelAnchors};
 use super::detector::{Detector, Map, Window};
 use super::face::Face;
+use super::names::switches;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
 use crate::nets::hambox::{hambox, HamBox, TopDown, LEVELS};
@@ -45,30 +46,22 @@ impl HamBoxConfig {
     /// `hambox-r50`, without any, has the first three, `hambox-baseline-r50` none.
     pub fn named(name: &str) -> Option<Self> {
         let (name, backbone) = ResNet::split_name(name)?;
-        let mut switches = name.strip_prefix("hambox")?;
-        if switches.is_empty() || switches == "-fpn" {
-            switches = if switches.is_empty() { "-sms-dh-ssh" } else { "-sms-dh-ssh-fpn" };
-        } else if let Some(rest) = switches.strip_prefix("-baseline") {
-            // Of the baseline the top-down path alone is to choose.
-            switches = rest.is_empty().then_some("").or((rest == "-fpn").then_some(rest))?;
-        }
-        let mut take = |switch: &str| match switches.strip_prefix(switch) {
-            Some(rest) => {
-                switches = rest;
-                true
-            }
-            None => false,
+        let text = match name.strip_prefix("hambox")? {
+            "" => "-sms-dh-ssh",
+            "-fpn" => "-sms-dh-ssh-fpn",
+            "-baseline" => "",
+            "-baseline-fpn" => "-fpn",
+            some => some,
         };
-        let mut config = Self::baseline(backbone);
-        if take("-sms") {
-            config.scales = SCALES.map(|s| s * RATIO);
-        }
-        config.deep_head = take("-dh");
-        config.context = take("-ssh");
-        if take("-fpn") {
-            config.top_down = TopDown::Fpn;
-        }
-        switches.is_empty().then_some(config)
+        let [smaller, deep_head, context, fpn] = switches(text, ["-sms", "-dh", "-ssh", "-fpn"])?;
+        let config = Self::baseline(backbone);
+        Some(Self {
+            scales: if smaller { SCALES.map(|s| s * RATIO) } else { SCALES },
+            top_down: if fpn { TopDown::Fpn } else { TopDown::Lfpn },
+            deep_head,
+            context,
+            ..config
+        })
     }
 
     pub(super) fn check(&self) -> Result<()> {

@@ -5,6 +5,7 @@
 use super::anchors::{owned_cells, Anchor};
 use super::detector::{logit, Detector, Map, Window};
 use super::face::Face;
+use super::names::switches;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
 use crate::nets::refineface::{refineface, RefineFace, LEVELS, STC_LEVELS, STR_LEVELS};
@@ -51,28 +52,15 @@ impl RefineFaceConfig {
     /// `-stc`, `-rfe`. `refineface-r50`, without any, has all three, `refineface-baseline-r50` none.
     pub fn named(name: &str) -> Option<Self> {
         let (name, backbone) = ResNet::split_name(name)?;
-        let mut switches = match name.strip_prefix("refineface")? {
+        let text = match name.strip_prefix("refineface")? {
             "" => "-str-stc-rfe",
-            "-baseline" => return Some(Self::baseline(backbone)),
-            "-" => return None,
+            "-baseline" => "",
             some => some,
         };
-        let mut take = |switch: &str| match switches.strip_prefix(switch) {
-            Some(rest) => {
-                switches = rest;
-                true
-            }
-            None => false,
-        };
         let [two_step_regression, two_step_classification, receptive_field] =
-            ["-str", "-stc", "-rfe"].map(&mut take);
+            switches(text, ["-str", "-stc", "-rfe"])?;
         let config = Self::baseline(backbone);
-        switches.is_empty().then_some(Self {
-            two_step_regression,
-            two_step_classification,
-            receptive_field,
-            ..config
-        })
+        Some(Self { two_step_regression, two_step_classification, receptive_field, ..config })
     }
 
     pub(super) fn check(&self) -> Result<()> {
@@ -154,6 +142,137 @@ impl Detector for RefineFaceConfig {
                     }
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::View;
+    use crate::detect::BBox;
+    use crate::shape::Shape;
+
+    #[test]
+    fn names_are_the_inference_switches_of_table_1() {
+        let of = |name: &str| {
+            let c = RefineFaceConfig::named(name)?;
+            Some([c.two_step_regression, c.two_step_classification, c.receptive_field])
+        };
+        assert_eq!(of("refineface-r18"), Some([true; 3]));
+        assert_eq!(of("refineface-baseline-r152"), Some([false; 3]));
+        assert_eq!(of("refineface-str-r50"), Some([true, false, false]));
+        assert_eq!(of("refineface-stc-r50"), Some([false, true, false]));
+        assert_eq!(of("refineface-rfe-r50"), Some([false, false, true]));
+        assert_eq!(of("refineface-str-stc-r101"), Some([true, true, false]));
+        for wrong in
+            ["refineface-rfe-str-r50", "refineface-str-str-r50", "refineface--r50", "refinefacestr-r50"]
+        {
+            assert_eq!(of(wrong), None, "{wrong}");
+        }
+    }
+
+    /// Faces of the maps of a 256x256 input, all of whose values are 0 but those that `set` changes: it gets every output's
+    /// name and, by row, column and channel, a value.
+    fn decoded(config: &RefineFaceConfig, set: &[(&str, [usize; 3], f32)]) -> Vec<Face> {
+        let graph = config.graph();
+        let shapes = graph.shapes(&[Shape::new(1, 3, 256, 256)]).unwrap();
+        let mut floats = Vec::new();
+        let mut views = Vec::new();
+        for (name, id) in &graph.outputs {
+            let view = View::new(shapes[id.0], floats.len(), [0; 4]);
+            // Second logits say background unless set.
+            let rest = if name.starts_with("class") && !name.ends_with(".1") { -20.0 } else { 0.0 };
+            floats.resize(floats.len() + shapes[id.0].len(), rest);
+            for (_, [y, x, c], v) in set.iter().filter(|(n, ..)| n == name) {
+                floats[view.at(0, *y, *x) + c] = *v;
+            }
+            views.push(view);
+        }
+        let maps: Vec<Map<'_>> = views.into_iter().map(|view| Map::new(&floats, view)).collect();
+        let mut faces = Vec::new();
+        config.decode(&maps, &Window::whole(), 0.5, &mut |face| faces.push(face));
+        faces
+    }
+
+    #[test]
+    fn the_first_step_drops_fine_anchors_and_moves_coarse_ones() {
+        let config = RefineFaceConfig::named("refineface-r18").unwrap();
+        let config =
+            RefineFaceConfig { backbone: ResNet { width: 4, ..config.backbone }, channels: 8, ..config };
+        // Stride 8: p = 0.0099 does not pass, 0.0101 does; NaN neither.
+        let [under, over] = [0.0099f32, 0.0101].map(|p| (p / (1.0 - p)).ln());
+        let face = ("class3", [2, 5, 1], 3.0);
+        assert!(decoded(&config, &[face, ("class3.1", [2, 5, 1], under)]).is_empty());
+        assert!(decoded(&config, &[face, ("class3.1", [2, 5, 1], f32::NAN)]).is_empty());
+        assert!(decoded(&config, &[("class3", [2, 5, 1], f32::NAN)]).is_empty());
+        assert_eq!(decoded(&config, &[face, ("class3.1", [2, 5, 1], over)]).len(), 1);
+
+        // Stride 64, first anchor: 128 px in area's root. Moved right by half its width and made twice as high, then up by a
+        // quarter of its new height and made half as wide.
+        let faces = decoded(
+            &config,
+            &[
+                ("class6", [1, 2, 0], 2.0),
+                ("box6.1", [1, 2, 0], 0.5),
+                ("box6.1", [1, 2, 3], 2f32.ln()),
+                ("box6", [1, 2, 1], -0.25),
+                ("box6", [1, 2, 2], -(2f32.ln())),
+            ],
+        );
+        let (w, h) = (128.0 / 1.25f32.sqrt(), 128.0 * 1.25f32.sqrt());
+        let (cx, cy) = (160.0 + 0.5 * w, 96.0 - 0.25 * 2.0 * h);
+        let expected = BBox::new(cx - w / 4.0, cy - h, cx + w / 4.0, cy + h);
+        let [found] = faces[..] else { panic!("{faces:?}") };
+        let near = |a: f32, b: f32| (a - b).abs() < 1e-3;
+        let b = found.bbox;
+        assert!(
+            near(b.x1, expected.x1)
+                && near(b.y1, expected.y1)
+                && near(b.x2, expected.x2)
+                && near(b.y2, expected.y2),
+            "{b:?}, {expected:?}"
+        );
+    }
+
+    #[test]
+    fn only_the_levels_that_are_asked_twice_have_a_first_output() {
+        for (name, expected) in [
+            ("refineface-baseline-r18", vec![]),
+            ("refineface-stc-r18", vec!["class2.1", "class3.1", "class4.1"]),
+            ("refineface-str-r18", vec!["box5.1", "box6.1", "box7.1"]),
+        ] {
+            let config = RefineFaceConfig::named(name).unwrap();
+            let config =
+                RefineFaceConfig { backbone: ResNet { width: 4, ..config.backbone }, channels: 8, ..config };
+            let graph = config.graph();
+            let first: Vec<&str> =
+                graph.outputs.iter().map(|(n, _)| n.as_str()).filter(|n| n.ends_with(".1")).collect();
+            assert_eq!(first, expected, "{name}");
+            assert_eq!(graph.outputs.len(), expected.len() + 12, "{name}");
+            // C6 and C7 are made where they are looked at.
+            let has = |prefix: &str| graph.params.iter().any(|p| p.name.starts_with(prefix));
+            assert_eq!(has("first.down6."), name.contains("-str"), "{name}");
+        }
+    }
+
+    #[test]
+    fn settings_that_no_network_can_have_are_refused() {
+        let broken: [fn(&mut RefineFaceConfig); 6] = [
+            |c| c.channels = 66,
+            |c| c.backbone.width = 0,
+            |c| c.scales.clear(),
+            |c| c.scales[0] = -1.0,
+            |c| c.aspect = f32::INFINITY,
+            |c| c.first_step_score = f32::NAN,
+        ];
+        let config = RefineFaceConfig::named("refineface-r50").unwrap();
+        assert!(config.check().is_ok());
+        for (i, breaks) in broken.into_iter().enumerate() {
+            let mut config = config.clone();
+            breaks(&mut config);
+            let error = config.check().expect_err(&format!("case {i} must be refused")).to_string();
+            assert!(error.contains("detector refineface"), "{error}");
         }
     }
 }

@@ -82,7 +82,9 @@ impl Detector for RetinaFaceConfig {
             for y in owned_cells(&window.owned_y, stride, class.height()) {
                 for x in owned_cells(&window.owned_x, stride, class.width()) {
                     for (a, logits) in class.pixel(y, x).chunks_exact(2).enumerate() {
-                        if logits[1] - logits[0] <= margin {
+                        // False for a NaN too.
+                        let face = logits[1] - logits[0] > margin;
+                        if !face {
                             continue;
                         }
                         let anchor = Anchor::square(y, x, stride, self.anchors[level][a]);

@@ -87,9 +87,16 @@ fn random_value(p: &Param, rng: &mut Rng) -> f32 {
     }
 }
 
-/// FNV-1a.
+/// FNV-1a of nothing.
+pub(crate) const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// FNV-1a of `bytes` behind what has the hash `before`.
+pub(crate) fn fnv1a(before: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(before, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+}
+
 fn hash(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+    fnv1a(FNV_OFFSET, name.as_bytes())
 }
 
 #[cfg(test)]

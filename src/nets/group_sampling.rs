@@ -12,6 +12,7 @@
 //! the paper reports are met (81.33 billion of FPN-finest on ResNet-50 at 800x800, 88.92 of FPN), which further convolutions
 //! behind the sums would exceed by far.
 
+use super::conv_relu;
 use super::fpn::fpn_sums;
 use super::resnet::{resnet, ResNet};
 use crate::graph::{Builder, NodeId};
@@ -94,8 +95,7 @@ pub fn group_sampling(b: &mut Builder, image: NodeId, net: &GroupSampling) {
 /// parameters.
 fn branch(b: &mut Builder, x: NodeId, conv: Conv2d, anchors: usize, i: usize) {
     let channels = conv.out_channels;
-    let x = b.conv("conv", x, conv.bias());
-    let x = b.relu(x);
+    let x = conv_relu(b, "conv", x, conv);
     for (name, values) in [("class", 2), ("box", 4)] {
         let out = b.conv(name, x, Conv2d::new(channels, anchors * values, 1).bias());
         b.output(&format!("{name}{i}"), out);

@@ -13,6 +13,7 @@
 //! While it is trained it may have pyramid anchors, too (PyramidBox, Tang et al. 2018, section 3.3; "PA" of table 4): from
 //! level 2 + k on, predictions of their own for what is 2^k times as large as a face and around it, head and body.
 
+use super::conv_relu;
 use super::fpn::fpn_sums;
 use super::resnet::{resnet, ResNet};
 use super::ssh::ssh;
@@ -98,9 +99,8 @@ fn pyramid(b: &mut Builder, image: NodeId, net: &HamBox) -> Vec<NodeId> {
     let c = net.channels;
     b.scope("fpn", |b| {
         for level in [6, 7] {
-            let conv = Conv2d::new(from[from.len() - 1], c, 3).stride(2).bias();
-            let down = b.conv(&format!("down{level}"), features[features.len() - 1], conv);
-            features.push(b.relu(down));
+            let down = Conv2d::new(from[from.len() - 1], c, 3).stride(2);
+            features.push(conv_relu(b, &format!("down{level}"), features[features.len() - 1], down));
             from.push(c);
         }
         let (finest, top) = (*LEVELS.start(), net.top_down.from());
@@ -113,8 +113,7 @@ fn pyramid(b: &mut Builder, image: NodeId, net: &HamBox) -> Vec<NodeId> {
 /// The convolutions in front of a prediction, which all levels share.
 fn deep_head(b: &mut Builder, mut x: NodeId, channels: usize) -> NodeId {
     for i in 0..DEPTH {
-        let y = b.conv(&format!("conv{i}"), x, Conv2d::new(channels, channels, 3).bias());
-        x = b.relu(y);
+        x = conv_relu(b, &format!("conv{i}"), x, Conv2d::new(channels, channels, 3));
     }
     x
 }

@@ -24,6 +24,12 @@ pub fn conv_bn(
     b.scope(name, |b| conv_bn_at(b, x, conv, activation, ["0", "1"]))
 }
 
+/// Convolution with bias + ReLU, parameters `name.*`.
+pub fn conv_relu(b: &mut Builder, name: &str, x: NodeId, conv: Conv2d) -> NodeId {
+    let y = b.conv(name, x, conv.bias());
+    b.relu(y)
+}
+
 /// As [`conv_bn`] with the two layers' own names.
 pub fn conv_bn_at(
     b: &mut Builder,

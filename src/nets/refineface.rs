@@ -11,6 +11,7 @@
 //! RFE:     x + 1x1(1x5 | 5x1 | 1x3 | 3x1)                 (section 3.5, each between 1x1, all with ReLU)
 //! ```
 
+use super::conv_relu;
 use super::fpn::fpn_sums;
 use super::resnet::{resnet, Block, ResNet};
 use crate::graph::{Builder, NodeId};
@@ -83,8 +84,8 @@ fn first_step(b: &mut Builder, features: &[NodeId; 4], net: &RefineFace) -> Vec<
         let wide = net.backbone.width * if net.backbone.block == Block::Bottleneck { 16 } else { 8 };
         for (level, channels) in [(6, wide), (7, c)] {
             let (x, from) = maps[maps.len() - 1];
-            let down = b.conv(&format!("down{level}"), x, Conv2d::new(from, channels, 3).stride(2).bias());
-            maps.push((b.relu(down), channels));
+            let down = Conv2d::new(from, channels, 3).stride(2);
+            maps.push((conv_relu(b, &format!("down{level}"), x, down), channels));
         }
     }
     let asked = |level: &usize| {
@@ -100,20 +101,16 @@ fn first_step(b: &mut Builder, features: &[NodeId; 4], net: &RefineFace) -> Vec<
 /// The subnet `name` on one map, to `values` an anchor. Asked again it has the same parameters.
 fn subnet(b: &mut Builder, name: &str, x: NodeId, net: &RefineFace, values: usize) -> NodeId {
     let c = net.channels;
-    let mut conv = |b: &mut Builder, name: &str, x, conv: Conv2d| {
-        let y = b.conv(name, x, conv.bias());
-        b.relu(y)
-    };
     let three = Conv2d::new(c, c, 3);
     b.scope(name, |b| {
-        let mut x = conv(b, "conv0", x, three);
+        let mut x = conv_relu(b, "conv0", x, three);
         if net.receptive_field {
             x = b.scope("rfe", |b| receptive_field_enhancement(b, x, c));
         } else {
-            x = conv(b, "conv1", x, three);
-            x = conv(b, "conv2", x, three);
+            x = conv_relu(b, "conv1", x, three);
+            x = conv_relu(b, "conv2", x, three);
         }
-        x = conv(b, "conv3", x, three);
+        x = conv_relu(b, "conv3", x, three);
         b.conv("predict", x, Conv2d::new(c, net.anchors * values, 1).bias())
     })
 }
@@ -121,18 +118,14 @@ fn subnet(b: &mut Builder, name: &str, x: NodeId, net: &RefineFace, values: usiz
 /// RFE (section 3.5, figure 7): windows of four shapes beside the square one.
 fn receptive_field_enhancement(b: &mut Builder, x: NodeId, channels: usize) -> NodeId {
     let quarter = channels / 4;
-    let mut conv = |b: &mut Builder, name: &str, x, conv: Conv2d| {
-        let y = b.conv(name, x, conv.bias());
-        b.relu(y)
-    };
     let branches = [[1, 5], [5, 1], [1, 3], [3, 1]].map(|[kh, kw]| {
         b.scope(&format!("{kh}x{kw}"), |b| {
-            let y = conv(b, "reduce", x, Conv2d::new(channels, quarter, 1));
-            let y = conv(b, "window", y, Conv2d::rect(quarter, quarter, kh, kw));
-            conv(b, "expand", y, Conv2d::new(quarter, quarter, 1))
+            let y = conv_relu(b, "reduce", x, Conv2d::new(channels, quarter, 1));
+            let y = conv_relu(b, "window", y, Conv2d::rect(quarter, quarter, kh, kw));
+            conv_relu(b, "expand", y, Conv2d::new(quarter, quarter, 1))
         })
     });
     let all = b.concat(&branches);
-    let y = conv(b, "merge", all, Conv2d::new(channels, channels, 1));
+    let y = conv_relu(b, "merge", all, Conv2d::new(channels, channels, 1));
     b.add(x, y)
 }

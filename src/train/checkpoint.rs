@@ -41,6 +41,11 @@ pub struct Setting {
     pub data: u64,
 }
 
+/// What the names of parameters begin with.
+pub(super) const PARAM: &str = "param/";
+/// What the names of averaged parameters begin with.
+pub(super) const AVERAGE: &str = "average/";
+
 const VERSION: u32 = 3;
 
 #[derive(serde::Serialize, serde::Deserialize)]
@@ -60,9 +65,9 @@ impl Checkpoint {
     pub fn save(&self, graph: &Graph, path: &Path) -> Result<()> {
         let mut file = Weights::default();
         for (i, p) in graph.params.iter().enumerate() {
-            file.insert(&format!("param/{}", p.name), &p.shape, self.params[i].clone());
+            file.insert(&format!("{PARAM}{}", p.name), &p.shape, self.params[i].clone());
             if let Some((_, average)) = &self.average {
-                file.insert(&format!("average/{}", p.name), &p.shape, average[i].clone());
+                file.insert(&format!("{AVERAGE}{}", p.name), &p.shape, average[i].clone());
             }
         }
         for (name, values) in &self.optimizer.buffers {
@@ -99,14 +104,14 @@ impl Checkpoint {
         let header: Header = serde_json::from_str(json).map_err(|e| bad(e.to_string()))?;
         let mut all = |kind: &str| -> Result<Vec<Vec<f32>>> {
             let named = |p: &crate::graph::build::Param| {
-                let name = format!("{kind}/{}", p.name);
+                let name = format!("{kind}{}", p.name);
                 file.get(&name, &p.shape)?;
                 Ok(file.tensors.remove(&name).map(|t| t.data).unwrap_or_default())
             };
             graph.params.iter().map(named).collect::<Vec<Result<_>>>().into_iter().collect()
         };
-        let params = all("param")?;
-        let average = header.updates.map(|n| Ok::<_, Error>((n, all("average")?))).transpose()?;
+        let params = all(PARAM)?;
+        let average = header.updates.map(|n| Ok::<_, Error>((n, all(AVERAGE)?))).transpose()?;
         let buffers = std::mem::take(&mut file.tensors)
             .into_iter()
             .filter_map(|(name, t)| Some((name.strip_prefix("optimizer/")?.to_string(), t.data)))

@@ -3,7 +3,7 @@
 use crate::settings::PictureSize;
 use crate::Outcome;
 use anyhow::{bail, Context, Result};
-use farface::detect::config::{CHECKPOINT_KEY, METADATA_KEY};
+use farface::detect::config::METADATA_KEY;
 use farface::detect::{Model, ModelConfig};
 use farface::files;
 use farface::graph::onnx::to_onnx;
@@ -68,9 +68,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     let mut weights = Weights::load(&args.input)?;
     let in_file = || args.input.display().to_string();
     strip_data_parallel(&mut weights);
-    if weights.metadata.contains_key(CHECKPOINT_KEY) {
-        bail!("{}: this is the checkpoint of a training; best.safetensors and final.safetensors beside it are models", in_file());
-    }
+    ModelConfig::refuse_checkpoint(&weights).with_context(in_file)?;
     let mut config = configuration(args, &weights).with_context(in_file)?;
     let set = |field: &mut String, value: &Option<String>| {
         if let Some(v) = value {

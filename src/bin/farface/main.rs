@@ -1,4 +1,5 @@
-//! The `farface` program: `detect`, `inspect`, `bench`, `eval`, `convert`, `train`, `plot`.
+//! The `farface` program: `detect`, `inspect`, `bench`, `eval`, `convert`,
+//! `detectors`, `train`, `plot`.
 //!
 //! Results go to standard output, progress and errors to standard error. Exit code 0: all went
 //! well; 1: something failed, named on a line that starts with `error:`; 2: wrong usage.
@@ -8,6 +9,7 @@
 mod bench;
 mod convert;
 mod detect;
+mod detectors;
 mod draw;
 mod eval;
 mod inspect;
@@ -40,6 +42,7 @@ enum Command {
     Bench(bench::Args),
     Eval(eval::Args),
     Convert(convert::Args),
+    Detectors(detectors::Args),
     #[cfg(feature = "train")]
     Train(train::Args),
     Plot(plot::Args),
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args, &mut out),
         Command::Eval(args) => eval::run(&args, &mut out),
         Command::Convert(args) => convert::run(&args, &mut out),
+        Command::Detectors(args) => detectors::run(&args, &mut out),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&args, &mut out),
         Command::Plot(args) => plot::run(&args, &mut out),

@@ -150,7 +150,7 @@ pub struct Scratch<T> {
 }
 
 /// Adds a band's sums to a batch's, and clears them.
-pub(super) fn flush(band: &mut [f32], batch: &mut [f64]) {
+pub(crate) fn flush(band: &mut [f32], batch: &mut [f64]) {
     for (total, v) in batch.iter_mut().zip(band) {
         *total += f64::from(std::mem::take(v));
     }

@@ -21,6 +21,7 @@ pub mod pages;
 pub mod resample;
 mod target;
 
+pub(crate) use band::flush;
 pub use band::{Geometry, Scratch};
 pub use element::Element;
 pub use gemm::Packed;

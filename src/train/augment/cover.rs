@@ -26,13 +26,13 @@ impl Cover {
                 continue;
             }
             let Some([x, y, w, h]) = self.rectangle(&face.bbox, side, rng) else { continue };
-            let shares: Vec<f32> = faces.iter().map(|f| share(&boxed([x, y, w, h]), &f.bbox)).collect();
+            let shares: Vec<f32> = faces.iter().map(|f| f.bbox.share_in(&boxed([x, y, w, h]))).collect();
             // Rounding to pixels may hide a little more than was drawn.
             if hidden.iter().zip(&shares).any(|(was, more)| was + more > self.share[1] * 1.1) {
                 continue;
             }
             let place = |rng: &mut Rng| [rng.below(side - w + 1), rng.below(side - h + 1), w, h];
-            let free = |piece: &[usize; 4]| shown.iter().all(|b| share(&boxed(*piece), b) == 0.0);
+            let free = |piece: &[usize; 4]| shown.iter().all(|b| b.share_in(&boxed(*piece)) == 0.0);
             let Some(piece) = (0..TRIES).map(|_| place(rng)).find(free) else { continue };
             paste(pixels, side, piece, [x, y]);
             hidden.iter_mut().zip(shares).for_each(|(was, more)| *was += more);
@@ -59,13 +59,6 @@ impl Cover {
 fn boxed([x, y, w, h]: [usize; 4]) -> BBox {
     let [x1, y1, x2, y2] = [x, y, x + w, y + h].map(|v| v as f32);
     BBox::new(x1, y1, x2, y2)
-}
-
-/// Share of `face` that lies in `part`.
-fn share(part: &BBox, face: &BBox) -> f32 {
-    let w = (part.x2.min(face.x2) - part.x1.max(face.x1)).max(0.0);
-    let h = (part.y2.min(face.y2) - part.y1.max(face.y1)).max(0.0);
-    w * h / face.area()
 }
 
 /// Copies a rectangle of an example, side x side x 3, to another place of it.

@@ -153,7 +153,7 @@ fn assign(layout: &impl Layout, faces: &[FaceBox], recipe: &MatchingRecipe) -> M
     for face in faces.iter().filter(|f| f.ignore) {
         let mut visit = |i: usize, anchor: BBox| {
             let v = anchor.iou(&face.bbox);
-            if label[i] == BACKGROUND && (v >= low || cover(&anchor, &face.bbox) >= IGNORE_COVER)
+            if label[i] == BACKGROUND && (v >= low || anchor.share_in(&face.bbox) >= IGNORE_COVER)
                 || label[i] >= 0 && v >= low && v > iou[i]
             {
                 label[i] = IGNORED;
@@ -163,13 +163,6 @@ fn assign(layout: &impl Layout, faces: &[FaceBox], recipe: &MatchingRecipe) -> M
         layout.visit(&face.bbox, Reach::Iou(low), &mut visit);
     }
     Matches { label, iou }
-}
-
-/// Share of the anchor's area inside the box.
-fn cover(anchor: &BBox, bbox: &BBox) -> f32 {
-    let w = (anchor.x2.min(bbox.x2) - anchor.x1.max(bbox.x1)).max(0.0);
-    let h = (anchor.y2.min(bbox.y2) - anchor.y1.max(bbox.y1)).max(0.0);
-    w * h / anchor.area()
 }
 
 /// Gives each unmatched face its best anchor, unless that is matched.
@@ -321,7 +314,7 @@ mod tests {
         for (i, a) in anchors.iter().enumerate() {
             for f in faces.iter().filter(|f| f.ignore) {
                 let v = a.iou(&f.bbox);
-                let near = v >= low || cover(a, &f.bbox) >= IGNORE_COVER;
+                let near = v >= low || a.share_in(&f.bbox) >= IGNORE_COVER;
                 if label[i] == BACKGROUND && near || label[i] >= 0 && v >= low && v > best[i].1 {
                     label[i] = IGNORED;
                 }

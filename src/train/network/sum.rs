@@ -1,6 +1,6 @@
 //! Sums of maps, one of which may be enlarged by nearest neighbours on the way (top-down paths).
 
-use crate::cpu::dense::{maps, Element, Gradient, Source, Target};
+use crate::cpu::dense::{flush, maps, Element, Gradient, Source, Target};
 use crate::cpu::Isa;
 use crate::layers::upsample::nearest_source;
 use crate::shape::Shape;
@@ -39,7 +39,7 @@ pub(super) fn sum_forward<T: Element>(
             }
         }
         maps::finish(isa, sum, c, &zeros, z, sums);
-        totals.iter_mut().zip(sums.iter_mut()).for_each(|(total, v)| *total += f64::from(std::mem::take(v)));
+        flush(sums, totals);
     }
 }
 

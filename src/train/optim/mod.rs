@@ -136,6 +136,15 @@ impl Optimizer {
         state
     }
 
+    /// The first buffer with a value that is no finite number, as [`save`](Self::save) names it.
+    pub fn first_non_finite(&self) -> Option<String> {
+        let broken = |v: &Vec<f32>| !v.iter().all(|v| v.is_finite());
+        self.params.iter().zip(&self.buffers).find_map(|(p, buffers)| {
+            let (kind, _) = self.recipe.buffers().iter().zip(buffers).find(|(_, v)| broken(v))?;
+            Some(format!("{}.{kind}", p.name))
+        })
+    }
+
     /// Takes the state up again. Errors, before any change, where a buffer is missing, of another
     /// length, or of a parameter that this optimiser does not have.
     pub fn load(&mut self, state: &OptimizerState) -> Result<()> {

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::graph::build::ParamRole;
 use crate::graph::{Graph, Weights};
 use crate::pixels::ChannelOrder;
+use crate::train::checkpoint::{AVERAGE, PARAM};
 use crate::train::data::Dataset;
 use crate::train::network::{Engine, Frozen, InputTable, Network};
 use crate::train::objective::{Layout, Level, Objective, PyramidAnchors};
@@ -160,7 +161,7 @@ fn start_weights(model: &ModelRecipe, base: &Path, graph: &Graph) -> Result<(Wei
     let Some(path) = &model.start else { return Ok((start, Vec::new())) };
     let mut file = Weights::load(base.join(path))?.tensors;
     // A training's checkpoint: what it would export, its averages where it has any. Optimiser buffers fit no name.
-    let kind = ["average/", "param/"].into_iter().find(|kind| file.keys().any(|name| name.starts_with(kind)));
+    let kind = [AVERAGE, PARAM].into_iter().find(|kind| file.keys().any(|name| name.starts_with(kind)));
     if let Some(kind) = kind {
         file = file.into_iter().filter_map(|(n, t)| Some((n.strip_prefix(kind)?.to_string(), t))).collect();
     }

@@ -3,15 +3,14 @@
 use super::Trainer;
 use crate::cpu::isa;
 use crate::error::{Error, Result};
+use crate::graph::init::{fnv1a, FNV_OFFSET};
 use crate::train::checkpoint::{Checkpoint, Setting};
 use std::path::Path;
 
 impl Trainer {
     fn setting(&self) -> Setting {
-        let mut data = 0xcbf2_9ce4_8422_2325_u64;
-        let mut add = |bytes: &[u8]| {
-            bytes.iter().for_each(|&b| data = (data ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-        };
+        let mut data = FNV_OFFSET;
+        let mut add = |bytes: &[u8]| data = fnv1a(data, bytes);
         for sample in &self.dataset.samples {
             add(sample.name.as_bytes());
             for face in &sample.faces {
@@ -95,7 +94,7 @@ impl Trainer {
         let bad = |v: &[f32]| !v.iter().all(|v| v.is_finite());
         let mut broken = params.filter(|(v, _)| bad(v)).map(|(_, name)| name.clone()).next();
         if broken.is_none() {
-            broken = self.optimizer.save().buffers.into_iter().find(|(_, v)| bad(v)).map(|(name, _)| name);
+            broken = self.optimizer.first_non_finite();
         }
         broken.map_or(Ok(()), |name| {
             Err(Error::InvalidData(format!(
