@@ -4,7 +4,7 @@
 
 The networks are written out here on the ResNet of resnet.py (which is held to torchvision's). Weights and pictures are
 drawn as there, bit for bit as the tests draw them. Tensors are named `case/output`; `case/faces` are the first boxes that
-the outputs mean, `case/count` how many there are. tests/detector_goldens.rs holds the same cases by name.
+the outputs mean, their offsets times `case/scale`, `case/count` how many there are. tests/detector_goldens.rs holds the same cases by name.
 """
 
 from pathlib import Path
@@ -257,10 +257,14 @@ def case(name, net, size):
     with torch.no_grad():
         outputs = net.eval()(normal(f"{name}.image", 1, 3, *size))
         golden.update({f"{name}/{output}": y for output, y in outputs.items()})
+        # Drawn weights make offsets of any size, of which exp would make nothing: to decode, the largest is 1.
+        scale = 1 / max(y.abs().max() for k, y in outputs.items() if k.startswith("box"))
+        outputs = {k: y * scale if k.startswith("box") else y for k, y in outputs.items()}
         found = decoded(net, outputs, THRESHOLD, FIRST)
         if found.shape[0] < 5:
             raise SystemExit(f"{name}: {found.shape[0]} faces, too few to compare")
         golden[f"{name}/faces"] = found[:STORED]
+        golden[f"{name}/scale"] = scale.reshape(1)
         golden[f"{name}/count"] = torch.tensor([float(found.shape[0])])
 
 
