@@ -433,6 +433,7 @@ fn detectors_are_listed_with_what_they_cost() {
         "{text}"
     );
     let list: Value = serde_json::from_str(&bench.ok(&[&args[..], &["--json", "--time"]].concat())).unwrap();
+    assert_eq!(list.as_array().unwrap().len(), 2);
     for (entry, name) in list.as_array().unwrap().iter().zip(["farface-nano", "hambox-r18"]) {
         let graph = ModelConfig::named(name).unwrap().detector.detector().graph();
         assert_eq!(entry["name"], name);

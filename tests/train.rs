@@ -11,9 +11,11 @@ use farface::detect::config::DetectorConfig;
 use farface::detect::detector::Detector;
 use farface::detect::ModelConfig;
 use farface::eval::wider::{Face, GroundTruth};
+use farface::graph::Weights;
 use farface::train::checkpoint::Checkpoint;
 use farface::train::data::find_picture;
 use farface::train::trainer::{Resources, StepReport, Trainer};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// Whatever a training can use: several sides, mining, averages, every augmentation.
@@ -443,7 +445,38 @@ fn learnt(text: &str, dir: &Path) -> f64 {
     let dev = trainer.dev().unwrap().unwrap();
     let score = trainer.evaluate(&dev, &dir.join("best.safetensors"), &mut |_, _| {}).unwrap();
     println!("AP {:.4} after {:.1} s", score.all, started.elapsed().as_secs_f64());
+    // The model has its detector's parameters and no others.
+    let model = Weights::load(dir.join("best.safetensors")).unwrap();
+    let graph = ModelConfig::of(&model).unwrap().detector.detector().graph();
+    let expected: BTreeSet<&String> = graph.params.iter().map(|p| &p.name).collect();
+    assert_eq!(model.tensors.keys().collect::<BTreeSet<_>>(), expected);
     score.all
+}
+
+#[test]
+fn what_a_detector_has_no_use_for_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    faces::draw(dir.path(), 2, 96, 3);
+    let refused = |text: String| match Trainer::new(&text, dir.path(), resources(1)) {
+        Ok(_) => panic!("must be refused: {text}"),
+        Err(e) => e.to_string(),
+    };
+    let with = |table: &str| format!("{RECIPE}{table}\n");
+    assert!(refused(with("[pyramid-anchors]")).starts_with("invalid argument: pyramid-anchors: farface-nano"));
+    assert!(refused(with("[first-matching]\nkind = \"thresholds\"")).contains("first-matching: farface-nano"));
+    for bad in ["count = 4", "count = 0", "weight = 0.0", "weight = 1.5"] {
+        assert!(
+            refused(with(&format!("[pyramid-anchors]\n{bad}"))).contains("count must be from 1 to 3"),
+            "{bad}"
+        );
+    }
+    let refineface =
+        RECIPE.replace("farface-nano", "refineface-r18").replace("regression-aware-focal", "focal");
+    assert!(refused(refineface.clone()).contains("mining or sampler: refineface-r18"));
+    let unmined = refineface.replace("[mining]\noverlap = 0.5\n", "");
+    let softmax = unmined.replace("\"focal\"", "\"softmax\"");
+    assert!(refused(softmax).contains("name classification focal or sigmoid"));
+    assert!(Trainer::new(&unmined, dir.path(), resources(1)).is_ok());
 }
 
 #[test]

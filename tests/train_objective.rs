@@ -3,11 +3,12 @@
 
 use farface::detect::BBox;
 use farface::graph::init::Rng;
+use farface::nets::refineface::FirstStep;
 use farface::shape::{Shape, Tensor};
 use farface::train::data::Annotated;
 use farface::train::losses::{BoxLoss, ClassLoss, LossRecipe, NoOverlap};
 use farface::train::matching::{AnchorMining, MatchingRecipe};
-use farface::train::objective::{Layout, Level, Losses, Objective, PyramidAnchors};
+use farface::train::objective::{Layout, Level, Losses, Objective, PyramidAnchors, TwoStep};
 use farface::train::sampler::{Miner, SamplerRecipe};
 
 /// Two levels on pictures of 64 x 64 pixels.
@@ -25,7 +26,7 @@ fn objective(
         variances: [0.1, 0.2],
         matching: MatchingRecipe::Thresholds { negative: 0.3, positive: 0.4, force_best: true },
         mining,
-        sampler,
+        sampler: Some(sampler),
         loss: LossRecipe { classification, boxes, box_weight: 1.7, margin: 3.0 },
     };
     objective.check().unwrap();
@@ -78,6 +79,7 @@ fn cases() -> Vec<(&'static str, Objective)> {
     let focal = ClassLoss::Focal { alpha: 0.25, gamma: 2.0 };
     let aware = ClassLoss::RegressionAwareFocal { alpha: 0.25, gamma: 2.0 };
     let quality = ClassLoss::QualityFocal { beta: 2.0 };
+    let everything = |o: Objective| Objective { sampler: None, ..o };
     let apart = |mut o: Objective| {
         o.levels.iter_mut().for_each(|l| l.layout = Layout::Apart { logits: 1 });
         o
@@ -88,6 +90,8 @@ fn cases() -> Vec<(&'static str, Objective)> {
         ("softmax", objective(ClassLoss::Softmax {}, smooth, None, all(false))),
         ("softmax in groups", objective(ClassLoss::Softmax {}, square, None, all(true))),
         ("focal", objective(focal, ln, None, all(false))),
+        ("focal over all", everything(objective(focal, ln, None, all(false)))),
+        ("focal over all with mined anchors", everything(objective(focal, ln, mining, all(false)))),
         ("focal with mined anchors", objective(focal, ln, mining, all(false))),
         ("regression-aware focal", objective(aware, ln, mining, SamplerRecipe::default())),
         (
@@ -259,4 +263,135 @@ fn pyramid_anchors_find_what_is_twice_as_large_and_weigh_half() {
             }
         }
     }
+}
+
+/// Two steps on pictures of 64 x 64 pixels: the fine level is classified twice, the coarse one moved.
+fn two_step(second: MatchingRecipe) -> TwoStep {
+    let level = |stride, sizes: &[f32]| Level {
+        stride,
+        anchors: sizes.iter().map(|&s| [s, s]).collect(),
+        layout: Layout::Apart { logits: 1 },
+    };
+    let objective = TwoStep {
+        levels: vec![
+            (level(16, &[16.0, 24.0]), Some(FirstStep::Classes)),
+            (level(32, &[40.0]), Some(FirstStep::Boxes)),
+        ],
+        first: MatchingRecipe::Thresholds { negative: 0.25, positive: 0.3, force_best: false },
+        second,
+        survives: -0.4,
+        loss: LossRecipe {
+            classification: ClassLoss::Focal { alpha: 0.25, gamma: 2.0 },
+            boxes: BoxLoss::SmoothL1 { beta: 0.7 },
+            box_weight: 1.7,
+            margin: 3.0,
+        },
+    };
+    objective.check().unwrap();
+    objective
+}
+
+/// Outputs of [`two_step`] for two pictures, and their faces: one for the fine level, one for the coarse.
+fn two_step_batch(rng: &mut Rng) -> (Vec<Tensor>, Vec<Vec<Annotated>>) {
+    let sizes = [(2, 4), (4, 2), (2, 4), (8, 4), (1, 2), (4, 2)];
+    let outputs = sizes.map(|(channels, side)| {
+        let shape = Shape::new(2, channels, side, side);
+        Tensor { shape, data: (0..shape.len()).map(|_| rng.range(-0.5, 0.5)).collect() }
+    });
+    let face = |x: f32, y: f32, side: f32| Annotated {
+        bbox: BBox::from_xywh(x, y, side, side + 2.0),
+        ignore: false,
+    };
+    let faces = (0..2).map(|_| {
+        let [x, y] = [rng.range(0.0, 4.0), rng.range(0.0, 4.0)];
+        vec![face(2.0 + x, 3.0 + y, 18.0), face(26.0 + x, 25.0 - y, 34.0)]
+    });
+    (outputs.into(), faces.collect())
+}
+
+/// Offsets of the first step move the anchors of the second, for whose gradient these are constants: so those of the first
+/// are compared where the second matches nothing.
+#[test]
+fn the_two_steps_gradients_are_those_of_their_losses() {
+    let thresholds = |positive| MatchingRecipe::Thresholds { negative: 0.2, positive, force_best: false };
+    for (positive, compared) in [(0.3, 2..6), (0.999, 0..6)] {
+        let o = two_step(thresholds(positive));
+        let (outputs, faces) = two_step_batch(&mut Rng::new(9));
+        let value = |outputs: &[Tensor]| {
+            let l = o.judge(outputs, &faces, 1).unwrap().0;
+            l.class + f64::from(o.loss.box_weight) * l.boxes
+        };
+        let (losses, gradients) = o.judge(&outputs, &faces, 1).unwrap();
+        assert_eq!(losses.matched > 2, positive < 0.9, "{losses:?}");
+        assert!(losses.faces == 4 && losses.class > 0.0 && losses.boxes > 0.0, "{losses:?}");
+        let h = 2e-3;
+        let mut seen = 0;
+        for output in compared {
+            for i in 0..outputs[output].data.len() {
+                let moved = |by: f32| {
+                    let mut outputs = outputs.clone();
+                    outputs[output].data[i] += by;
+                    value(&outputs)
+                };
+                let expected = (moved(h) - moved(-h)) / f64::from(2.0 * h);
+                let got = f64::from(gradients[output].data[i]);
+                assert!(
+                    (got - expected).abs() < 2e-3,
+                    "output {output} at {i}: {got}, by differences {expected}"
+                );
+                seen += usize::from(got.abs() > 1e-3);
+            }
+        }
+        assert!(seen > 20, "{seen} gradients are not 0");
+        // On any number of threads.
+        for threads in [2, 3] {
+            assert_eq!(o.judge(&outputs, &faces, threads).unwrap(), (losses, gradients.clone()));
+        }
+    }
+}
+
+#[test]
+fn what_the_first_step_drops_the_second_does_not_learn_from() {
+    let o = two_step(MatchingRecipe::Thresholds { negative: 0.2, positive: 0.3, force_best: false });
+    let (mut outputs, faces) = two_step_batch(&mut Rng::new(9));
+    // Of each four anchors two are dropped: one below the threshold, one that is no number.
+    for (i, v) in outputs[0].data.iter_mut().enumerate() {
+        *v = [1.0, -0.41, 2.0, f32::NAN][i % 4];
+    }
+    // A NaN logit is a NaN loss, but not in the second step: look at its gradients alone.
+    let (_, gradients) = o.judge(&outputs, &faces, 1).unwrap();
+    let mut learnt = 0;
+    for (i, first) in outputs[0].data.iter().enumerate() {
+        let class = gradients[2].data[i];
+        let boxes = &gradients[3].data[4 * i..4 * i + 4];
+        if *first > o.survives {
+            learnt += usize::from(class != 0.0);
+        } else {
+            assert!(
+                class == 0.0 && boxes.iter().all(|v| *v == 0.0),
+                "anchor {i} of {first}: {class}, {boxes:?}"
+            );
+        }
+    }
+    assert!(learnt > 8, "{learnt} anchors learnt");
+}
+
+/// Eq. 1 on one anchor by hand: the second step's offsets are relative to the anchor as the first moved it.
+#[test]
+fn the_second_step_starts_where_the_first_ended() {
+    let mut o = two_step(MatchingRecipe::Thresholds { negative: 0.2, positive: 0.5, force_best: false });
+    o.levels.remove(0);
+    // A cell of stride 32 at (16, 16) with an anchor of 40 px; a face of 40 px at (26, 16), which the first step reaches.
+    let outputs = |first: f32, second: f32| {
+        let map = |data: &[f32]| Tensor { shape: Shape::new(1, data.len(), 1, 1), data: data.to_vec() };
+        vec![map(&[first, 0.0, 0.0, 0.0]), map(&[0.0]), map(&[second, 0.0, 0.0, 0.0])]
+    };
+    let faces = vec![vec![Annotated { bbox: BBox::from_xywh(6.0, -4.0, 40.0, 40.0), ignore: false }]];
+    // 10 px are a quarter of the anchor. IoU of anchor and face: 30 / 50.
+    let exact = o.judge(&outputs(0.25, 0.0), &faces, 1).unwrap().0;
+    assert!(exact.matched == 1 && exact.boxes.abs() < 1e-6 && (exact.iou - 1.0).abs() < 1e-5, "{exact:?}");
+    // What is missing after the first step: with beta 0.7 a difference x costs x^2 / 1.4.
+    let [first, second] = [0.25f64 - 0.1, 0.25 - 0.1 - 0.05].map(|x| x * x / 1.4);
+    let near = o.judge(&outputs(0.1, 0.05), &faces, 1).unwrap().0;
+    assert!((near.boxes - first - second).abs() < 1e-6, "{near:?}, expected {}", first + second);
 }

@@ -36,6 +36,12 @@ impl Anchor {
         BBox::new(cx - w / 2.0, cy - h / 2.0, cx + w / 2.0, cy + h / 2.0)
     }
 
+    /// Its corners.
+    pub fn bbox(&self) -> BBox {
+        let [w, h] = self.size.map(|side| side / 2.0);
+        BBox::new(self.center[0] - w, self.center[1] - h, self.center[0] + w, self.center[1] + h)
+    }
+
     /// The anchor on the box that offsets `t` mean, as [`decode`](Self::decode): where a first step moves it for a second.
     pub fn moved(&self, t: &[f32], variances: [f32; 2]) -> Self {
         let b = self.decode(t, variances);

@@ -222,7 +222,7 @@ impl ModelConfig {
         }
     }
 
-    /// RefineFace, with the thresholds of section 3.6.
+    /// RefineFace, with the thresholds of section 3.6; its cap of 750 boxes is the session's `max_faces`.
     fn refineface(name: &str, detector: RefineFaceConfig) -> Self {
         let scale = |first: bool| detector.scales[if first { 0 } else { detector.scales.len() - 1 }];
         Self {

@@ -64,10 +64,7 @@ impl GroupSamplingConfig {
     pub(super) fn check(&self) -> Result<()> {
         let bad = |what: &str| Err(Error::InvalidModel(format!("detector group-sampling: {what}")));
         let sane = |n: usize, most: usize| n > 0 && n <= most;
-        if !(sane(self.channels, 1024)
-            && sane(self.backbone.width, 256)
-            && self.backbone.blocks.iter().all(|&n| sane(n, 100)))
-        {
+        if !(sane(self.channels, 1024) && self.backbone.is_sane()) {
             return bad("channels 1..1024, backbone.width 1..256, backbone.blocks 1..100 each");
         }
         if !(sane(self.scales.len(), 16) && self.scales.iter().all(|s| s.is_finite() && *s > 0.0)) {

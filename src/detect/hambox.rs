@@ -67,8 +67,7 @@ impl HamBoxConfig {
     pub(super) fn check(&self) -> Result<()> {
         let sane = |n: usize, most: usize| n > 0 && n <= most;
         let context = !self.context || self.channels.is_multiple_of(4);
-        let backbone = sane(self.backbone.width, 256) && self.backbone.blocks.iter().all(|&n| sane(n, 100));
-        if !(sane(self.channels, 1024) && context && backbone) {
+        if !(sane(self.channels, 1024) && context && self.backbone.is_sane()) {
             return Err(Error::InvalidModel(
                 "detector hambox: channels 1..1024 (with a context module a multiple of 4), backbone.width 1..256, backbone.blocks 1..100 each"
                     .into(),
@@ -80,8 +79,8 @@ impl HamBoxConfig {
         Ok(())
     }
 
-    /// Starts new predictions and heads as RetinaNet does (Lin et al. 2017, section 4.1): weights with a deviation of 0.01,
-    /// logits that say `probability`. `is_new` tells by name which tensors do not come from a start.
+    /// Starts new predictions as RetinaNet does (Lin et al. 2017, section 4.1): weights with a deviation of 0.01, logits that
+    /// say `probability`. The convolutions before them keep He's deviation. `is_new` tells by name which tensors do not come from a start.
     #[cfg(feature = "train")]
     pub fn set_prior(
         &self,

@@ -8,7 +8,7 @@ use super::face::Face;
 use super::names::switches;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
-use crate::nets::refineface::{refineface, RefineFace, LEVELS, STC_LEVELS, STR_LEVELS};
+use crate::nets::refineface::{first_step, refineface, FirstStep, RefineFace, LEVELS};
 use crate::nets::resnet::ResNet;
 use serde::{Deserialize, Serialize};
 
@@ -66,8 +66,7 @@ impl RefineFaceConfig {
     pub(super) fn check(&self) -> Result<()> {
         let bad = |what: &str| Err(Error::InvalidModel(format!("detector refineface: {what}")));
         let sane = |n: usize, most: usize| n > 0 && n <= most;
-        let backbone = sane(self.backbone.width, 256) && self.backbone.blocks.iter().all(|&n| sane(n, 100));
-        if !(sane(self.channels, 1024) && self.channels.is_multiple_of(4) && backbone) {
+        if !(sane(self.channels, 1024) && self.channels.is_multiple_of(4) && self.backbone.is_sane()) {
             return bad(
                 "channels a multiple of 4 up to 1024, backbone.width 1..256, backbone.blocks 1..100 each",
             );
@@ -85,10 +84,39 @@ impl RefineFaceConfig {
         self.scales.iter().map(|s| s * stride as f32).map(|side| [side / root, side * root]).collect()
     }
 
-    /// Whether the first step has an output for this level.
-    fn asked(&self, level: usize) -> bool {
-        self.two_step_classification && STC_LEVELS.contains(&level)
-            || self.two_step_regression && STR_LEVELS.contains(&level)
+    /// Least logit of the first step with which an anchor is seen by the second.
+    pub(crate) fn survives(&self) -> f32 {
+        logit(self.first_step_score)
+    }
+
+    /// Starts new weights as the paper does: those behind the backbone by Xavier's rule (section 3.6; for fan-in f and fan-out g
+    /// a deviation of sqrt(2 / (f + g))), and logits that say `probability` (Lin et al. 2017, section 4.1). `is_new` tells by
+    /// name which tensors do not come from a start.
+    #[cfg(feature = "train")]
+    pub fn set_prior(
+        &self,
+        weights: &mut crate::graph::Weights,
+        probability: f32,
+        is_new: impl Fn(&str) -> bool,
+    ) {
+        for (name, w) in &mut weights.tensors {
+            let own = ["first.", "fpn.", "class.", "box."].iter().any(|part| name.starts_with(part));
+            if !(own && is_new(name)) {
+                continue;
+            }
+            if let [outputs, inputs, ..] = w.shape[..] {
+                // They have He's deviation, sqrt(2 / f).
+                let xavier = (inputs as f32 / (inputs + outputs) as f32).sqrt();
+                w.data.iter_mut().for_each(|v| *v *= xavier);
+            } else if name == "class.predict.bias" {
+                w.data.fill((probability / (1.0 - probability)).ln());
+            }
+        }
+    }
+
+    /// What the first step says of a level.
+    pub(crate) fn first_step(&self, level: usize) -> Option<FirstStep> {
+        first_step(level, self.two_step_classification, self.two_step_regression)
     }
 }
 
@@ -116,13 +144,15 @@ impl Detector for RefineFaceConfig {
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
         let least = logit(threshold);
-        let survives = logit(self.first_step_score);
-        let (first, second) = maps.split_at(LEVELS.filter(|&l| self.asked(l)).count());
+        let survives = self.survives();
+        let (first, second) = maps.split_at(LEVELS.filter_map(|l| self.first_step(l)).count());
         let mut first = first.iter();
         for (maps, level) in second.chunks_exact(2).zip(LEVELS) {
             let [class, boxes] = [&maps[0], &maps[1]];
-            let before = if self.asked(level) { first.next() } else { None };
-            let (filter, mover) = if STC_LEVELS.contains(&level) { (before, None) } else { (None, before) };
+            let step = self.first_step(level);
+            let before = step.and_then(|_| first.next());
+            let filter = before.filter(|_| step == Some(FirstStep::Classes));
+            let mover = before.filter(|_| step == Some(FirstStep::Boxes));
             let stride = 1 << level;
             let anchors = self.anchors(stride);
             for y in owned_cells(&window.owned_y, stride, class.height()) {
@@ -172,8 +202,8 @@ mod tests {
         }
     }
 
-    /// Faces of the maps of a 256x256 input, all of whose values are 0 but those that `set` changes: it gets every output's
-    /// name and, by row, column and channel, a value.
+    /// Faces of the maps of a 256x256 input, where logits of the second step are -20 and all other values 0 but those that
+    /// `set` names: output, row, column and channel, value.
     fn decoded(config: &RefineFaceConfig, set: &[(&str, [usize; 3], f32)]) -> Vec<Face> {
         let graph = config.graph();
         let shapes = graph.shapes(&[Shape::new(1, 3, 256, 256)]).unwrap();
@@ -181,7 +211,6 @@ mod tests {
         let mut views = Vec::new();
         for (name, id) in &graph.outputs {
             let view = View::new(shapes[id.0], floats.len(), [0; 4]);
-            // Second logits say background unless set.
             let rest = if name.starts_with("class") && !name.ends_with(".1") { -20.0 } else { 0.0 };
             floats.resize(floats.len() + shapes[id.0].len(), rest);
             for (_, [y, x, c], v) in set.iter().filter(|(n, ..)| n == name) {

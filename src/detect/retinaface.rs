@@ -6,7 +6,7 @@ use super::detector::{face_probability, logit, Detector, Map, Window};
 use super::face::Face;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
-use crate::layers::Conv2d;
+use crate::layers::{Activation, Conv2d};
 use crate::nets::{fpn::fpn_merge, mobilenet::mobilenet_v1, ssh::ssh};
 use serde::{Deserialize, Serialize};
 
@@ -60,8 +60,10 @@ impl Detector for RetinaFaceConfig {
         let image = b.input("image", 3);
         let features = b.scope("body", |b| mobilenet_v1(b, image, w));
         let pyramid = b.scope("fpn", |b| fpn_merge(b, features, [8 * w, 16 * w, 32 * w], self.channels));
+        // The published rule.
+        let inside = Activation::LeakyRelu(if self.channels <= 64 { 0.1 } else { 0.0 });
         for (i, p) in pyramid.into_iter().enumerate() {
-            let head = ssh(&mut b, &format!("ssh{}", i + 1), p, self.channels, self.channels);
+            let head = ssh(&mut b, &format!("ssh{}", i + 1), p, self.channels, self.channels, inside);
             for (name, output, values) in
                 [("ClassHead", "class", 2), ("BboxHead", "box", 4), ("LandmarkHead", "landmark", 10)]
             {

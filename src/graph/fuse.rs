@@ -136,7 +136,7 @@ struct Chain {
     add: Option<NodeId>,
 }
 
-/// Whether a chain can start with this layer.
+/// Whether a chain can start with this layer: those of which [`Affine::of`] makes weights.
 fn starts(layer: Option<&Layer>) -> bool {
     matches!(
         layer,
@@ -277,12 +277,16 @@ impl Compiled {
                     inputs.extend(chain.add.iter().map(read));
                     let made = made.entry(start.params.first().copied()).or_default();
                     let same = made.iter().find(|(other, _)| chain.is_like(other, &graph));
+                    let start = chain.start;
                     let op = match same {
                         Some((_, op)) => op.clone(),
-                        None => Arc::new(lower_chain(&graph, weights, isa, &chain)?),
+                        None => {
+                            let op = Arc::new(lower_chain(&graph, weights, isa, &chain)?);
+                            made.push((chain, op.clone()));
+                            op
+                        }
                     };
-                    c.step(op.clone(), inputs, value, chain.start);
-                    made.push((chain, op));
+                    c.step(op, inputs, value, start);
                 }
                 (NodeKind::Layer(Layer::Concat(_)), None) => {
                     let parts: Vec<ValueId> = node.inputs.iter().map(read).collect();

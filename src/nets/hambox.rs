@@ -10,7 +10,7 @@
 //!          class and box ...                       where deep, four 3x3 each; 3x3 to the outputs
 //! ```
 //!
-//! While it is trained it may have pyramid anchors, too (PyramidBox, Tang et al. 2018, section 3.3; "PA" of table 4): from
+//! While it is trained it may have pyramid anchors, too (PyramidBox, Tang et al. 2018; "PA" of table 4): from
 //! level 2 + k on, predictions of their own for what is 2^k times as large as a face and around it, head and body.
 
 use super::conv_relu;
@@ -18,7 +18,7 @@ use super::fpn::fpn_sums;
 use super::resnet::{resnet, ResNet};
 use super::ssh::ssh;
 use crate::graph::{Builder, NodeId};
-use crate::layers::{Conv2d, Interpolation};
+use crate::layers::{Activation, Conv2d, Interpolation};
 use serde::{Deserialize, Serialize};
 use std::ops::RangeInclusive;
 
@@ -29,7 +29,7 @@ pub const LEVELS: RangeInclusive<usize> = 2..=7;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TopDown {
-    /// At C5: P6 and P7 stand alone (PyramidBox's low-level pyramid, Tang et al. 2018, section 3.2), since what they see of
+    /// At C5: P6 and P7 stand alone (PyramidBox's low-level pyramid, Tang et al. 2018), since what they see of
     /// large windows disturbs small faces.
     Lfpn,
     /// At C7 (Lin et al. 2017).
@@ -73,7 +73,7 @@ pub fn hambox(b: &mut Builder, image: NodeId, net: &HamBox, pyramid_anchors: usi
     let mut around = vec![Vec::new(); pyramid_anchors];
     for (level, mut p) in LEVELS.zip(levels) {
         if net.context {
-            p = ssh(b, &format!("context{level}"), p, c, c);
+            p = ssh(b, &format!("context{level}"), p, c, c, Activation::Relu);
         }
         for (output, values) in [("class", 1), ("box", 4)] {
             let predict = |b: &mut Builder, name: &str, x| b.conv(name, x, Conv2d::new(c, values, 3).bias());

@@ -20,10 +20,28 @@ use std::ops::RangeInclusive;
 
 /// Levels; level `l` has stride 2^l.
 pub const LEVELS: RangeInclusive<usize> = 2..=7;
-/// Levels with two-step classification (section 3.2).
-pub const STC_LEVELS: RangeInclusive<usize> = 2..=4;
-/// Levels with two-step regression (section 3.1).
-pub const STR_LEVELS: RangeInclusive<usize> = 5..=7;
+/// What the first step says of a level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstStep {
+    /// A logit an anchor, below which the second step does not see it (two-step classification, section 3.2).
+    Classes,
+    /// Offsets that move each anchor for the second step (two-step regression, section 3.1).
+    Boxes,
+}
+
+/// What the first step says of `level`, where it says anything, with these modules: STC on the three fine levels, STR on the
+/// three coarse ones.
+pub fn first_step(
+    level: usize,
+    two_step_classification: bool,
+    two_step_regression: bool,
+) -> Option<FirstStep> {
+    match level {
+        2..=4 if two_step_classification => Some(FirstStep::Classes),
+        5..=7 if two_step_regression => Some(FirstStep::Boxes),
+        _ => None,
+    }
+}
 
 /// Sizes and modules of the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,9 +67,12 @@ pub fn refineface(b: &mut Builder, image: NodeId, net: &RefineFace) {
     let features = resnet(b, image, &net.backbone);
     let c = net.channels;
     if net.two_step_classification || net.two_step_regression {
-        let maps = b.scope("first", |b| first_step(b, &features, net));
-        for (level, x) in maps {
-            let (output, values) = if STC_LEVELS.contains(&level) { ("class", 1) } else { ("box", 4) };
+        let maps = b.scope("first", |b| first_maps(b, &features, net));
+        for (level, step, x) in maps {
+            let (output, values) = match step {
+                FirstStep::Classes => ("class", 1),
+                FirstStep::Boxes => ("box", 4),
+            };
             let out = subnet(b, output, x, net, values);
             b.output(&format!("{output}{level}.1"), out);
         }
@@ -75,8 +96,8 @@ pub fn refineface(b: &mut Builder, image: NodeId, net: &RefineFace) {
     }
 }
 
-/// The levels that the first step looks at, each with its number.
-fn first_step(b: &mut Builder, features: &[NodeId; 4], net: &RefineFace) -> Vec<(usize, NodeId)> {
+/// The levels that the first step looks at, each with its number and what it is asked.
+fn first_maps(b: &mut Builder, features: &[NodeId; 4], net: &RefineFace) -> Vec<(usize, FirstStep, NodeId)> {
     let c = net.channels;
     let mut maps: Vec<(NodeId, usize)> = features.iter().copied().zip(net.backbone.channels()).collect();
     if net.two_step_regression {
@@ -88,14 +109,14 @@ fn first_step(b: &mut Builder, features: &[NodeId; 4], net: &RefineFace) -> Vec<
             maps.push((conv_relu(b, &format!("down{level}"), x, down), channels));
         }
     }
-    let asked = |level: &usize| {
-        net.two_step_classification && STC_LEVELS.contains(level)
-            || net.two_step_regression && STR_LEVELS.contains(level)
-    };
-    let levels = LEVELS.zip(maps).filter(|(level, _)| asked(level));
-    let mut lateral =
-        |level: usize, x, from| b.conv(&format!("lateral{level}"), x, Conv2d::new(from, c, 1).bias());
-    levels.map(|(level, (x, from))| (level, lateral(level, x, from))).collect()
+    let mut asked = Vec::new();
+    for (level, (x, from)) in LEVELS.zip(maps) {
+        if let Some(step) = first_step(level, net.two_step_classification, net.two_step_regression) {
+            let conv = Conv2d::new(from, c, 1).bias();
+            asked.push((level, step, b.conv(&format!("lateral{level}"), x, conv)));
+        }
+    }
+    asked
 }
 
 /// The subnet `name` on one map, to `values` an anchor. Asked again it has the same parameters.

@@ -53,6 +53,11 @@ impl ResNet {
     /// ResNet-152.
     pub const R152: Self = Self { block: Block::Bottleneck, blocks: [3, 8, 36, 3], width: 64 };
 
+    /// Whether the sizes are such as a model file may ask for: width 1 to 256, 1 to 100 blocks a stage.
+    pub fn is_sane(&self) -> bool {
+        (1..=256).contains(&self.width) && self.blocks.iter().all(|n| (1..=100).contains(n))
+    }
+
     /// A detector's name without its last part, and the backbone that this says: `r18`, `r34`, `r50`, `r101` or `r152`.
     pub fn split_name(name: &str) -> Option<(&str, Self)> {
         let (rest, depth) = name.rsplit_once("-r")?;

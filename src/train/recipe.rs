@@ -24,13 +24,17 @@ pub struct Recipe {
     /// Augmentation.
     #[serde(default)]
     pub augment: Augment,
-    /// Anchors to faces.
+    /// Anchors to faces; without this table the two-pass scan, for RefineFace thresholds 0.4 and 0.5.
     #[serde(default)]
-    pub matching: MatchingRecipe,
+    pub matching: Option<MatchingRecipe>,
+    /// Likewise in the first step of RefineFace, `matching` being its second's; default thresholds 0.3 and 0.7.
+    #[serde(default)]
+    pub first_matching: Option<MatchingRecipe>,
     /// Online anchor mining; none without this table.
     #[serde(default)]
     pub mining: Option<AnchorMining>,
-    /// Which anchors enter the loss; not for the losses that take all.
+    /// Which anchors enter the loss; not for the losses that take all. Without this table the focal loss takes all, softmax and
+    /// sigmoid those of the sampler's defaults.
     #[serde(default)]
     pub sampler: Option<SamplerRecipe>,
     /// Losses.
@@ -99,9 +103,10 @@ pub struct ModelRecipe {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct PyramidAnchorsRecipe {
-    /// How many: 1 for the head, twice a face's size, 2 for the body, too, four times its size; default 2, at most 3.
+    /// How many: 1 for the head, twice a face's size, 2 for the body, too, four times its size, 3 for what is eight times as
+    /// large; default 2.
     pub count: usize,
-    /// Weight of the first one's losses, the square of it of the second's; default 0.5.
+    /// Weight of the first one's losses; its square weighs the second's, its cube the third's; default 0.5.
     pub weight: f32,
 }
 
@@ -243,7 +248,9 @@ impl Recipe {
             return bad("model.score-threshold must be from 0 to 1");
         }
         self.augment.check()?;
-        self.matching.check()?;
+        for matching in [&self.matching, &self.first_matching].into_iter().flatten() {
+            matching.check()?;
+        }
         if let Some(mining) = &self.mining {
             mining.check()?;
         }

@@ -3,8 +3,8 @@
     python tests/golden/detectors.py        (needs torch, torchvision, numpy, safetensors)
 
 The networks are written out here on the ResNet of resnet.py (which is held to torchvision's). Weights and pictures are
-drawn as there, bit for bit as the tests draw them. Tensors are named `case/output`; `case/faces` are the first boxes that
-the outputs mean, their offsets times `case/scale`, `case/count` how many there are. tests/detector_goldens.rs holds the same cases by name.
+drawn as there, bit for bit as the tests draw them. Tensors are named `case/output`; `case/faces` are some of the
+`case/count` boxes that the outputs mean, those numbered `case/rows`, the offsets of each output times its `case/scale`. tests/detector_goldens.rs holds the same cases by name.
 """
 
 from pathlib import Path
@@ -86,9 +86,8 @@ class Context(nn.Module):
         self.conv7X7_2, self.conv7x7_3 = conv_bn(c // 4, c // 4), conv_bn(c // 4, c // 4)
 
     def forward(self, x):
-        leaky = lambda y: F.leaky_relu(y, 0.1)
-        shared = leaky(self.conv5X5_1(x))
-        seven = self.conv7x7_3(leaky(self.conv7X7_2(shared)))
+        shared = self.conv5X5_1(x).relu()
+        seven = self.conv7x7_3(self.conv7X7_2(shared).relu())
         return torch.cat([self.conv3X3(x), self.conv5X5_2(shared), seven], 1).relu()
 
 
@@ -223,8 +222,8 @@ def code(anchor, t):
 
 
 def decoded(net, outputs, threshold, first):
-    """Faces x1 y1 x2 y2 score above the threshold, in the order level or branch, row, column, anchor."""
-    rows = []
+    """Faces x1 y1 x2 y2 score above the threshold of each level or branch, in the order row, column, anchor."""
+    levels = []
     for i, level, sizes, before in net.faces(outputs):
         cells = lambda y, values: y[0].permute(1, 2, 0).unflatten(-1, (len(sizes), values))  # H W A values
         logits = outputs[f"class{i}"]
@@ -241,11 +240,11 @@ def decoded(net, outputs, threshold, first):
             anchor = code(anchor, cells(before, 4))
         box = code(anchor, cells(outputs[f"box{i}"], 4))
         corners = torch.cat([box[..., :2] - box[..., 2:] / 2, box[..., :2] + box[..., 2:] / 2], -1)
-        rows.append(torch.cat([corners, logit.sigmoid()[..., None]], -1)[kept])
-    return torch.cat(rows)
+        levels.append(torch.cat([corners, logit.sigmoid()[..., None]], -1)[kept])
+    return levels
 
 
-THRESHOLD, FIRST, STORED = 0.6, 0.5, 40
+THRESHOLD, FIRST, STORED = 0.3, 0.5, 8
 golden = {}
 
 
@@ -257,15 +256,21 @@ def case(name, net, size):
     with torch.no_grad():
         outputs = net.eval()(normal(f"{name}.image", 1, 3, *size))
         golden.update({f"{name}/{output}": y for output, y in outputs.items()})
-        # Drawn weights make offsets of any size, of which exp would make nothing: to decode, the largest is 1.
-        scale = 1 / max(y.abs().max() for k, y in outputs.items() if k.startswith("box"))
-        outputs = {k: y * scale if k.startswith("box") else y for k, y in outputs.items()}
-        found = decoded(net, outputs, THRESHOLD, FIRST)
-        if found.shape[0] < 5:
-            raise SystemExit(f"{name}: {found.shape[0]} faces, too few to compare")
-        golden[f"{name}/faces"] = found[:STORED]
-        golden[f"{name}/scale"] = scale.reshape(1)
-        golden[f"{name}/count"] = torch.tensor([float(found.shape[0])])
+        # Drawn weights make offsets of any size, of which exp would make nothing: to decode, the largest of a map is 1.
+        boxes = [k for k in outputs if k.startswith("box")]
+        scale = torch.stack([1 / outputs[k].abs().max() for k in boxes])
+        outputs |= {k: outputs[k] * s for k, s in zip(boxes, scale)}
+        levels = decoded(net, outputs, THRESHOLD, FIRST)
+        if any(len(level) == 0 for level in levels):
+            raise SystemExit(f"{name}: a level without faces, {[len(level) for level in levels]}")
+        found = torch.cat(levels)
+        # Of every level the last ones.
+        ends = torch.tensor([len(level) for level in levels]).cumsum(0)
+        rows = sorted({int(end) - 1 - i for end, level in zip(ends, levels) for i in range(min(STORED, len(level)))})
+        golden[f"{name}/rows"] = torch.tensor(rows, dtype=torch.float32)
+        golden[f"{name}/faces"] = found[rows]
+        golden[f"{name}/scale"] = scale
+        golden[f"{name}/count"] = torch.tensor([float(len(found))])
 
 
 if __name__ == "__main__":
@@ -275,9 +280,9 @@ if __name__ == "__main__":
     case("hambox-baseline-r18", HamBox(*R18, False, False, 5), (101, 131))
     case("hambox-fpn-r18", HamBox(*R18, True, True, 7), (101, 131))
     case("hambox-r50", HamBox(*R50, True, True, 5), (128, 160))
-    case("refineface-baseline-r18", RefineFace(*R18, False, False, False), (54, 70))
-    case("refineface-str-r18", RefineFace(*R18, True, False, False), (54, 70))
-    case("refineface-stc-r18", RefineFace(*R18, False, True, False), (54, 70))
+    case("refineface-baseline-r18", RefineFace(*R18, False, False, False), (101, 131))
+    case("refineface-str-r18", RefineFace(*R18, True, False, False), (101, 131))
+    case("refineface-stc-r18", RefineFace(*R18, False, True, False), (101, 131))
     case("refineface-r18", RefineFace(*R18, True, True, True), (101, 131))
     case("refineface-r50", RefineFace(*R50, True, True, True), (128, 160))
     path = Path(__file__).with_name("detectors.safetensors")

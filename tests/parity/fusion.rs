@@ -393,6 +393,39 @@ fn shared_weights_and_values_added_to_themselves() {
 }
 
 #[test]
+fn one_weight_in_other_company_is_packed_anew() {
+    // The same weights plain, twice; with ReLU, leaky; at stride 2, dilated; with a sum before and behind the activation.
+    let kinds = 7;
+    let build = |b: &mut Builder, x: NodeId| {
+        let conv = Conv2d::new(6, 6, 3);
+        let shared = |b: &mut Builder, conv| b.conv("shared", x, conv);
+        let mut outputs = vec![shared(b, conv), shared(b, conv)];
+        for activation in [Activation::Relu, LEAKY] {
+            let y = shared(b, conv);
+            outputs.push(b.activation(y, activation));
+        }
+        outputs.extend([shared(b, conv.stride(2)), shared(b, conv.dilation(2))]);
+        let y = shared(b, conv);
+        let y = b.add(y, x);
+        outputs.push(b.relu(y));
+        let y = shared(b, conv);
+        let y = b.relu(y);
+        outputs.push(b.add(y, x));
+        for (i, y) in outputs.into_iter().enumerate() {
+            b.output(&i.to_string(), y);
+        }
+    };
+    holds("one weight in several places", 6, kinds + 1, build);
+    let mut b = Builder::new();
+    let x = b.input("x", 6);
+    build(&mut b, x);
+    let graph = b.finish();
+    let network = Compiled::new(&graph, &Weights::random(&graph, 1), Isa::Generic).unwrap();
+    let steps = Plan::describe(&network, &[Shape::new(1, 6, 11, 13)]).unwrap();
+    assert_eq!(steps.iter().filter(|s| s.weight_bytes > 0).count(), kinds, "packed");
+}
+
+#[test]
 fn several_inputs_of_different_sizes_one_of_them_unread() {
     let mut b = Builder::new();
     let (x, unread, z) = (b.input("x", 3), b.input("unread", 2), b.input("z", 4));

@@ -74,7 +74,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     let shape = Shape::new(1, 3, args.size.height, args.size.width);
     if !args.json {
         let time = if args.time { format!("  {:>10}", "ms") } else { String::new() };
-        writeln!(out, "{:<28}  {:>12}  {:>10}{time}", "detector", "parameters, M", "GMAC")?;
+        writeln!(out, "{:<28}  {:>13}  {:>10}{time}", "detector", "parameters, M", "GMAC")?;
     }
     let mut detectors = Vec::new();
     for config in configs {

@@ -39,7 +39,7 @@ impl AnchorGroup {
 
     /// The anchors' corners in order of their flat indices.
     pub fn boxes(&self) -> impl Iterator<Item = BBox> + '_ {
-        (0..self.rows).flat_map(move |y| (0..self.cols).map(move |x| corners(&self.at(y, x))))
+        (0..self.rows).flat_map(move |y| (0..self.cols).map(move |x| self.at(y, x).bbox()))
     }
 
     /// The anchor on the `cell`-th cell in row order.
@@ -60,12 +60,6 @@ pub struct AnchorGrid {
     pub groups: Vec<AnchorGroup>,
     /// Anchors in all.
     pub len: usize,
-}
-
-/// Corners of an anchor; [`Anchor::decode`] of zeros, without its exponentials.
-pub(super) fn corners(a: &Anchor) -> BBox {
-    let [w, h] = [a.size[0] / 2.0, a.size[1] / 2.0];
-    BBox::new(a.center[0] - w, a.center[1] - h, a.center[0] + w, a.center[1] + h)
 }
 
 impl AnchorGrid {
@@ -166,7 +160,7 @@ pub(super) fn visit_reachable(
             continue;
         }
         for x in cells(cx, far(aw, fw, (need / oy).max(0.0)), g.cols) {
-            visit(g.first + y * g.cols + x, corners(&g.at(y, x)));
+            visit(g.first + y * g.cols + x, g.at(y, x).bbox());
         }
     }
 }
@@ -183,7 +177,7 @@ pub(super) fn nearest(g: &AnchorGroup, bbox: &BBox) -> Option<(usize, BBox)> {
         (v.max(0.0) as usize).min(count - 1)
     };
     let (y, x) = (cell(bbox.y1, bbox.y2, g.rows), cell(bbox.x1, bbox.x2, g.cols));
-    Some((g.first + y * g.cols + x, corners(&g.at(y, x))))
+    Some((g.first + y * g.cols + x, g.at(y, x).bbox()))
 }
 
 #[cfg(test)]
@@ -200,7 +194,7 @@ mod tests {
         assert_eq!((grid.group_of(5), grid.group_of(6)), (0, 2));
         assert_eq!(grid.anchor(4), Anchor { center: [6.0, 6.0], size: [16.0, 20.0] });
         assert_eq!(grid.anchor(7), Anchor { center: [12.0, 4.0], size: [64.0, 64.0] });
-        assert_eq!(corners(&grid.anchor(7)), grid.anchor(7).decode(&[0.0; 4], [1.0; 2]));
+        assert_eq!(grid.anchor(7).bbox(), grid.anchor(7).decode(&[0.0; 4], [1.0; 2]));
     }
 
     #[test]

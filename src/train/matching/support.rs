@@ -1,12 +1,12 @@
 //! Random layouts for the tests that compare with all pairs.
 
-use super::{grid::corners, AnchorGrid, FaceBox};
+use super::{AnchorGrid, FaceBox};
 use crate::detect::BBox;
 use crate::graph::init::Rng;
 
 /// The anchors' corners.
 pub fn boxes(grid: &AnchorGrid) -> Vec<BBox> {
-    (0..grid.len).map(|i| corners(&grid.anchor(i))).collect()
+    (0..grid.len).map(|i| grid.anchor(i).bbox()).collect()
 }
 
 /// One to four groups of up to 40 x 40 cells or strips of 2,000, square or not, sparse or dense.
@@ -30,7 +30,7 @@ pub fn random_faces(grid: &AnchorGrid, rng: &mut Rng, ignored: f32) -> Vec<FaceB
         let around = if grid.is_empty() {
             BBox::new(0.0, 0.0, 9.0, 9.0)
         } else {
-            corners(&grid.anchor(rng.below(grid.len)))
+            grid.anchor(rng.below(grid.len)).bbox()
         };
         let bbox = match rng.below(5) {
             0 => around,

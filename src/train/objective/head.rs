@@ -4,21 +4,37 @@ use super::{Layout, Level};
 use crate::detect::BBox;
 use crate::train::matching::AnchorGrid;
 
-/// Where the channels of an anchor group are: of a cell's, in output `.0` of `.1` channels, those from `.2` on.
+/// Where an anchor group's channels are: of a cell's `per_cell` in an output, those from `first` on.
+#[derive(Clone, Copy)]
+pub(super) struct Channels {
+    pub(super) output: usize,
+    pub(super) per_cell: usize,
+    pub(super) first: usize,
+}
+
+impl Channels {
+    /// Output and place in the picture's map of the first one of a cell.
+    pub(super) fn at(&self, cell: usize) -> (usize, usize) {
+        (self.output, cell * self.per_cell + self.first)
+    }
+}
+
+/// Where the logits and the offsets of an anchor group are.
 #[derive(Clone, Copy)]
 pub(super) struct GroupChannels {
-    class: (usize, usize, usize),
-    boxes: (usize, usize, usize),
+    class: Channels,
+    boxes: Channels,
 }
 
 impl GroupChannels {
     /// Those of anchor `a` of a level whose first output is `output`.
     pub(super) fn new(level: &Level, output: usize, a: usize) -> Self {
         let n = level.anchors.len();
+        let of = |output, per_cell, first| Channels { output, per_cell, first };
         match level.layout {
-            Layout::Joint => Self { class: (output, 5 * n, a), boxes: (output, 5 * n, n + 4 * a) },
+            Layout::Joint => Self { class: of(output, 5 * n, a), boxes: of(output, 5 * n, n + 4 * a) },
             Layout::Apart { logits } => {
-                Self { class: (output, logits * n, logits * a), boxes: (output + 1, 4 * n, 4 * a) }
+                Self { class: of(output, logits * n, logits * a), boxes: of(output + 1, 4 * n, 4 * a) }
             }
         }
     }
@@ -48,9 +64,8 @@ impl Place {
 
 impl Head<'_> {
     fn place(&self, group: usize, cell: usize) -> Place {
-        let at = |(output, channels, first): (usize, usize, usize)| (output, cell * channels + first);
         let GroupChannels { class, boxes } = self.groups[group];
-        Place { class: at(class), boxes: at(boxes) }
+        Place { class: class.at(cell), boxes: boxes.at(cell) }
     }
 
     pub(super) fn at(&self, i: usize) -> Place {

@@ -3,11 +3,12 @@
 
 mod head;
 mod pyramid_anchors;
+mod two_step;
 
 use super::data::Annotated;
 use super::losses::{
     quality_focal_loss, regression_aware_box_weight, regression_aware_focal_loss, sigmoid_cross_entropy,
-    softmax_cross_entropy2, AnchorRole, BatchCounts, ClassLoss, LossRecipe, ScaleAwareMargin,
+    softmax_cross_entropy2, AnchorRole, BatchCounts, ClassLoss, Focal, LossRecipe, ScaleAwareMargin,
 };
 use super::matching::{
     match_anchors, mine_high_quality_anchors, AnchorGrid, AnchorMining, FaceBox, Matches, MatchingRecipe,
@@ -21,6 +22,7 @@ use crate::graph::init::Rng;
 use crate::shape::{Shape, Tensor};
 use head::{GroupChannels, Head, Place};
 pub use pyramid_anchors::PyramidAnchors;
+pub use two_step::TwoStep;
 
 /// The anchors of a level, on every cell of its maps.
 #[derive(Clone, Debug, PartialEq)]
@@ -85,8 +87,9 @@ pub struct Objective {
     pub matching: MatchingRecipe,
     /// Online anchor mining, where wanted.
     pub mining: Option<AnchorMining>,
-    /// Which anchors count; not used by the losses that take all (regression-aware and quality focal).
-    pub sampler: SamplerRecipe,
+    /// Which anchors count; all of them without one (the focal loss), and for the losses that take all anyway (regression-aware
+    /// and quality focal).
+    pub sampler: Option<SamplerRecipe>,
     /// Losses.
     pub loss: LossRecipe,
 }
@@ -94,9 +97,9 @@ pub struct Objective {
 /// Losses of a batch, and how many anchors they come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Losses {
-    /// Classification.
+    /// Classification; in a training with that of pyramid anchors.
     pub class: f64,
-    /// Boxes, before their weight.
+    /// Boxes, before their weight; likewise.
     pub boxes: f64,
     /// Anchors matched, of those that entered the loss.
     pub matched: usize,
@@ -139,12 +142,47 @@ impl Assigned {
     }
 }
 
+/// A detector's objective.
+#[derive(Clone, Debug)]
+pub enum DetectorObjective {
+    /// It looks once.
+    OneStep(Objective),
+    /// It looks twice.
+    TwoStep(TwoStep),
+}
+
+impl DetectorObjective {
+    /// How many outputs it judges.
+    pub fn outputs(&self) -> usize {
+        match self {
+            DetectorObjective::OneStep(o) => o.outputs(),
+            DetectorObjective::TwoStep(o) => o.outputs(),
+        }
+    }
+
+    /// As [`Objective::judge`].
+    pub fn judge(
+        &self,
+        outputs: &[Tensor],
+        faces: &[Vec<Annotated>],
+        rng: impl Fn(usize) -> Rng + Sync,
+        threads: usize,
+    ) -> Result<(Losses, Vec<Tensor>)> {
+        match self {
+            DetectorObjective::OneStep(o) => o.judge(outputs, faces, rng, threads),
+            DetectorObjective::TwoStep(o) => o.judge(outputs, faces, threads),
+        }
+    }
+}
+
 impl Objective {
     /// Errors where a part's settings are out of range or do not go together.
     pub fn check(&self) -> Result<()> {
         self.matching.check()?;
         self.loss.check()?;
-        self.sampler.check()?;
+        if let Some(sampler) = &self.sampler {
+            sampler.check()?;
+        }
         if let Some(mining) = &self.mining {
             mining.check()?;
         }
@@ -156,6 +194,9 @@ impl Objective {
             } else {
                 "loss: this detector has two logits an anchor, background and face: classification must be softmax".into()
             }));
+        }
+        if self.sampler.is_none() && wanted == 2 {
+            return Err(Error::InvalidArgument("loss: softmax needs a sampler".into()));
         }
         let aware = matches!(self.loss.classification, ClassLoss::RegressionAwareFocal { .. });
         if aware && self.mining.is_none() {
@@ -194,45 +235,30 @@ impl Objective {
         rng: impl Fn(usize) -> Rng + Sync,
         threads: usize,
     ) -> Result<(Losses, Vec<Tensor>)> {
-        let shapes: Vec<Shape> = outputs.iter().map(|o| o.shape).collect();
         let channels: Vec<usize> = self.levels.iter().flat_map(Level::channels).collect();
-        let fits = shapes.iter().zip(&channels).all(|(s, &c)| s.c == c && s.n == faces.len());
-        if shapes.len() != channels.len() || !fits {
-            return Err(Error::Internal("outputs are not the objective's levels".into()));
-        }
+        let shapes = check_outputs(outputs, &channels, faces.len())?;
         let (grid, groups) = self.grid(&shapes);
         let head = Head { grid: &grid, groups: &groups };
         let images = faces.len();
-        let maps = |n: usize| -> Vec<&[f32]> {
-            outputs.iter().map(|o| &o.data[n * (o.data.len() / images)..][..o.data.len() / images]).collect()
-        };
-        let assigned: Vec<Assigned> = parallel(images, threads, |n| self.assign(&head, &maps(n), &faces[n]));
+        let assigned: Vec<Assigned> =
+            parallel(images, threads, |n| self.assign(&head, &picture_maps(outputs, n), &faces[n]));
         let mut counts = BatchCounts::default();
         for a in &assigned {
             counts.matched += a.matches.label.iter().filter(|&&l| l >= 0).count();
             counts.compensated += a.mined.as_ref().map_or(0, |m| m.compensated.len());
         }
-        let judged: Vec<(Losses, Vec<Vec<f32>>)> = parallel(images, threads, |n| {
-            let maps = maps(n);
+        let judged = parallel(images, threads, |n| {
+            let maps = picture_maps(outputs, n);
             let mut gradient: Vec<Vec<f32>> = maps.iter().map(|m| vec![0.0; m.len()]).collect();
-            let losses = if self.loss.classification.takes_all() {
-                self.every_anchor(&head, &maps, &assigned[n], counts, &mut gradient)
-            } else {
-                self.sampled(&head, &maps, &assigned[n], rng(n), images, &mut gradient)
+            let losses = match &self.sampler {
+                Some(sampler) if !self.loss.classification.takes_all() => {
+                    self.sampled(sampler, &head, &maps, &assigned[n], rng(n), images, &mut gradient)
+                }
+                _ => self.every_anchor(&head, &maps, &assigned[n], counts, &mut gradient),
             };
             (losses, gradient)
         });
-        let mut total = Losses::default();
-        let mut gradients: Vec<Tensor> =
-            shapes.iter().map(|&s| Tensor { shape: s, data: Vec::with_capacity(s.len()) }).collect();
-        for (losses, maps) in judged {
-            total.add(&losses);
-            for (to, from) in gradients.iter_mut().zip(maps) {
-                to.data.extend(from);
-            }
-        }
-        total.iou /= (total.matched + total.mined).max(1) as f64;
-        Ok((total, gradients))
+        Ok(gathered(&shapes, judged))
     }
 
     fn assign(&self, head: &Head<'_>, maps: &[&[f32]], faces: &[Annotated]) -> Assigned {
@@ -245,8 +271,8 @@ impl Objective {
         Assigned { faces, matches, mined }
     }
 
-    /// Over one picture's anchors, all of them, as a share of the batch's: HAMBox Eq. 1 and 2, or the quality focal loss and
-    /// the boxes' of its faces.
+    /// Over one picture's anchors, all of them, as a share of the batch's: HAMBox Eq. 1 and 2; or another loss over the number
+    /// of the batch's positives, mined ones counted, and the boxes' of its faces.
     fn every_anchor(
         &self,
         head: &Head<'_>,
@@ -275,10 +301,19 @@ impl Objective {
                     let (loss, slope) = quality_focal_loss(x, quality, beta);
                     (loss * positives, slope * positives, positives)
                 }
-                loss => {
-                    let focal = loss.focal().expect("of the losses over all anchors the other one is focal");
-                    let (loss, slope) = regression_aware_focal_loss(x, role, counts, focal);
+                ClassLoss::RegressionAwareFocal { alpha, gamma } => {
+                    let (loss, slope) = regression_aware_focal_loss(x, role, counts, Focal { alpha, gamma });
                     (loss, slope, regression_aware_box_weight(role, counts))
+                }
+                loss => {
+                    if matches!(role, AnchorRole::Ignored) {
+                        continue;
+                    }
+                    let mut slope = [0.0];
+                    let size = bbox.map(|b| [b.width(), b.height()]);
+                    let logit = &maps[output][logit..logit + 1];
+                    let value = loss.value(logit, size, margin, &mut slope);
+                    (value * positives, slope[0] * positives, positives)
                 }
             };
             losses.class += f64::from(loss);
@@ -288,7 +323,18 @@ impl Objective {
                 AnchorRole::Matched { .. } => losses.matched += 1,
                 _ => losses.mined += 1,
             }
-            self.box_loss(head.grid.anchor(i), place, maps, bbox, box_weight, gradient, &mut losses);
+            let anchor = head.grid.anchor(i);
+            box_loss(
+                &self.loss,
+                anchor,
+                place.boxes,
+                self.variances,
+                maps,
+                bbox,
+                box_weight,
+                gradient,
+                &mut losses,
+            );
         }
         losses
     }
@@ -296,6 +342,7 @@ impl Objective {
     /// Group Sampling Eq. 2 (or its like without groups) over one picture's anchors, as a share of `images`.
     fn sampled(
         &self,
+        sampler: &SamplerRecipe,
         head: &Head<'_>,
         maps: &[&[f32]],
         assigned: &Assigned,
@@ -317,7 +364,7 @@ impl Objective {
             let loss = self.loss.classification.value(x, size, margin, &mut slopes[..logits]);
             (loss, slopes)
         };
-        let all: Vec<f32> = if self.sampler.needs_losses() {
+        let all: Vec<f32> = if sampler.needs_losses() {
             // The miners look at -ln p_t, whatever the loss.
             let loss = |(i, p): (usize, Place)| {
                 let (face, x) = (matches.face(i).is_some(), &maps[p.class.0][p.class.1..]);
@@ -330,7 +377,7 @@ impl Objective {
         } else {
             Vec::new()
         };
-        let samples = self.sampler.sample(&matches.label, &all, &head.grid.ranges(), &mut rng);
+        let samples = sampler.sample(&matches.label, &all, &head.grid.ranges(), &mut rng);
         let mut losses = Losses { faces: wanted(&assigned.faces), ..Losses::default() };
         let share = 1.0 / images as f32;
         for GroupSample { positives, negatives, class_weight, box_weight } in samples {
@@ -350,32 +397,68 @@ impl Objective {
                     losses.mined += 1;
                 }
                 let bbox = &assigned.faces[face].bbox;
-                let weight = box_weight * share;
-                self.box_loss(head.grid.anchor(i), head.at(i), maps, bbox, weight, gradient, &mut losses);
+                let (anchor, at, weight) = (head.grid.anchor(i), head.at(i).boxes, box_weight * share);
+                box_loss(&self.loss, anchor, at, self.variances, maps, bbox, weight, gradient, &mut losses);
             }
         }
         losses
     }
+}
 
-    fn box_loss(
-        &self,
-        Anchor { center, size }: Anchor,
-        place: Place,
-        maps: &[&[f32]],
-        face: &BBox,
-        weight: f32,
-        gradient: &mut [Vec<f32>],
-        losses: &mut Losses,
-    ) {
-        let (anchor, target) =
-            ([center[0], center[1], size[0], size[1]], [face.x1, face.y1, face.x2, face.y2]);
-        let value = self.loss.boxes.value(place.offsets(maps), anchor, self.variances, target);
-        losses.boxes += f64::from(value.loss * weight);
-        losses.iou += f64::from(value.iou);
-        for k in 0..4 {
-            gradient[place.boxes.0][place.boxes.1 + k] += value.gradient[k] * weight * self.loss.box_weight;
+/// Adds the loss of the offsets at `at` (output, place in its map) on an anchor, times `share`, and its gradient.
+fn box_loss(
+    loss: &LossRecipe,
+    Anchor { center, size }: Anchor,
+    (output, at): (usize, usize),
+    variances: [f32; 2],
+    maps: &[&[f32]],
+    face: &BBox,
+    share: f32,
+    gradient: &mut [Vec<f32>],
+    losses: &mut Losses,
+) {
+    let t = &maps[output][at..at + 4];
+    let (anchor, target) = ([center[0], center[1], size[0], size[1]], [face.x1, face.y1, face.x2, face.y2]);
+    let value = loss.boxes.value([t[0], t[1], t[2], t[3]], anchor, variances, target);
+    losses.boxes += f64::from(value.loss * share);
+    losses.iou += f64::from(value.iou);
+    for (to, slope) in gradient[output][at..at + 4].iter_mut().zip(value.gradient) {
+        *to += slope * share * loss.box_weight;
+    }
+}
+
+/// The shapes of a batch's outputs, which must have these channels.
+fn check_outputs(outputs: &[Tensor], channels: &[usize], images: usize) -> Result<Vec<Shape>> {
+    let shapes: Vec<Shape> = outputs.iter().map(|o| o.shape).collect();
+    let fits = shapes.iter().zip(channels).all(|(s, &c)| s.c == c && s.n == images);
+    if shapes.len() != channels.len() || !fits {
+        return Err(Error::Internal("outputs are not the objective's levels".into()));
+    }
+    Ok(shapes)
+}
+
+/// Picture `n`'s part of every output.
+fn picture_maps(outputs: &[Tensor], n: usize) -> Vec<&[f32]> {
+    let part = |o: &Tensor| {
+        let values = o.data.len() / o.shape.n;
+        n * values..(n + 1) * values
+    };
+    outputs.iter().map(|o| &o.data[part(o)]).collect()
+}
+
+/// A batch's losses and gradients from its pictures'.
+fn gathered(shapes: &[Shape], judged: Vec<(Losses, Vec<Vec<f32>>)>) -> (Losses, Vec<Tensor>) {
+    let mut total = Losses::default();
+    let mut gradients: Vec<Tensor> =
+        shapes.iter().map(|&s| Tensor { shape: s, data: Vec::with_capacity(s.len()) }).collect();
+    for (losses, maps) in judged {
+        total.add(&losses);
+        for (to, from) in gradients.iter_mut().zip(maps) {
+            to.data.extend(from);
         }
     }
+    total.iou /= (total.matched + total.mined).max(1) as f64;
+    (total, gradients)
 }
 
 fn wanted(faces: &[FaceBox]) -> usize {

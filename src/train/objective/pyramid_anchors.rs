@@ -7,7 +7,7 @@ use crate::graph::init::Rng;
 use crate::shape::Tensor;
 use crate::train::data::Annotated;
 
-/// A pyramid anchor (PyramidBox, Tang et al. 2018, section 3.3; HAMBox's table 4, "PA"): outputs that find, where an anchor
+/// A pyramid anchor (PyramidBox, Tang et al. 2018; HAMBox's table 4, "PA"): outputs that find, where an anchor
 /// has the size for it, what surrounds a face and is larger, its head or body. They teach the features what faces come with;
 /// inference has no use for them.
 #[derive(Clone, Debug)]
@@ -48,9 +48,6 @@ impl PyramidAnchors {
         let b = &face.bbox;
         let center = [(b.x1 + b.x2) / 2.0, (b.y1 + b.y2) / 2.0];
         let [w, h] = [b.width(), b.height()].map(|side| side * self.enlargement / 2.0);
-        Annotated {
-            bbox: BBox::new(center[0] - w, center[1] - h, center[0] + w, center[1] + h),
-            ..*face
-        }
+        Annotated { bbox: BBox::new(center[0] - w, center[1] - h, center[0] + w, center[1] + h), ..*face }
     }
 }

@@ -6,17 +6,21 @@ use crate::detect::config::DetectorConfig;
 use crate::detect::group_sampling::GroupSamplingConfig;
 use crate::detect::hambox::HamBoxConfig;
 use crate::detect::pyramid::PyramidConfig;
+use crate::detect::refineface::RefineFaceConfig;
 use crate::detect::ModelConfig;
 use crate::error::{Error, Result};
 use crate::graph::build::ParamRole;
 use crate::graph::{Graph, Weights};
+use crate::nets::refineface::{FirstStep, LEVELS};
 use crate::pixels::ChannelOrder;
 use crate::train::checkpoint::{AVERAGE, PARAM};
 use crate::train::data::Dataset;
+use crate::train::matching::MatchingRecipe;
 use crate::train::network::{Engine, Frozen, InputTable, Network};
-use crate::train::objective::{Layout, Level, Objective, PyramidAnchors};
+use crate::train::objective::{DetectorObjective, Layout, Level, Objective, PyramidAnchors, TwoStep};
 use crate::train::optim::{Ema, Optimizer, ParamOptions};
 use crate::train::recipe::{ModelRecipe, Precision, Recipe};
+use crate::train::sampler::SamplerRecipe;
 use half::bf16;
 use std::path::Path;
 use std::sync::Arc;
@@ -36,47 +40,10 @@ impl Trainer {
             ))
         })?;
         resize(&mut config.detector, &recipe.model)?;
-        let (levels, variances) = match &config.detector {
-            DetectorConfig::Pyramid(d) => (pyramid_levels(d), d.variances),
-            DetectorConfig::GroupSampling(d) => (group_sampling_levels(d), [1.0; 2]),
-            DetectorConfig::Hambox(d) => (hambox_levels(d), [1.0; 2]),
-            DetectorConfig::Retinaface(_) => {
-                return Err(Error::Unsupported(format!(
-                    "{} cannot be trained: its landmarks have no loss here",
-                    recipe.model.detector
-                )))
-            }
-            DetectorConfig::Refineface(_) => {
-                return Err(Error::Unsupported(format!(
-                    "{} cannot be trained yet: the losses of its two steps are to come",
-                    recipe.model.detector
-                )))
-            }
-        };
-        let objective = Objective {
-            levels,
-            variances,
-            matching: recipe.matching,
-            mining: recipe.mining,
-            sampler: recipe.sampler.unwrap_or_default(),
-            loss: recipe.loss,
-        };
-        objective.check()?;
-        let (graph, pyramid_anchors) = match (&config.detector, recipe.pyramid_anchors) {
-            (detector, None) => (detector.detector().graph(), Vec::new()),
-            (DetectorConfig::Hambox(d), Some(p)) => {
-                let of = |k: usize| {
-                    let levels = objective.levels[k..].to_vec();
-                    PyramidAnchors::new(Objective { levels, ..objective.clone() }, k as u32, p.weight)
-                };
-                (d.training_graph(p.count), (1..=p.count).map(of).collect())
-            }
-            (_, Some(_)) => {
-                return Err(Error::InvalidArgument(format!(
-                    "pyramid-anchors: {} has none; they are for HAMBox",
-                    recipe.model.detector
-                )))
-            }
+        let (objective, pyramid_anchors) = objective(&recipe, &config.detector)?;
+        let graph = match (&config.detector, pyramid_anchors.len()) {
+            (DetectorConfig::Hambox(d), count @ 1..) => d.training_graph(count),
+            (detector, _) => detector.detector().graph(),
         };
         let (start, notes) =
             if from_start { start_weights(&recipe.model, base, &graph)? } else { Default::default() };
@@ -86,7 +53,8 @@ impl Trainer {
             DetectorConfig::Pyramid(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
             DetectorConfig::GroupSampling(detector) => detector.set_prior(&mut weights, is_new),
             DetectorConfig::Hambox(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
-            DetectorConfig::Retinaface(_) | DetectorConfig::Refineface(_) => {}
+            DetectorConfig::Refineface(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
+            DetectorConfig::Retinaface(_) => {}
         }
         let mut engine = engine(&recipe, graph, &weights, resources.threads.max(1))?;
         let optimizer = Optimizer::new(recipe.optimizer, options(&recipe, &*engine)?)?;
@@ -116,13 +84,73 @@ impl Trainer {
     }
 }
 
+/// The objective of a detector as the recipe wants it, and of its pyramid anchors. Errors where the recipe has what this
+/// detector has no use for.
+fn objective(recipe: &Recipe, detector: &DetectorConfig) -> Result<(DetectorObjective, Vec<PyramidAnchors>)> {
+    let thresholds =
+        |negative, positive| MatchingRecipe::Thresholds { negative, positive, force_best: false };
+    let refuse = |key: &str, why: &str| {
+        Err(Error::InvalidArgument(format!("{key}: {} has no use for it: {why}", recipe.model.detector)))
+    };
+    if recipe.pyramid_anchors.is_some() && !matches!(detector, DetectorConfig::Hambox(_)) {
+        return refuse("pyramid-anchors", "it is HAMBox's");
+    }
+    if recipe.first_matching.is_some() && !matches!(detector, DetectorConfig::Refineface(_)) {
+        return refuse("first-matching", "it looks once; matching is its own");
+    }
+    let (levels, variances) = match detector {
+        DetectorConfig::Pyramid(d) => (pyramid_levels(d), d.variances),
+        DetectorConfig::GroupSampling(d) => (group_sampling_levels(d), [1.0; 2]),
+        DetectorConfig::Hambox(d) => (hambox_levels(d), [1.0; 2]),
+        DetectorConfig::Retinaface(_) => {
+            return Err(Error::Unsupported(format!(
+                "{} cannot be trained: its landmarks have no loss here",
+                recipe.model.detector
+            )))
+        }
+        DetectorConfig::Refineface(d) => {
+            if recipe.mining.is_some() || recipe.sampler.is_some() {
+                return refuse("mining or sampler", "it learns from all anchors that its first step leaves");
+            }
+            let objective = TwoStep {
+                levels: refineface_levels(d),
+                first: recipe.first_matching.unwrap_or(thresholds(0.3, 0.7)),
+                second: recipe.matching.unwrap_or(thresholds(0.4, 0.5)),
+                survives: d.survives(),
+                loss: recipe.loss,
+            };
+            objective.check()?;
+            return Ok((DetectorObjective::TwoStep(objective), Vec::new()));
+        }
+    };
+    let all = recipe.loss.classification.focal().is_some() || recipe.loss.classification.takes_all();
+    let objective = Objective {
+        levels,
+        variances,
+        matching: recipe.matching.unwrap_or_default(),
+        mining: recipe.mining,
+        sampler: recipe.sampler.or_else(|| (!all).then(SamplerRecipe::default)),
+        loss: recipe.loss,
+    };
+    objective.check()?;
+    let pyramid_anchors = recipe.pyramid_anchors.map_or(Vec::new(), |p| {
+        let of = |k: usize| {
+            let levels = objective.levels[k..].to_vec();
+            PyramidAnchors::new(Objective { levels, ..objective.clone() }, k as u32, p.weight)
+        };
+        (1..=p.count).map(of).collect()
+    });
+    Ok((DetectorObjective::OneStep(objective), pyramid_anchors))
+}
+
 /// Makes a detector as wide as the recipe says.
 fn resize(detector: &mut DetectorConfig, model: &ModelRecipe) -> Result<()> {
     let sizes = match detector {
         DetectorConfig::Pyramid(d) => Some((&mut d.width, &mut d.channels)),
         DetectorConfig::GroupSampling(d) => Some((&mut d.backbone.width, &mut d.channels)),
         DetectorConfig::Hambox(d) => Some((&mut d.backbone.width, &mut d.channels)),
-        DetectorConfig::Retinaface(_) | DetectorConfig::Refineface(_) => None,
+        DetectorConfig::Refineface(d) => Some((&mut d.backbone.width, &mut d.channels)),
+        DetectorConfig::Retinaface(_) => None,
     };
     if let Some((width, channels)) = sizes {
         *width = model.width.unwrap_or(*width);
@@ -152,6 +180,14 @@ fn hambox_levels(detector: &HamBoxConfig) -> Vec<Level> {
     let level =
         |(stride, side)| Level { stride, anchors: vec![[side, side]], layout: Layout::Apart { logits: 1 } };
     detector.levels().map(level).collect()
+}
+
+fn refineface_levels(detector: &RefineFaceConfig) -> Vec<(Level, Option<FirstStep>)> {
+    let level = |level: usize| {
+        let (stride, layout) = (1 << level, Layout::Apart { logits: 1 });
+        (Level { stride, anchors: detector.anchors(stride), layout }, detector.first_step(level))
+    };
+    LEVELS.map(level).collect()
 }
 
 /// The weights of `model.start` that the network has, under its names, and a note of how many there are; none where the

@@ -8,7 +8,7 @@ use super::dev::{Dev, DevScore};
 use super::loader::{Batch, Loader, LoaderConfig, Sides};
 use super::losses::ClassLoss;
 use super::network::{Engine, InputTable};
-use super::objective::{Losses, Objective, PyramidAnchors};
+use super::objective::{DetectorObjective, Losses, PyramidAnchors};
 use super::optim::{clip_global_norm, first_non_finite, global_norm, Ema, Optimizer, Schedule};
 use super::recipe::Recipe;
 use crate::detect::config::METADATA_KEY;
@@ -38,7 +38,7 @@ pub struct Trainer {
     base: PathBuf,
     config: ModelConfig,
     engine: Box<dyn Engine>,
-    objective: Objective,
+    objective: DetectorObjective,
     pyramid_anchors: Vec<PyramidAnchors>,
     optimizer: Optimizer,
     schedule: Schedule,

@@ -1,0 +1,287 @@
+//! The objective of detectors that look twice: RefineFace's selective two-step classification and regression.
+
+use super::head::{Channels, GroupChannels, Head};
+use super::{box_loss, check_outputs, gathered, parallel, picture_maps, wanted, Level, Losses};
+use crate::detect::anchors::Anchor;
+use crate::detect::BBox;
+use crate::error::{Error, Result};
+use crate::nets::refineface::FirstStep;
+use crate::shape::{Shape, Tensor};
+use crate::train::data::Annotated;
+use crate::train::losses::{LossRecipe, ScaleAwareMargin};
+use crate::train::matching::{
+    match_anchors, match_boxes, AnchorGrid, FaceBox, Matches, MatchingRecipe, IGNORED,
+};
+
+/// How a batch is judged in two steps (RefineFace, Zhang et al. 2019, section 3.1 and 3.2, Eq. 1 and 2). Each of the four sums
+/// is divided by the positives that it is of; anchors that the first step moved are constants for the second's gradient.
+#[derive(Clone, Debug)]
+pub struct TwoStep {
+    /// The levels' anchors, with outputs apart in the second step, and what the first step says of each. Its
+    /// outputs come before those of the second step, in the levels' order.
+    pub levels: Vec<(Level, Option<FirstStep>)>,
+    /// Of the first step.
+    pub first: MatchingRecipe,
+    /// Of the second.
+    pub second: MatchingRecipe,
+    /// Least logit of the first step with which an anchor is seen by the second.
+    pub survives: f32,
+    /// Losses; one logit an anchor.
+    pub loss: LossRecipe,
+}
+
+/// Variances of the box code in both steps.
+const VARIANCES: [f32; 2] = [1.0; 2];
+
+/// Positives of each of the four sums.
+#[derive(Clone, Copy, Debug, Default)]
+struct Positives {
+    /// N_s3: first step, classification.
+    first_class: usize,
+    /// N_s1: first step, regression.
+    first_boxes: usize,
+    /// N_s2 and N_s4: second step.
+    second: usize,
+}
+
+/// What one picture's anchors are in both steps.
+struct Assigned {
+    faces: Vec<FaceBox>,
+    first: Matches,
+    second: Matches,
+    /// Anchors of the second step.
+    anchors: Vec<Anchor>,
+    positives: Positives,
+}
+
+/// Where the first step has what it says of an anchor group.
+#[derive(Clone, Copy)]
+enum FirstChannels {
+    None,
+    Classes(Channels),
+    Boxes(Channels),
+}
+
+/// A picture's anchors, and where the outputs of both steps have them.
+struct Heads<'a> {
+    /// For every anchor group.
+    first: &'a [FirstChannels],
+    second: Head<'a>,
+}
+
+impl TwoStep {
+    /// Errors where a part's settings are out of range or do not go together.
+    pub fn check(&self) -> Result<()> {
+        self.first.check()?;
+        self.second.check()?;
+        self.loss.check()?;
+        if self.loss.classification.takes_all() || self.loss.classification.logits() != 1 {
+            return Err(Error::InvalidArgument(
+                "loss: this detector has one logit an anchor and learns from those that its first step leaves: name classification focal or sigmoid"
+                    .into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// How many outputs it judges.
+    pub fn outputs(&self) -> usize {
+        self.first_outputs() + self.levels.iter().map(|(l, _)| l.layout.outputs()).sum::<usize>()
+    }
+
+    fn first_outputs(&self) -> usize {
+        self.levels.iter().filter_map(|(_, first)| *first).count()
+    }
+
+    /// Channels of every output.
+    fn channels(&self) -> Vec<usize> {
+        let first = self.levels.iter().filter_map(|(level, first)| match first {
+            None => None,
+            Some(FirstStep::Classes) => Some(level.anchors.len()),
+            Some(FirstStep::Boxes) => Some(4 * level.anchors.len()),
+        });
+        first.chain(self.levels.iter().flat_map(|(level, _)| level.channels())).collect()
+    }
+
+    /// The anchors of a picture whose outputs have these shapes, and where every group's channels are in both steps.
+    fn grid(&self, outputs: &[Shape]) -> (AnchorGrid, Vec<FirstChannels>, Vec<GroupChannels>) {
+        let (mut grid, mut first, mut second) = (AnchorGrid::new(), Vec::new(), Vec::new());
+        let (mut before, mut output) = (0, self.first_outputs());
+        for (level, step) in &self.levels {
+            let (shape, n) = (outputs[output], level.anchors.len());
+            for (a, [w, h]) in level.anchors.iter().enumerate() {
+                grid.push(level.stride, *w, *h, shape.h, shape.w);
+                let of = |values| Channels { output: before, per_cell: values * n, first: values * a };
+                first.push(match step {
+                    None => FirstChannels::None,
+                    Some(FirstStep::Classes) => FirstChannels::Classes(of(1)),
+                    Some(FirstStep::Boxes) => FirstChannels::Boxes(of(4)),
+                });
+                second.push(GroupChannels::new(level, output, a));
+            }
+            before += usize::from(step.is_some());
+            output += level.layout.outputs();
+        }
+        (grid, first, second)
+    }
+
+    /// As [`Objective::judge`](super::Objective::judge); nothing is drawn.
+    pub fn judge(
+        &self,
+        outputs: &[Tensor],
+        faces: &[Vec<Annotated>],
+        threads: usize,
+    ) -> Result<(Losses, Vec<Tensor>)> {
+        let shapes = check_outputs(outputs, &self.channels(), faces.len())?;
+        let (grid, first, second) = self.grid(&shapes);
+        let heads = Heads { first: &first, second: Head { grid: &grid, groups: &second } };
+        let images = faces.len();
+        let assigned: Vec<Assigned> =
+            parallel(images, threads, |n| self.assign(&heads, &picture_maps(outputs, n), &faces[n]));
+        let mut positives = Positives::default();
+        for a in &assigned {
+            positives.first_class += a.positives.first_class;
+            positives.first_boxes += a.positives.first_boxes;
+            positives.second += a.positives.second;
+        }
+        let judged = parallel(images, threads, |n| {
+            let maps = picture_maps(outputs, n);
+            let mut gradient: Vec<Vec<f32>> = maps.iter().map(|m| vec![0.0; m.len()]).collect();
+            let losses = self.losses(&heads, &maps, &assigned[n], positives, &mut gradient);
+            (losses, gradient)
+        });
+        Ok(gathered(&shapes, judged))
+    }
+
+    fn assign(&self, heads: &Heads<'_>, maps: &[&[f32]], faces: &[Annotated]) -> Assigned {
+        let faces: Vec<FaceBox> = faces.iter().map(|f| FaceBox { bbox: f.bbox, ignore: f.ignore }).collect();
+        let grid = heads.second.grid;
+        let of_grid = match_anchors(grid, &faces, &self.first);
+        let mut anchors = Vec::with_capacity(grid.len);
+        let mut seen = vec![true; grid.len];
+        let mut moved = false;
+        let mut positives = Positives::default();
+        for (group, first) in grid.groups.iter().zip(heads.first) {
+            let matched = || group.range().filter(|&i| of_grid.face(i).is_some()).count();
+            let cells = (0..group.len()).map(|cell| (cell, group.anchor(cell)));
+            match first {
+                FirstChannels::None => anchors.extend(cells.map(|(_, anchor)| anchor)),
+                FirstChannels::Classes(channels) => {
+                    positives.first_class += matched();
+                    for (cell, anchor) in cells {
+                        let (output, at) = channels.at(cell);
+                        // False for a NaN too.
+                        seen[anchors.len()] = maps[output][at] > self.survives;
+                        anchors.push(anchor);
+                    }
+                }
+                FirstChannels::Boxes(channels) => {
+                    positives.first_boxes += matched();
+                    moved = true;
+                    anchors.extend(cells.map(|(cell, anchor)| {
+                        let (output, at) = channels.at(cell);
+                        anchor.moved(&maps[output][at..at + 4], VARIANCES)
+                    }));
+                }
+            }
+        }
+        let mut of_second = if moved {
+            match_boxes(&anchors.iter().map(Anchor::bbox).collect::<Vec<_>>(), &faces, &self.second)
+        } else {
+            match_anchors(grid, &faces, &self.second)
+        };
+        // What the first step drops the second does not learn from.
+        for (label, seen) in of_second.label.iter_mut().zip(&seen) {
+            if !seen {
+                *label = IGNORED;
+            }
+        }
+        positives.second = (0..grid.len).filter(|&i| of_second.face(i).is_some()).count();
+        Assigned { faces, first: of_grid, second: of_second, anchors, positives }
+    }
+
+    /// Over one picture's anchors, as a share of the batch's.
+    fn losses(
+        &self,
+        heads: &Heads<'_>,
+        maps: &[&[f32]],
+        assigned: &Assigned,
+        positives: Positives,
+        gradient: &mut [Vec<f32>],
+    ) -> Losses {
+        let mut losses = Losses { faces: wanted(&assigned.faces), ..Losses::default() };
+        let share = |n: usize| 1.0 / n.max(1) as f32;
+        let bbox = |face: usize| assigned.faces[face].bbox;
+        for (group, first) in heads.second.grid.groups.iter().zip(heads.first) {
+            for (cell, i) in group.range().enumerate() {
+                let face = assigned.first.face(i).map(bbox);
+                match first {
+                    FirstChannels::Classes(channels) if assigned.first.label[i] != IGNORED => {
+                        let share = share(positives.first_class);
+                        losses.class += self.class_loss(channels.at(cell), maps, face, share, gradient);
+                    }
+                    FirstChannels::Boxes(channels) => {
+                        if let Some(face) = face {
+                            let (at, share) = (channels.at(cell), share(positives.first_boxes));
+                            box_loss(
+                                &self.loss,
+                                group.anchor(cell),
+                                at,
+                                VARIANCES,
+                                maps,
+                                &face,
+                                share,
+                                gradient,
+                                &mut losses,
+                            );
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+        // Of the boxes' quality that of the second step alone is told.
+        losses.iou = 0.0;
+        let share = share(positives.second);
+        for (i, place) in heads.second.places().enumerate() {
+            if assigned.second.label[i] == IGNORED {
+                continue;
+            }
+            let face = assigned.second.face(i).map(bbox);
+            losses.class += self.class_loss(place.class, maps, face, share, gradient);
+            if let Some(face) = face {
+                losses.matched += 1;
+                let anchor = assigned.anchors[i];
+                box_loss(
+                    &self.loss,
+                    anchor,
+                    place.boxes,
+                    VARIANCES,
+                    maps,
+                    &face,
+                    share,
+                    gradient,
+                    &mut losses,
+                );
+            }
+        }
+        losses
+    }
+
+    /// Loss of the logit at `at`, and its gradient.
+    fn class_loss(
+        &self,
+        (output, logit): (usize, usize),
+        maps: &[&[f32]],
+        face: Option<BBox>,
+        share: f32,
+        gradient: &mut [Vec<f32>],
+    ) -> f64 {
+        let margin = ScaleAwareMargin { alpha: self.loss.margin };
+        let size = face.map(|b| [b.width(), b.height()]);
+        let mut slope = [0.0];
+        let loss = self.loss.classification.value(&maps[output][logit..logit + 1], size, margin, &mut slope);
+        gradient[output][logit] += slope[0] * share;
+        f64::from(loss * share)
+    }
+}
