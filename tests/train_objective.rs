@@ -203,7 +203,7 @@ fn the_quality_focal_losss_target_is_the_iou_of_the_decoded_box() {
 fn the_objective_does_not_depend_on_the_number_of_threads() {
     for (name, mut o) in cases() {
         if name == "sigmoid in groups" {
-            o.sampler = SamplerRecipe { samples: 20, ..SamplerRecipe::default() };
+            o.sampler = Some(SamplerRecipe { samples: 20, ..SamplerRecipe::default() });
         }
         let (outputs, faces) = batch(&o, 5, &mut Rng::new(4));
         let expected = o.judge(&outputs, &faces, generator, 1).unwrap();

@@ -3,7 +3,7 @@
 
 use crate::support::Parity;
 use farface::graph::{run_reference, Builder, Graph, Weights};
-use farface::layers::Conv2d;
+use farface::layers::{Activation, Conv2d};
 use farface::nets::{fpn::fpn_merge, mobilenet::mobilenet_v1, ssh::ssh};
 use farface::shape::{Shape, Tensor};
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ fn retinaface() -> Graph {
     let features = b.scope("body", |b| mobilenet_v1(b, image, 8));
     let pyramid = b.scope("fpn", |b| fpn_merge(b, features, [64, 128, 256], 64));
     for (level, &p) in pyramid.iter().enumerate() {
-        let x = ssh(&mut b, &format!("ssh{}", level + 1), p, 64, 64);
+        let x = ssh(&mut b, &format!("ssh{}", level + 1), p, 64, 64, Activation::LeakyRelu(0.1));
         for (head, channels) in [("ClassHead", 4), ("BboxHead", 8), ("LandmarkHead", 20)] {
             let y = b.conv(&format!("{head}.{level}.conv1x1"), x, Conv2d::new(64, channels, 1).bias());
             b.output(&format!("{head}{level}"), y);
