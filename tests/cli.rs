@@ -594,6 +594,46 @@ fn commands_use_the_built_in_model_where_none_is_named() {
     assert!(bench.ok(&["bench", "--size", "96x64", "--runs", "1"]).contains("96x64:"));
 }
 
+/// README's first command: rows of one face each, as examples/crowd.py sets them.
+#[test]
+#[cfg(feature = "default-model")]
+fn both_models_find_the_faces_of_the_sample_picture() {
+    let bench = Bench::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let picture = root.join("examples/crowd.jpg").display().to_string();
+    let small = root.join("models/farface-small.safetensors").display().to_string();
+    for model in [vec![], vec!["--model", &small[..]]] {
+        let text = bench.ok(&[&["detect", &picture, "--json"], &model[..]].concat());
+        let json: Value = serde_json::from_str(&text).unwrap();
+        // Middle and height.
+        let rows = |f: &Value| {
+            let [y, height] = ["y", "height"].map(|key| f[key].as_f64().unwrap());
+            [y + height / 2.0, height]
+        };
+        let faces: Vec<[f64; 2]> = json["faces"].as_array().unwrap().iter().map(rows).collect();
+        let mut top = 6.0;
+        for face in [8.0f64, 10.0, 13.0, 17.0, 22.0, 29.0, 38.0, 50.0, 66.0, 84.0] {
+            // Of the portrait 230 pixels are shown, the face is 125 high.
+            let side = (230.0 * face / 125.0).round();
+            let step = side + (side / 10.0).floor().max(2.0);
+            let composed = ((1280.0 - side - (1280.0 % step / 2.0).floor()) / step).floor() as usize + 1;
+            let found: Vec<f64> =
+                faces.iter().filter(|[y, _]| (top..top + step).contains(y)).map(|f| f[1]).collect();
+            if face >= 22.0 {
+                assert_eq!(found.len(), composed, "{model:?}: faces of {face} px");
+                assert!(
+                    found.iter().all(|h| (0.6..1.2).contains(&(h / face))),
+                    "{model:?}, {face} px: {found:?}"
+                );
+            } else if face >= 13.0 {
+                assert!(2 * found.len() > composed, "{model:?}: {} of {composed} of {face} px", found.len());
+            }
+            top += step;
+        }
+        assert!(faces.len() > 170, "{model:?}: {} faces", faces.len());
+    }
+}
+
 /// Parts of the first line that starts with `name`.
 fn row<'a>(text: &'a str, name: &str) -> Vec<&'a str> {
     let line = text.lines().find(|l| l.trim_start().starts_with(name));

@@ -1,7 +1,7 @@
 //! The objective of detectors that look twice: RefineFace's selective two-step classification and regression.
 
 use super::head::{Channels, GroupChannels, Head};
-use super::{box_loss, check_outputs, gathered, parallel, picture_maps, wanted, Level, Losses};
+use super::{box_loss, check_outputs, gathered, parallel, picture_maps, wanted, Layout, Level, Losses};
 use crate::detect::anchors::Anchor;
 use crate::detect::BBox;
 use crate::error::{Error, Result};
@@ -75,6 +75,11 @@ impl TwoStep {
         self.first.check()?;
         self.second.check()?;
         self.loss.check()?;
+        if self.levels.iter().any(|(level, _)| level.layout != (Layout::Apart { logits: 1 })) {
+            return Err(Error::Internal(
+                "a level of two steps has outputs apart, one logit an anchor".into(),
+            ));
+        }
         if self.loss.classification.takes_all() || self.loss.classification.logits() != 1 {
             return Err(Error::InvalidArgument(
                 "loss: this detector has one logit an anchor and learns from those that its first step leaves: name classification focal or sigmoid"
