@@ -3,6 +3,8 @@
 //! the faces that have too few.
 
 use super::anchors::{decode_level, LevelAnchors};
+#[cfg(feature = "train")]
+use super::detector::logit;
 use super::detector::{Detector, Map, Window};
 use super::face::Face;
 use super::names::switches;
@@ -97,7 +99,7 @@ impl HamBoxConfig {
             if name.ends_with(".weight") {
                 w.data.iter_mut().for_each(|v| *v *= 0.01 / he);
             } else if class {
-                w.data.fill((probability / (1.0 - probability)).ln());
+                w.data.fill(logit(probability));
             }
         }
     }

@@ -109,7 +109,7 @@ impl PyramidConfig {
                 w.data.iter_mut().for_each(|v| *v *= 0.05);
             }
             if let Some(b) = weights.tensors.get_mut(&format!("predict{level}.bias")) {
-                b.data[..anchors.len()].fill((probability / (1.0 - probability)).ln());
+                b.data[..anchors.len()].fill(logit(probability));
             }
         }
     }

@@ -109,7 +109,7 @@ impl RefineFaceConfig {
                 let xavier = (inputs as f32 / (inputs + outputs) as f32).sqrt();
                 w.data.iter_mut().for_each(|v| *v *= xavier);
             } else if name == "class.predict.bias" {
-                w.data.fill((probability / (1.0 - probability)).ln());
+                w.data.fill(logit(probability));
             }
         }
     }

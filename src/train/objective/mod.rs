@@ -2,6 +2,7 @@
 //! sampling, losses.
 
 mod head;
+mod pictures;
 mod pyramid_anchors;
 mod two_step;
 
@@ -21,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::graph::init::Rng;
 use crate::shape::{Shape, Tensor};
 use head::{GroupChannels, Head, Place};
+use pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted};
 pub use pyramid_anchors::PyramidAnchors;
 pub use two_step::TwoStep;
 
@@ -262,7 +264,7 @@ impl Objective {
     }
 
     fn assign(&self, head: &Head<'_>, maps: &[&[f32]], faces: &[Annotated]) -> Assigned {
-        let faces: Vec<FaceBox> = faces.iter().map(|f| FaceBox { bbox: f.bbox, ignore: f.ignore }).collect();
+        let faces = face_boxes(faces);
         let matches = match_anchors(head.grid, &faces, &self.matching);
         let mined = self.mining.as_ref().map(|mining| {
             let decoded = head.decoded(maps, self.variances);
@@ -425,60 +427,4 @@ fn box_loss(
     for (to, slope) in gradient[output][at..at + 4].iter_mut().zip(value.gradient) {
         *to += slope * share * loss.box_weight;
     }
-}
-
-/// The shapes of a batch's outputs, which must have these channels.
-fn check_outputs(outputs: &[Tensor], channels: &[usize], images: usize) -> Result<Vec<Shape>> {
-    let shapes: Vec<Shape> = outputs.iter().map(|o| o.shape).collect();
-    let fits = shapes.iter().zip(channels).all(|(s, &c)| s.c == c && s.n == images);
-    if shapes.len() != channels.len() || !fits {
-        return Err(Error::Internal("outputs are not the objective's levels".into()));
-    }
-    Ok(shapes)
-}
-
-/// Picture `n`'s part of every output.
-fn picture_maps(outputs: &[Tensor], n: usize) -> Vec<&[f32]> {
-    let part = |o: &Tensor| {
-        let values = o.data.len() / o.shape.n;
-        n * values..(n + 1) * values
-    };
-    outputs.iter().map(|o| &o.data[part(o)]).collect()
-}
-
-/// A batch's losses and gradients from its pictures'.
-fn gathered(shapes: &[Shape], judged: Vec<(Losses, Vec<Vec<f32>>)>) -> (Losses, Vec<Tensor>) {
-    let mut total = Losses::default();
-    let mut gradients: Vec<Tensor> =
-        shapes.iter().map(|&s| Tensor { shape: s, data: Vec::with_capacity(s.len()) }).collect();
-    for (losses, maps) in judged {
-        total.add(&losses);
-        for (to, from) in gradients.iter_mut().zip(maps) {
-            to.data.extend(from);
-        }
-    }
-    total.iou /= (total.matched + total.mined).max(1) as f64;
-    (total, gradients)
-}
-
-fn wanted(faces: &[FaceBox]) -> usize {
-    faces.iter().filter(|f| !f.ignore).count()
-}
-
-/// `f` of every picture, in order.
-fn parallel<R: Send>(images: usize, threads: usize, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
-    let threads = threads.clamp(1, images.max(1));
-    if threads == 1 {
-        return (0..images).map(f).collect();
-    }
-    let part = |t: usize| (images * t / threads..images * (t + 1) / threads).map(&f).collect::<Vec<R>>();
-    std::thread::scope(|scope| {
-        let part = &part;
-        let others: Vec<_> = (1..threads).map(|t| scope.spawn(move || part(t))).collect();
-        let mut all = part(0);
-        for other in others {
-            all.extend(other.join().unwrap_or_else(|p| std::panic::resume_unwind(p)));
-        }
-        all
-    })
 }

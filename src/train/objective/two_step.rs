@@ -1,7 +1,8 @@
 //! The objective of detectors that look twice: RefineFace's selective two-step classification and regression.
 
 use super::head::{Channels, GroupChannels, Head};
-use super::{box_loss, check_outputs, gathered, parallel, picture_maps, wanted, Layout, Level, Losses};
+use super::pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted};
+use super::{box_loss, Layout, Level, Losses};
 use crate::detect::anchors::Anchor;
 use crate::detect::BBox;
 use crate::error::{Error, Result};
@@ -159,7 +160,7 @@ impl TwoStep {
     }
 
     fn assign(&self, heads: &Heads<'_>, maps: &[&[f32]], faces: &[Annotated]) -> Assigned {
-        let faces: Vec<FaceBox> = faces.iter().map(|f| FaceBox { bbox: f.bbox, ignore: f.ignore }).collect();
+        let faces = face_boxes(faces);
         let grid = heads.second.grid;
         let of_grid = match_anchors(grid, &faces, &self.first);
         let mut anchors = Vec::with_capacity(grid.len);
