@@ -166,11 +166,11 @@ impl Trainer {
         let (own, mut around) = outputs.split_at(self.objective.outputs());
         let threads = self.engine.threads();
         let (mut losses, mut d) = self.objective.judge(own, &batch.faces, rng, threads)?;
-        for anchors in &self.pyramid_anchors {
+        for (k, anchors) in (1..).zip(&self.pyramid_anchors) {
             let (outputs, rest) = around.split_at(anchors.objective.outputs());
             around = rest;
             // Draws of its own, under numbers past the batch's.
-            let rng = |n: usize| rng(n + (anchors.enlargement as usize) * batch.faces.len());
+            let rng = |n: usize| rng(n + (1 << k) * batch.faces.len());
             let (more, gradients) = anchors.judge(outputs, &batch.faces, rng, threads)?;
             losses.class += more.class;
             losses.boxes += more.boxes;
