@@ -9,10 +9,13 @@ use farface::detect::config::DetectorConfig;
 use farface::detect::detector::{Map, Window};
 use farface::detect::group_sampling::GroupSamplingConfig;
 use farface::detect::hambox::HamBoxConfig;
+use farface::detect::hr::HrConfig;
 use farface::detect::refineface::RefineFaceConfig;
 use farface::detect::{Model, ModelConfig};
 use farface::graph::{run_reference, Weights};
+use farface::nets::hr::Backbone;
 use farface::nets::resnet::ResNet;
+use farface::nets::vgg::Vgg;
 use farface::shape::{Shape, Tensor};
 use goldens::{drawn, goldens, hold_outputs, SEED};
 
@@ -42,6 +45,13 @@ fn narrow(name: &str) -> ModelConfig {
             first_step_score: FIRST,
             ..d
         }),
+        DetectorConfig::Hr(d) => {
+            let backbone = match d.backbone {
+                Backbone::Resnet(net) => Backbone::Resnet(ResNet { width: WIDTH, ..net }),
+                Backbone::Vgg16(_) => Backbone::Vgg16(Vgg { width: WIDTH }),
+            };
+            DetectorConfig::Hr(HrConfig { backbone, ..d })
+        }
         other => other,
     };
     ModelConfig { detector, ..config }
@@ -66,6 +76,10 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         ("refineface-stc-r18", [101, 131]),
         ("refineface-r18", [101, 131]),
         ("refineface-r50", [128, 160]),
+        ("hr-r18", [101, 77]),
+        ("hr-res2-res3-res4-res5-r50", [70, 83]),
+        ("hr-full-vgg16", [53, 85]),
+        ("hr-res2-res4-vgg16", [53, 75]),
     ] {
         let config = narrow(name);
         let graph = config.detector.detector().graph();
@@ -93,9 +107,15 @@ fn hold_faces(all: &Weights, name: &str, config: &ModelConfig, outputs: &[Tensor
         .iter()
         .zip(outputs)
         .map(|((output, _), t)| {
-            let by =
-                if output.starts_with("box") { *scales.next().expect("a scale a box output") } else { 1.0 };
-            Tensor { shape: t.shape, data: t.data.iter().map(|v| v * by).collect() }
+            // Channels of offsets: all, none, or those behind the logits.
+            let from = match output.as_str() {
+                "scores" => t.shape.c / 5,
+                name if name.starts_with("box") => 0,
+                _ => return t.clone(),
+            };
+            let by = *scales.next().expect("a scale an output of offsets");
+            let scaled = |(i, v): (usize, &f32)| if i % t.shape.c < from { *v } else { v * by };
+            Tensor { shape: t.shape, data: t.data.iter().enumerate().map(scaled).collect() }
         })
         .collect();
     assert!(scales.next().is_none(), "{name}: a scale a box output");
@@ -131,6 +151,9 @@ fn names_of_no_detector_are_none() {
         "refineface--r18",
         "refineface-stc-str-r18",
         "refineface-r20",
+        "hr",
+        "hr-res4-res3-r50",
+        "hr-res5-vgg16",
     ] {
         assert!(ModelConfig::named(name).is_none(), "{name}");
     }

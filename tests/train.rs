@@ -477,6 +477,17 @@ fn what_a_detector_has_no_use_for_is_refused_by_name() {
     let softmax = unmined.replace("\"focal\"", "\"softmax\"");
     assert!(refused(softmax).contains("name classification focal or sigmoid"));
     assert!(Trainer::new(&unmined, dir.path(), resources(1)).is_ok());
+    let model = |detector: &str, line: &str| {
+        unmined.replace("detector = \"refineface-r18\"", &format!("detector = \"{detector}\"\n{line}"))
+    };
+    let table = dir.path().join("templates.csv");
+    std::fs::write(&table, "row,half_width,half_height,sigma\n1,10,12,1\n").unwrap();
+    let templates = "templates = \"templates.csv\"";
+    assert!(refused(model("refineface-r18", templates)).contains("model.templates: refineface-r18"));
+    assert!(refused(model("hr-r18", "channels = 8")).contains("model.channels: hr"));
+    assert!(Trainer::new(&model("hr-r18", templates), dir.path(), resources(1)).is_ok());
+    std::fs::write(&table, "row,half_width,half_height,sigma\n1,10,0,1\n").unwrap();
+    assert!(refused(model("hr-r18", templates)).contains("templates.csv: line 2"));
 }
 
 #[test]

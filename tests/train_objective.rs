@@ -9,7 +9,7 @@ use farface::train::data::Annotated;
 use farface::train::losses::{BoxLoss, ClassLoss, LossRecipe, NoOverlap};
 use farface::train::matching::{AnchorMining, MatchingRecipe};
 use farface::train::objective::{Layout, Level, Losses, Objective, PyramidAnchors, TwoStep};
-use farface::train::sampler::{Miner, SamplerRecipe};
+use farface::train::sampler::{Miner, Reduction, SamplerRecipe};
 
 /// Two levels on pictures of 64 x 64 pixels.
 fn objective(
@@ -36,7 +36,7 @@ fn objective(
 /// Values of an anchor in each output of a level.
 fn channels(layout: Layout) -> Vec<usize> {
     match layout {
-        Layout::Joint => vec![5],
+        Layout::Joint | Layout::ByKind => vec![5],
         Layout::Apart { logits } => vec![logits, 4],
     }
 }
@@ -84,9 +84,15 @@ fn cases() -> Vec<(&'static str, Objective)> {
         o.levels.iter_mut().for_each(|l| l.layout = Layout::Apart { logits: 1 });
         o
     };
+    let by_kind = |mut o: Objective| {
+        o.levels.iter_mut().for_each(|l| l.layout = Layout::ByKind);
+        o
+    };
+    let sum = SamplerRecipe { reduction: Reduction::Sum, ..all(false) };
     vec![
         ("sigmoid", objective(ClassLoss::Sigmoid {}, smooth, None, all(false))),
         ("sigmoid in groups", objective(ClassLoss::Sigmoid {}, square, None, all(true))),
+        ("sigmoid summed up, offsets by kind", by_kind(objective(ClassLoss::Sigmoid {}, smooth, None, sum))),
         ("softmax", objective(ClassLoss::Softmax {}, smooth, None, all(false))),
         ("softmax in groups", objective(ClassLoss::Softmax {}, square, None, all(true))),
         ("focal", objective(focal, ln, None, all(false))),
@@ -197,6 +203,44 @@ fn the_quality_focal_losss_target_is_the_iou_of_the_decoded_box() {
         assert!((losses.boxes + iou.ln()).abs() < 1e-6 && (losses.iou - iou).abs() < 1e-6, "{losses:?}");
         assert_eq!((losses.matched, losses.mined, losses.faces), (1, 0, 1));
     }
+}
+
+/// Worked by hand: four anchors of 8 x 8 pixels on a picture that fills 12 x 16 of its 16 x 16, logits of 0, each ln 2 of loss.
+/// The face is on the first anchor. The two on the right reach beyond the picture.
+#[test]
+fn anchors_that_cross_the_pictures_border_are_left_out_where_the_sampler_says_so() {
+    let all = SamplerRecipe { miner: Miner::All {}, grouped: false, ..SamplerRecipe::default() };
+    let judged = |sampler: SamplerRecipe, inside: BBox| {
+        let mut o = objective(ClassLoss::Sigmoid {}, BoxLoss::SmoothL1 { beta: 1.0 }, None, sampler);
+        o.levels = vec![Level { stride: 8, anchors: vec![[8.0, 8.0]], layout: Layout::ByKind }];
+        o.loss.margin = 0.0;
+        let face = Annotated { bbox: BBox::new(0.0, 0.0, 8.0, 8.0), ignore: false };
+        let outputs = [Tensor::zeros(Shape::new(1, 5, 2, 2))];
+        o.judge_within(&outputs, &[vec![face]], &[inside], generator, 1).unwrap()
+    };
+    let (part, whole) = (BBox::new(0.0, 0.0, 12.0, 16.0), BBox::new(0.0, 0.0, 16.0, 16.0));
+    let sum = SamplerRecipe { reduction: Reduction::Sum, ..all };
+    for (sampler, inside, anchors) in [
+        (sum, whole, 4.0),
+        (sum, part, 4.0),
+        (SamplerRecipe { within_picture: true, ..sum }, whole, 4.0),
+        (SamplerRecipe { within_picture: true, ..sum }, part, 2.0),
+        (SamplerRecipe { within_picture: true, ..all }, part, 1.0),
+    ] {
+        let (losses, gradients) = judged(sampler, inside);
+        assert!((losses.class - anchors * 2f64.ln()).abs() < 1e-6, "{anchors}: {}", losses.class);
+        let moved = gradients[0].data.chunks(5).filter(|cell| cell[0] != 0.0).count();
+        assert_eq!(moved, if sampler.within_picture && inside == part { 2 } else { 4 });
+        assert_eq!(losses.matched, 1);
+    }
+    let o = objective(
+        ClassLoss::Sigmoid {},
+        BoxLoss::SmoothL1 { beta: 1.0 },
+        None,
+        SamplerRecipe { within_picture: true, ..all },
+    );
+    let (outputs, faces) = batch(&o, 2, &mut Rng::new(6));
+    assert!(o.judge(&outputs, &faces, generator, 1).is_err(), "without borders");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Anchor boxes on the cells of a feature map, and the code that relates a box to its anchor.
 
 use super::boxes::BBox;
-use super::detector::{logit, Map, Window};
+use super::detector::{logit, sigmoid, Map, Window};
 use super::face::Face;
 use std::ops::Range;
 
@@ -100,7 +100,7 @@ pub(super) fn decode_level(
                 }
                 let bbox =
                     Anchor::on_cell(y, x, stride, sizes[a]).decode(&boxes.pixel(y, x)[4 * a..], variances);
-                sink(Face { bbox, score: 1.0 / (1.0 + (-logit).exp()), ..Face::default() });
+                sink(Face { bbox, score: sigmoid(logit), ..Face::default() });
             }
         }
     }

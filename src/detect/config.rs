@@ -6,6 +6,8 @@
 use super::detector::Detector;
 use super::group_sampling::GroupSamplingConfig;
 use super::hambox::HamBoxConfig;
+use super::hr::HrConfig;
+use super::options::Pyramid;
 use super::pyramid::PyramidConfig;
 use super::refineface::RefineFaceConfig;
 use super::retinaface::RetinaFaceConfig;
@@ -42,6 +44,15 @@ pub struct ModelConfig {
     /// Overlap above which the weaker of two boxes goes.
     #[serde(default = "default_nms")]
     pub nms_iou: f32,
+    /// Another in evaluations.
+    #[serde(default)]
+    pub eval_nms_iou: Option<f32>,
+    /// Scales searched unless the session says otherwise; scale 1 without.
+    #[serde(default)]
+    pub pyramid: Option<OwnPyramid>,
+    /// Others in evaluations.
+    #[serde(default)]
+    pub eval_pyramid: Option<Octaves>,
     /// Overlaps count pixels inclusively (width = x2 - x1 + 1), as the detector's authors did.
     #[serde(default)]
     pub nms_plus_one: bool,
@@ -74,6 +85,71 @@ fn default_candidates() -> usize {
     5000
 }
 
+/// Scales 2^e, e from `max` down to `min` by `step`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Octaves {
+    /// Smallest exponent.
+    pub min: f32,
+    /// Largest exponent.
+    pub max: f32,
+    /// Step, above 0.
+    pub step: f32,
+}
+
+impl Octaves {
+    fn is_sane(&self) -> bool {
+        let Self { min, max, step } = *self;
+        (-10.0..=4.0).contains(&min) && (min..=4.0).contains(&max) && (0.1..=14.0).contains(&step)
+    }
+}
+
+impl From<Octaves> for Pyramid {
+    fn from(Octaves { min, max, step }: Octaves) -> Self {
+        Pyramid::Octaves { min, max, step }
+    }
+}
+
+/// The scales that a model was made for.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum OwnPyramid {
+    /// Octaves.
+    Octaves(Octaves),
+    /// HR's of a single picture: scales 2^e with e from 1 by half octaves to 0, then by whole octaves down to the level on which
+    /// the largest face found covers the picture's width or height.
+    LargestFace {
+        /// Width and height of that face on the level, pixels.
+        size: [f32; 2],
+    },
+}
+
+impl OwnPyramid {
+    /// The scales for a picture of this width and height, largest first.
+    pub fn scales(&self, [width, height]: [f64; 2]) -> Vec<f64> {
+        let down = |from: f64, to: f64, step: f64| {
+            let count = ((from - to) / step + 1e-9).floor().max(0.0) as usize;
+            (0..=count).map(move |i| (from - i as f64 * step).exp2())
+        };
+        match *self {
+            OwnPyramid::Octaves(Octaves { min, max, step }) => {
+                down(max.into(), min.into(), step.into()).collect()
+            }
+            OwnPyramid::LargestFace { size: [w, h] } => {
+                let covers = |face: f32, side: f64| (f64::from(face) / side).log2().floor();
+                let least = covers(w, width).min(covers(h, height)).min(0.0);
+                down(1.0, 0.5, 0.5).chain(down(0.0, least, 1.0)).collect()
+            }
+        }
+    }
+
+    fn is_sane(&self) -> bool {
+        match self {
+            OwnPyramid::Octaves(octaves) => octaves.is_sane(),
+            OwnPyramid::LargestFace { size } => size.iter().all(|s| (1.0..=10_000.0).contains(s)),
+        }
+    }
+}
+
 /// A detector by kind.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
@@ -89,6 +165,8 @@ pub enum DetectorConfig {
     Hambox(HamBoxConfig),
     /// RefineFace (Zhang et al. 2019): RetinaNet in two steps.
     Refineface(RefineFaceConfig),
+    /// HR, "Finding Tiny Faces" (Hu and Ramanan 2017): templates on the sum of several layers' scores.
+    Hr(HrConfig),
 }
 
 impl DetectorConfig {
@@ -100,6 +178,7 @@ impl DetectorConfig {
             DetectorConfig::GroupSampling(g) => g.check(),
             DetectorConfig::Hambox(h) => h.check(),
             DetectorConfig::Refineface(r) => r.check(),
+            DetectorConfig::Hr(h) => h.check(),
         }
     }
 
@@ -111,6 +190,7 @@ impl DetectorConfig {
             DetectorConfig::GroupSampling(g) => Box::new(g.clone()),
             DetectorConfig::Hambox(h) => Box::new(h.clone()),
             DetectorConfig::Refineface(r) => Box::new(r.clone()),
+            DetectorConfig::Hr(h) => Box::new(h.clone()),
         }
     }
 }
@@ -137,6 +217,11 @@ impl InputConfig {
         }
     }
 
+    /// HR's: the mean colour of ImageNet taken off, values as they are.
+    fn hr() -> Self {
+        Self { order: "rgb".into(), mean: [119.30, 110.55, 101.84], scale: [1.0; 3] }
+    }
+
     /// As the pixel code takes it.
     pub fn normalization(&self) -> Result<Normalization> {
         let order = match self.order.as_str() {
@@ -161,6 +246,9 @@ impl ModelConfig {
             score_threshold: default_score(),
             eval_score_threshold: default_eval_score(),
             nms_iou: default_nms(),
+            eval_nms_iou: None,
+            pyramid: None,
+            eval_pyramid: None,
             nms_plus_one: true,
             max_candidates: default_candidates(),
             detectable_px: [8.0, 700.0],
@@ -237,12 +325,33 @@ impl ModelConfig {
         }
     }
 
+    /// HR, with the thresholds of its authors' demonstration, and in evaluations those of section 4.
+    fn hr(name: &str, detector: HrConfig) -> Self {
+        let [least, most] = detector.template_px();
+        let largest = |side: fn(&[f32; 2]) -> f32| detector.anchors().iter().map(side).fold(0.0, f32::max);
+        Self {
+            name: name.into(),
+            // From a template on, IoU 0.5 with a square.
+            detectable_px: [least * 0.7, most * 1.5],
+            pyramid: Some(OwnPyramid::LargestFace { size: [largest(|a| a[0]), largest(|a| a[1])] }),
+            eval_pyramid: Some(Octaves { min: -2.0, max: 1.0, step: 1.0 }),
+            nms_iou: 0.1,
+            eval_nms_iou: Some(0.3),
+            eval_score_threshold: 0.03,
+            detector: DetectorConfig::Hr(detector),
+            input: InputConfig::hr(),
+            nms_plus_one: false,
+            ..Self::retinaface_mobile025()
+        }
+    }
+
     /// What [`ModelConfig::named`] knows, to be read by people.
     pub const NAMES: &'static str = "farface-nano, farface-small, retinaface-mobile025, or one of Group Sampling's: rpn, fpn, \
          fpn-finest, fpn-finest-stride, fpn-p3 or fpn-p4, then -dc for the dilated head or nothing, then -r18, -r34, -r50, -r101 or \
          -r152 (fpn-finest-dc-r50); or hambox, then nothing, -baseline or some of -sms -dh -ssh in this order, then -fpn or nothing, \
          then the backbone as before (hambox-r50); or refineface, then nothing, -baseline or some of -str -stc -rfe in this order, then \
-         the backbone (refineface-r50)";
+         the backbone (refineface-r50); or hr, then -full or nothing, then some of -res2 -res3 -res4 -res5 in this order or nothing \
+         (res3 and res4), then the backbone or -vgg16 (hr-r101)";
 
     /// A configuration by its name, for weights that come without one.
     pub fn named(name: &str) -> Option<Self> {
@@ -251,6 +360,7 @@ impl ModelConfig {
         own.or_else(|| Some(Self::group_sampling(name, GroupSamplingConfig::named(name)?)))
             .or_else(|| Some(Self::hambox(name, HamBoxConfig::named(name)?)))
             .or_else(|| Some(Self::refineface(name, RefineFaceConfig::named(name)?)))
+            .or_else(|| Some(Self::hr(name, HrConfig::named(name)?)))
     }
 
     /// Reads the configuration of a model file.
@@ -307,8 +417,14 @@ impl ModelConfig {
             return bad("input.mean and input.scale must be finite");
         }
         let unit = |v: f32| (0.0..=1.0).contains(&v);
-        if !(unit(self.score_threshold) && unit(self.eval_score_threshold) && unit(self.nms_iou)) {
+        let overlaps = unit(self.nms_iou) && self.eval_nms_iou.is_none_or(unit);
+        if !(unit(self.score_threshold) && unit(self.eval_score_threshold) && overlaps) {
             return bad("thresholds must lie in 0..1");
+        }
+        let scales =
+            self.pyramid.is_none_or(|p| p.is_sane()) && self.eval_pyramid.is_none_or(|p| p.is_sane());
+        if !scales {
+            return bad("pyramid: exponents from -10 to 4, steps from 0.1, sizes from 1 to 10000");
         }
         // Work grows with their square where all boxes stay: a file must not ask for hours.
         if self.max_candidates == 0 || self.max_candidates > 50_000 {
@@ -324,5 +440,31 @@ impl ModelConfig {
     /// As the metadata entry.
     pub fn to_json(&self) -> Result<String> {
         serde_json::to_string(self).map_err(|e| Error::Internal(format!("model configuration: {e}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_models_own_scales_follow_the_picture() {
+        let octaves = OwnPyramid::Octaves(Octaves { min: -2.0, max: 1.0, step: 1.0 });
+        assert_eq!(octaves.scales([640.0, 480.0]), [2.0, 1.0, 0.5, 0.25]);
+        // A face of 173 x 227 px on the smallest level is as wide as a picture of 1384 px at 1/8, as high as one of 908 at 1/4.
+        let single = OwnPyramid::LargestFace { size: [173.0, 227.0] };
+        let root = 2f64.sqrt();
+        assert_eq!(single.scales([1384.0, 800.0]), [2.0, root, 1.0, 0.5, 0.25, 0.125]);
+        assert_eq!(single.scales([100.0, 100.0]), [2.0, root, 1.0]);
+    }
+
+    #[test]
+    fn a_pyramid_out_of_range_is_refused() {
+        let with = |pyramid| ModelConfig { pyramid: Some(pyramid), ..ModelConfig::farface_nano() }.check();
+        with(OwnPyramid::Octaves(Octaves { min: 0.0, max: 1.0, step: 0.5 })).unwrap();
+        for [min, max, step] in [[0.0, 9.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [f32::NAN, 1.0, 1.0]] {
+            assert!(with(OwnPyramid::Octaves(Octaves { min, max, step })).is_err(), "{min} {max} {step}");
+        }
+        assert!(with(OwnPyramid::LargestFace { size: [0.0, 10.0] }).is_err());
     }
 }

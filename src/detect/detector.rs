@@ -39,6 +39,8 @@ impl<'a> Map<'a> {
 /// the ranges (network pixels of the window; infinite at the picture's border).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Window {
+    /// Of the level, network pixels a pixel of the picture.
+    pub scale: f32,
     /// Columns.
     pub owned_x: Range<f32>,
     /// Rows.
@@ -46,9 +48,13 @@ pub struct Window {
 }
 
 impl Window {
-    /// Everything.
+    /// Everything, at scale 1.
     pub fn whole() -> Self {
-        Self { owned_x: f32::NEG_INFINITY..f32::INFINITY, owned_y: f32::NEG_INFINITY..f32::INFINITY }
+        Self {
+            scale: 1.0,
+            owned_x: f32::NEG_INFINITY..f32::INFINITY,
+            owned_y: f32::NEG_INFINITY..f32::INFINITY,
+        }
     }
 }
 
@@ -57,9 +63,11 @@ pub(super) fn logit(threshold: f32) -> f32 {
     (threshold.max(f32::MIN_POSITIVE) / (1.0 - threshold).max(f32::MIN_POSITIVE)).ln()
 }
 
+pub(super) use crate::cpu::simple::sigmoid;
+
 /// Softmax of two logits, background and face: the face's part.
 pub(super) fn face_probability(logits: &[f32]) -> f32 {
-    1.0 / (1.0 + (logits[0] - logits[1]).exp())
+    sigmoid(logits[1] - logits[0])
 }
 
 /// A single-stage detector.

@@ -31,8 +31,8 @@ pub enum Precision {
 /// Which scales of the picture are searched.
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
 pub enum Pyramid {
-    /// Scale 1; with `min_face_px` or `max_face_px`, the fewest and smallest levels on which the
-    /// detector finds all faces between them.
+    /// The model's own scales, where it has some (HR); else scale 1, and with `min_face_px` or `max_face_px` the fewest and
+    /// smallest levels on which the detector finds all faces between them.
     #[default]
     Auto,
     /// Scales 2^e, e from `max` down to `min` by `step`; levels that cannot hold a face between
@@ -97,6 +97,16 @@ impl Options {
             threads: 1,
             precision: Precision::Auto,
             device: DevicePolicy::Auto,
+        }
+    }
+
+    /// As [`Options::for_model`], with the thresholds and scales that the model is evaluated with.
+    pub fn for_evaluation(config: &ModelConfig) -> Self {
+        Self {
+            score_threshold: config.eval_score_threshold,
+            nms_iou: config.eval_nms_iou.unwrap_or(config.nms_iou),
+            pyramid: config.eval_pyramid.map_or(Pyramid::Auto, Pyramid::from),
+            ..Self::for_model(config)
         }
     }
 

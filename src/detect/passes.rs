@@ -50,13 +50,20 @@ fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
         min: if o.min_face_px > 0.0 { o.min_face_px.into() } else { min.min(o.max_face_px.into()) },
         max: if o.max_face_px > 0.0 { o.max_face_px.into() } else { f64::INFINITY },
     };
-    let (policy, largest) = match o.pyramid {
-        Pyramid::Auto if !limited => (PyramidPolicy::Scales(vec![1.0]), 1.0),
-        Pyramid::Auto => (PyramidPolicy::Faces { faces, detectable }, min / faces.min),
-        Pyramid::Octaves { min, max, step } => {
+    // Levels on which even the smallest face wanted is too large are not asked for at all.
+    let most = if limited { detectable.max / faces.min * (1.0 + 1e-9) } else { f64::INFINITY };
+    let own = model.config().pyramid.filter(|_| o.pyramid == Pyramid::Auto);
+    let (policy, largest) = match (o.pyramid, own) {
+        (Pyramid::Auto, Some(own)) => {
+            let mut scales = own.scales([size.width as f64, size.height as f64]);
+            scales.retain(|&s| s <= most);
+            let Some(&largest) = scales.first() else { return Ok(Vec::new()) };
+            (PyramidPolicy::Scales(scales), largest)
+        }
+        (Pyramid::Auto, None) if !limited => (PyramidPolicy::Scales(vec![1.0]), 1.0),
+        (Pyramid::Auto, None) => (PyramidPolicy::Faces { faces, detectable }, min / faces.min),
+        (Pyramid::Octaves { min, max, step }, _) => {
             let [min, mut max, step] = [min, max, step].map(f64::from);
-            // Levels on which even the smallest face wanted is too large are not asked for at all.
-            let most = if limited { detectable.max / faces.min * (1.0 + 1e-9) } else { f64::INFINITY };
             while max.exp2() > most && max >= min && step > 0.0 {
                 max -= step;
             }
@@ -74,7 +81,8 @@ fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
             size.width, size.height
         )));
     }
-    if let (Pyramid::Octaves { .. }, true) = (o.pyramid, limited) {
+    let fixed = own.is_some() || matches!(o.pyramid, Pyramid::Octaves { .. });
+    if fixed && limited {
         keep_for_faces(&mut levels, faces, detectable)?;
     }
     Ok(levels)

@@ -3,7 +3,7 @@
 //! them. The scale-aware margin and the feature supervision module are matters of training.
 
 use super::anchors::{owned_cells, Anchor};
-use super::detector::{logit, Detector, Map, Window};
+use super::detector::{logit, sigmoid, Detector, Map, Window};
 use super::face::Face;
 use super::names::switches;
 use crate::error::{Error, Result};
@@ -168,7 +168,7 @@ impl Detector for RefineFaceConfig {
                             anchor = anchor.moved(&map.pixel(y, x)[4 * a..], [1.0; 2]);
                         }
                         let bbox = anchor.decode(&boxes.pixel(y, x)[4 * a..], [1.0; 2]);
-                        sink(Face { bbox, score: 1.0 / (1.0 + (-logit).exp()), ..Face::default() });
+                        sink(Face { bbox, score: sigmoid(logit), ..Face::default() });
                     }
                 }
             }

@@ -204,7 +204,8 @@ impl Session {
                 // On the stack: the first `outputs.len()` entries are the outputs.
                 let maps: [Map; MAX_OUTPUTS] =
                     std::array::from_fn(|i| Map::new(floats, outputs[i.min(outputs.len() - 1)]));
-                let window = owned(tile.window, tile.owned, pass.level.size);
+                let scale = pass.level.scale as f32;
+                let window = owned(tile.window, tile.owned, pass.level.size, scale);
                 let offset = [tile.window.x as f32, tile.window.y as f32];
                 let limits = (self.options.min_face_px, self.options.max_face_px);
                 let candidates = &mut self.candidates;
@@ -369,13 +370,14 @@ fn scratch_widths(size: Size, passes: &[Pass]) -> impl Iterator<Item = [usize; 3
 }
 
 /// The tile's own cells: to infinity where the window ends at the level's border.
-fn owned(window: Rect, owned: Rect, level: Size) -> Window {
+fn owned(window: Rect, owned: Rect, level: Size, scale: f32) -> Window {
     let axis = |from: usize, length: usize, start: usize, level: usize| -> Range<f32> {
         let low = if from == 0 { f32::NEG_INFINITY } else { (from - start) as f32 };
         let high = if from + length == level { f32::INFINITY } else { (from + length - start) as f32 };
         low..high
     };
     Window {
+        scale,
         owned_x: axis(owned.x, owned.width, window.x, level.width),
         owned_y: axis(owned.y, owned.height, window.y, level.height),
     }

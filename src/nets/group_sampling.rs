@@ -14,7 +14,7 @@
 
 use super::conv_relu;
 use super::fpn::fpn_sums;
-use super::resnet::{resnet, ResNet};
+use super::resnet::{resnet_to, ResNet};
 use crate::graph::{Builder, NodeId};
 use crate::layers::{Conv2d, Interpolation, MaxPool};
 use serde::{Deserialize, Serialize};
@@ -55,7 +55,8 @@ pub struct GroupSampling {
 /// logits (background, face) for each of its anchors, and `box{i}`, four offsets for each. The backbone's parameters
 /// have torchvision's names, those of the others begin with `fpn.` and `head.`.
 pub fn group_sampling(b: &mut Builder, image: NodeId, net: &GroupSampling) {
-    let features = resnet(b, image, &net.backbone);
+    let last = if net.tiling == Tiling::Rpn { 3 } else { 4 };
+    let features = resnet_to(b, image, &net.backbone, last);
     let from = net.backbone.channels();
     let mut sums = |finest: usize| {
         b.scope("fpn", |b| fpn_sums(b, &features, &from, net.channels, Interpolation::Bilinear, [finest, 5]))

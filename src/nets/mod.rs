@@ -3,11 +3,13 @@
 pub mod fpn;
 pub mod group_sampling;
 pub mod hambox;
+pub mod hr;
 pub mod mobilenet;
 pub mod nano;
 pub mod refineface;
 pub mod resnet;
 pub mod ssh;
+pub mod vgg;
 
 use crate::graph::{Builder, NodeId};
 use crate::layers::{Activation, Conv2d};

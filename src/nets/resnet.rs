@@ -91,21 +91,41 @@ impl Block {
 /// The network on `image` (3 channels), without pooling and classifier. Returns C2 to C5, the outputs of `layer1` to
 /// `layer4`: strides 4, 8, 16, 32 with [`ResNet::channels`].
 pub fn resnet(b: &mut Builder, image: NodeId, net: &ResNet) -> [NodeId; 4] {
-    let stem = Conv2d::new(3, net.width, 7).stride(2);
-    let mut x = conv_bn_at(b, image, stem, Some(Activation::Relu), ["conv1", "bn1"]);
-    x = b.max_pool(x, MaxPool::new(3, 2, 1));
-    let mut channels = net.width;
-    [0, 1, 2, 3].map(|stage| {
-        let width = net.width << stage;
-        b.scope(&format!("layer{}", stage + 1), |b| {
-            for i in 0..net.blocks[stage] {
-                let stride = if i == 0 && stage > 0 { 2 } else { 1 };
-                x = b.scope(&i.to_string(), |b| block(b, x, net.block, [channels, width], stride));
-                channels = width * net.block.expansion();
-            }
-        });
+    let mut x = stem(b, image, net);
+    [0, 1, 2, 3].map(|i| {
+        x = stage(b, x, net, i);
         x
     })
+}
+
+/// As [`resnet`] up to the `last` of its stages, 1 to 4: nothing behind it is computed. Returns C2 to C(`last` + 1).
+pub fn resnet_to(b: &mut Builder, image: NodeId, net: &ResNet, last: usize) -> Vec<NodeId> {
+    let mut x = stem(b, image, net);
+    let next = |i| {
+        x = stage(b, x, net, i);
+        x
+    };
+    (0..last).map(next).collect()
+}
+
+fn stem(b: &mut Builder, image: NodeId, net: &ResNet) -> NodeId {
+    let conv = Conv2d::new(3, net.width, 7).stride(2);
+    let x = conv_bn_at(b, image, conv, Some(Activation::Relu), ["conv1", "bn1"]);
+    b.max_pool(x, MaxPool::new(3, 2, 1))
+}
+
+/// `layer{i + 1}` on the map before it.
+fn stage(b: &mut Builder, mut x: NodeId, net: &ResNet, i: usize) -> NodeId {
+    let width = net.width << i;
+    let mut channels = if i == 0 { net.width } else { net.channels()[i - 1] };
+    b.scope(&format!("layer{}", i + 1), |b| {
+        for n in 0..net.blocks[i] {
+            let stride = if n == 0 && i > 0 { 2 } else { 1 };
+            x = b.scope(&n.to_string(), |b| block(b, x, net.block, [channels, width], stride));
+            channels = width * net.block.expansion();
+        }
+    });
+    x
 }
 
 /// `relu(shortcut(x) + residual(x))` from `channels` (figures 2 and 5).

@@ -66,18 +66,14 @@ impl Dev {
         self.pictures.is_empty()
     }
 
-    /// Scores `model` at the pictures' own size, one scale, on `threads` threads. `progress(done, total)`.
+    /// Scores `model` on the scales that it is evaluated on, the pictures' own where it names none, on `threads` threads. `progress(done, total)`.
     pub fn score(
         &self,
         model: &Model,
         threads: usize,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<DevScore> {
-        let options = Options {
-            threads,
-            score_threshold: model.config().eval_score_threshold,
-            ..Options::for_model(model.config())
-        };
+        let options = Options { threads, ..Options::for_evaluation(model.config()) };
         let mut session = Session::with_options(model, options)?;
         let mut predictions = Predictions::new();
         for (i, (image, picture)) in self.truth.images.iter().zip(&self.pictures).enumerate() {

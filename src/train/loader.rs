@@ -15,6 +15,7 @@ mod tests;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use crate::detect::BBox;
 use crate::train::augment::{Augment, Scratch};
 use crate::train::data::{Annotated, Dataset};
 use crate::{Error, Result};
@@ -71,6 +72,8 @@ pub struct Batch {
     pub pixels: Vec<u8>,
     /// Faces of each example, in its pixels.
     pub faces: Vec<Vec<Annotated>>,
+    /// What the picture fills of each example.
+    pub inside: Vec<BBox>,
     /// Name of each example's sample.
     pub names: Vec<String>,
 }
@@ -186,6 +189,7 @@ impl Shared {
         (batch.step, batch.side) = (step, side);
         batch.pixels.resize(n * side * side * 3, 0);
         batch.faces.clear();
+        batch.inside.clear();
         batch.names.clear();
         for (i, pixels) in batch.pixels.chunks_exact_mut(side * side * 3).enumerate() {
             if self.queue.is_stopped() {
@@ -195,7 +199,9 @@ impl Shared {
             let (index, picture) = self.cache.picture(self.order.index(number))?;
             let sample = &self.dataset.samples[index];
             let mut rng = order::stream(self.config.seed, order::EXAMPLE, number);
-            batch.faces.push(self.augment.draw(&picture, &sample.faces, side, &mut rng, scratch, pixels)?);
+            let shown = self.augment.draw(&picture, &sample.faces, side, &mut rng, scratch, pixels)?;
+            batch.faces.push(shown.faces);
+            batch.inside.push(shown.inside);
             batch.names.push(sample.name.clone());
         }
         Ok(Some(batch))

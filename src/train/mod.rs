@@ -3,6 +3,7 @@
 
 pub mod augment;
 pub mod checkpoint;
+pub mod cluster;
 pub mod data;
 pub mod dev;
 pub mod loader;

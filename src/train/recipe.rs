@@ -67,6 +67,9 @@ pub struct ModelRecipe {
     /// Channels of pyramid and head instead of the detector's.
     #[serde(default)]
     pub channels: Option<usize>,
+    /// For HR, templates of one's own: a table as `farface cluster` writes it.
+    #[serde(default)]
+    pub templates: Option<PathBuf>,
     /// Weights to start from, safetensors: a model, or a training's checkpoint, whose averages are taken where it has any.
     /// What it lacks starts at random.
     #[serde(default)]

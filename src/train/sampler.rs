@@ -75,11 +75,34 @@ pub struct SamplerRecipe {
     pub samples: usize,
     /// Default 3. Where positives are short, negatives fill the N; where negatives are, positives do.
     pub negatives_per_positive: usize,
+    /// Whether a choice's losses are averaged or summed up; default the mean.
+    pub reduction: Reduction,
+    /// Anchors that cross the border of the picture, or of the example where that ends first, do not enter the loss (HR,
+    /// appendix B, "Border cases"). Default false.
+    pub within_picture: bool,
+}
+
+/// What becomes of the chosen anchors' losses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reduction {
+    /// Their mean, boxes over the positives (Group Sampling Eq. 2).
+    #[default]
+    Mean,
+    /// Their sum, which HR's learning rate is for.
+    Sum,
 }
 
 impl Default for SamplerRecipe {
     fn default() -> Self {
-        Self { miner: Miner::Random {}, grouped: true, samples: 2048, negatives_per_positive: 3 }
+        Self {
+            miner: Miner::Random {},
+            grouped: true,
+            samples: 2048,
+            negatives_per_positive: 3,
+            reduction: Reduction::Mean,
+            within_picture: false,
+        }
     }
 }
 
@@ -91,9 +114,9 @@ pub struct GroupSample {
     /// N_s: flat indices of the chosen negatives, ascending.
     pub negatives: Vec<usize>,
     /// What the classification loss of each is multiplied by: 1 / (|P_s| + |N_s|) (Group Sampling
-    /// Eq. 2); see [`Miner::Focal`] for the other.
+    /// Eq. 2), or 1 for their sum; see [`Miner::Focal`] for the other.
     pub class_weight: f32,
-    /// What the box loss of each positive is multiplied by, before eta: 1 / |P_s|.
+    /// What the box loss of each positive is multiplied by, before eta: 1 / |P_s|, or 1 for the sum.
     pub box_weight: f32,
 }
 
@@ -162,7 +185,10 @@ impl SamplerRecipe {
         let (p, n) = self.quota(positives.len(), negatives.len());
         self.choose(&mut positives, p, loss, rng);
         self.choose(&mut negatives, n, loss, rng);
-        let share = |count: usize| 1.0 / count.max(1) as f32;
+        let share = |count: usize| match self.reduction {
+            Reduction::Mean => 1.0 / count.max(1) as f32,
+            Reduction::Sum => 1.0,
+        };
         let class_weight = match self.miner {
             Miner::Focal { alpha, gamma } => {
                 let focal = Focal { alpha, gamma };
@@ -273,7 +299,7 @@ mod tests {
             let (label, loss, groups) = draw(&mut rng);
             let n = 1 + rng.below(200);
             for miner in MINERS {
-                let recipe = SamplerRecipe { miner, grouped: true, samples: n, negatives_per_positive: 3 };
+                let recipe = SamplerRecipe { miner, samples: n, ..Default::default() };
                 let got = recipe.sample(&label, &loss, &groups, &mut rng);
                 assert_eq!(got.len(), groups.len());
                 for (s, range) in got.iter().zip(&groups) {
@@ -316,12 +342,8 @@ mod tests {
         for _ in 0..200 {
             let (label, loss, _) = draw(&mut rng);
             for samples in [0, 40] {
-                let recipe = SamplerRecipe {
-                    miner: Miner::Ohem {},
-                    grouped: false,
-                    samples,
-                    negatives_per_positive: 3,
-                };
+                let recipe =
+                    SamplerRecipe { miner: Miner::Ohem {}, grouped: false, samples, ..Default::default() };
                 let s = &recipe.sample(&label, &loss, &[], &mut rng)[0];
                 let mut hardest: Vec<usize> = (0..label.len()).filter(|i| label[*i] == -1).collect();
                 hardest.sort_by(|a, b| loss[*b].total_cmp(&loss[*a]).then(a.cmp(b)));
@@ -340,8 +362,7 @@ mod tests {
     #[test]
     fn wrs_prefers_high_losses_without_dropping_low_ones() {
         // Efraimidis and Spirakis: of two items the one with weight 3 to 1 wins with probability 3/4.
-        let recipe =
-            SamplerRecipe { miner: Miner::Wrs {}, grouped: false, samples: 1, negatives_per_positive: 3 };
+        let recipe = SamplerRecipe { miner: Miner::Wrs {}, grouped: false, samples: 1, ..Default::default() };
         let mut rng = Rng::new(23);
         let mut wins = 0;
         for _ in 0..4000 {
@@ -373,7 +394,7 @@ mod tests {
     #[test]
     fn focal_normalises_by_its_own_factors_over_all_anchors() {
         let miner = Miner::Focal { alpha: 0.5, gamma: 1.0 };
-        let recipe = SamplerRecipe { miner, grouped: false, samples: 0, negatives_per_positive: 3 };
+        let recipe = SamplerRecipe { miner, grouped: false, samples: 0, ..Default::default() };
         // p_t = 1/2 and 1/4: factors 0.25, 0.375.
         let s = &recipe.sample(&[0, -2, -1], &[2f32.ln(), 9.0, 4f32.ln()], &[], &mut Rng::new(1))[0];
         assert_eq!((&s.positives[..], &s.negatives[..]), (&[0][..], &[2][..]));

@@ -215,6 +215,64 @@ class RefineFace(ResNet):
             yield level, level, [(s / 1.25**0.5, s * 1.25**0.5) for s in sides], before
 
 
+class Vgg(nn.Module):
+    """torchvision's VGG16 with WIDTH for 64 channels, halving rounded up: conv3_3, conv4_3, conv5_3."""
+
+    def __init__(self):
+        super().__init__()
+        layers, i = [], 3
+        for stage, (convs, c) in enumerate(((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))):
+            layers += [nn.MaxPool2d(2, 2, ceil_mode=True)] if stage else []
+            for _ in range(convs):
+                layers += [nn.Conv2d(i, c * WIDTH, 3, 1, 1), nn.ReLU()]
+                i = c * WIDTH
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x):
+        maps = {}
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            maps[i] = x
+        return [maps[15], maps[22], maps[29]]
+
+
+def hr(backbone, inputs, layers):
+    """Hu and Ramanan 2017, section 3: `score_res{2..5}.*` and `score{4,5}_upsample.weight` behind the backbone's own names."""
+
+    class Hr(backbone):
+        def __init__(self, *args):
+            super().__init__(*args)
+            for layer in layers:
+                setattr(self, f"score_res{layer}", nn.Conv2d(inputs[layer - 2], 125, 1, 2 if layer == 2 else 1))
+            for layer in range(4, max(layers) + 1):
+                setattr(self, f"score{layer}_upsample", nn.ConvTranspose2d(125, 125, 4, 2, 1, groups=125, bias=False))
+
+        def forward(self, x):
+            c, y = super().forward(x), 0
+            size = lambda layer: c[layer - 2].shape[2:]
+            for layer in range(max(layers), 1, -1):
+                if layer in layers:
+                    scores = getattr(self, f"score_res{layer}")(c[layer - 2])
+                    y = y + (scores[:, :, : size(3)[0], : size(3)[1]] if layer == 2 else scores)
+                if layer > 3:
+                    h, w = size(layer - 1)
+                    y = getattr(self, f"score{layer}_upsample")(y)[:, :, :h, :w]
+            return {"scores": y}
+
+        def apart(self, outputs):
+            """What a level of scale 1 asks: rows 5 to 12 of the published templates."""
+            y = outputs["scores"]
+            logits, offsets = y[:, :25], y[:, 25:].unflatten(1, (4, 25))
+            return {"class0": logits[:, 4:12], "box0": offsets[:, :, 4:12].transpose(1, 2).flatten(1, 2)}
+
+        def faces(self, outputs):
+            halves = [(40.5, 54.5), (34.5, 43.5), (28.5, 38.0), (25.6589, 31.3221), (21.6137, 27.5977), (20.0, 22.5),
+                      (17.5, 25.5), (16.328, 20.8856)]
+            yield 0, 3, [(2 * w, 2 * h) for w, h in halves], None
+
+    return Hr
+
+
 def code(anchor, t):
     """Boxes of offsets `t` [..., 4] on anchors cx, cy, w, h."""
     center, size = anchor[..., :2] + t[..., :2] * anchor[..., 2:], anchor[..., 2:] * t[..., 2:].exp()
@@ -256,6 +314,7 @@ def case(name, net, size):
     with torch.no_grad():
         outputs = net.eval()(normal(f"{name}.image", 1, 3, *size))
         golden.update({f"{name}/{output}": y for output, y in outputs.items()})
+        outputs = net.apart(outputs) if hasattr(net, "apart") else outputs
         # Drawn weights make offsets of any size, of which exp would make nothing: to decode, the largest of a map is 1.
         boxes = [k for k in outputs if k.startswith("box")]
         scale = torch.stack([1 / outputs[k].abs().max() for k in boxes])
@@ -285,6 +344,10 @@ if __name__ == "__main__":
     case("refineface-stc-r18", RefineFace(*R18, False, True, False), (101, 131))
     case("refineface-r18", RefineFace(*R18, True, True, True), (101, 131))
     case("refineface-r50", RefineFace(*R50, True, True, True), (128, 160))
+    case("hr-r18", hr(ResNet, [8, 16, 32, 64], [3, 4])(*R18, WIDTH), (101, 77))
+    case("hr-res2-res3-res4-res5-r50", hr(ResNet, [32, 64, 128, 256], [2, 3, 4, 5])(*R50, WIDTH), (70, 83))
+    case("hr-full-vgg16", hr(Vgg, [32, 64, 64], [3, 4])(), (53, 85))
+    case("hr-res2-res4-vgg16", hr(Vgg, [32, 64, 64], [2, 4])(), (53, 75))
     path = Path(__file__).with_name("detectors.safetensors")
     save_file({k: v.contiguous() for k, v in golden.items()}, path)
     print(f"{path}: {len(golden)} tensors, {path.stat().st_size} bytes")

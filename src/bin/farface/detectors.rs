@@ -40,7 +40,7 @@ pub struct Args {
 }
 
 /// Families that stand on a ResNet.
-const FAMILIES: [&str; 9] = [
+const FAMILIES: [&str; 10] = [
     "rpn",
     "fpn",
     "fpn-finest",
@@ -50,6 +50,7 @@ const FAMILIES: [&str; 9] = [
     "hambox-baseline",
     "refineface",
     "refineface-baseline",
+    "hr",
 ];
 const OWN: [&str; 3] = ["farface-nano", "farface-small", "retinaface-mobile025"];
 const BACKBONES: [&str; 4] = ["r18", "r50", "r101", "r152"];
@@ -99,7 +100,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
 
 fn usual() -> Vec<String> {
     let on_resnet = FAMILIES.iter().flat_map(|f| BACKBONES.map(|b| format!("{f}-{b}")));
-    OWN.map(String::from).into_iter().chain(on_resnet).collect()
+    OWN.map(String::from).into_iter().chain(on_resnet).chain([String::from("hr-vgg16")]).collect()
 }
 
 /// Median milliseconds of the network's runs with random weights.

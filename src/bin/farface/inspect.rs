@@ -118,8 +118,9 @@ fn to_text(
         (
             "suppression",
             format!(
-                "IoU {}{}, best {} candidates",
+                "IoU {}{}{}, best {} candidates",
                 config.nms_iou,
+                config.eval_nms_iou.map_or(String::new(), |iou| format!(" ({iou} in evaluations)")),
                 if config.nms_plus_one { " (sides count the last pixel)" } else { "" },
                 config.max_candidates
             ),

@@ -7,6 +7,8 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+#[cfg(feature = "train")]
+mod cluster;
 mod convert;
 mod detect;
 mod detectors;
@@ -45,6 +47,8 @@ enum Command {
     Detectors(detectors::Args),
     #[cfg(feature = "train")]
     Train(train::Args),
+    #[cfg(feature = "train")]
+    Cluster(cluster::Args),
     Plot(plot::Args),
 }
 
@@ -67,6 +71,8 @@ fn main() -> ExitCode {
         Command::Detectors(args) => detectors::run(&args, &mut out),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&args, &mut out),
+        #[cfg(feature = "train")]
+        Command::Cluster(args) => cluster::run(&args, &mut out),
         Command::Plot(args) => plot::run(&args, &mut out),
     };
     match result.and_then(|outcome| Ok(out.flush().map(|()| outcome)?)) {

@@ -37,7 +37,15 @@ impl Settings {
     /// The model's options with these settings; `threads` where the user gave none. There, 0 has
     /// become the number of cores.
     pub fn options(&self, model: &Model, threads: usize) -> Options {
-        let base = Options::for_model(model.config());
+        self.on(Options::for_model(model.config()), threads)
+    }
+
+    /// As [`Settings::options`], for an evaluation.
+    pub fn evaluation_options(&self, model: &Model, threads: usize) -> Options {
+        self.on(Options::for_evaluation(model.config()), threads)
+    }
+
+    fn on(&self, base: Options, threads: usize) -> Options {
         Options {
             score_threshold: self.threshold.unwrap_or(base.score_threshold),
             nms_iou: self.nms.unwrap_or(base.nms_iou),

@@ -64,8 +64,14 @@ impl Augment {
         match method {
             1 if wanted > 0 => self.anchor_window(size, pick(faces, wanted, rng), side, rng),
             2 => {
-                let [least, most] = self.scale_jitter.range.map(f32::ln);
-                placed(size, side / rng.range(least, most).exp(), rng)
+                let factors = &self.scale_jitter.factors;
+                let factor = if factors.is_empty() {
+                    let [least, most] = self.scale_jitter.range.map(f32::ln);
+                    rng.range(least, most).exp()
+                } else {
+                    factors[rng.below(factors.len())]
+                };
+                placed(size, side / factor, rng)
             }
             3 => placed(size, size[0].max(size[1]) * rng.range(1.0, self.expand.max), rng),
             _ => self.square_window(size, faces, wanted, rng),

@@ -39,6 +39,17 @@ pub struct Example {
     pub pixels: Vec<u8>,
     /// Faces in pixels of the crop.
     pub faces: Vec<Annotated>,
+    /// What the picture fills of the crop.
+    pub inside: BBox,
+}
+
+/// What a drawn example shows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shown {
+    /// Faces in pixels of the crop.
+    pub faces: Vec<Annotated>,
+    /// What the picture fills of the crop; of a turned picture the upright box around it.
+    pub inside: BBox,
 }
 
 /// Memory that augmentation uses again and again; one a thread.
@@ -62,11 +73,11 @@ impl Augment {
         scratch: &mut Scratch,
     ) -> Result<Example> {
         let mut pixels = vec![0; side * side * 3];
-        let faces = self.draw(picture, faces, side, rng, scratch, &mut pixels)?;
-        Ok(Example { side, pixels, faces })
+        let Shown { faces, inside } = self.draw(picture, faces, side, rng, scratch, &mut pixels)?;
+        Ok(Example { side, pixels, faces, inside })
     }
 
-    /// As [`Augment::example`], into `pixels` of side x side x 3; returns the faces.
+    /// As [`Augment::example`], into `pixels` of side x side x 3.
     pub fn draw(
         &self,
         picture: &Picture,
@@ -75,7 +86,7 @@ impl Augment {
         rng: &mut Rng,
         scratch: &mut Scratch,
         pixels: &mut [u8],
-    ) -> Result<Vec<Annotated>> {
+    ) -> Result<Shown> {
         let size = [picture.width as f32, picture.height as f32];
         let window = self.window(size, faces, side as f32, rng);
         let flip = rng.uniform() < self.flip;
@@ -114,7 +125,9 @@ impl Augment {
         } else {
             draw(&whole, side, pixels);
         }
-        let boxes = boxes_in(&window, faces, side as f32, flip, rotation);
+        let moved = |b: &BBox| box_in(&window, b, side as f32, flip, rotation);
+        let boxes: Vec<BBox> = faces.iter().map(|face| moved(&face.bbox)).collect();
+        let inside = moved(&BBox::new(0.0, 0.0, size[0], size[1])).clipped(side as f32);
         let kept = self.kept(faces, &boxes, side as f32);
         if self.cover.probability > 0.0 {
             self.cover.draw(&kept, &boxes, side, rng, pixels);
@@ -128,7 +141,7 @@ impl Augment {
             let quality = worst + rng.below(usize::from(best - worst) + 1) as u8;
             noise::jpeg(pixels, side, quality)?;
         }
-        Ok(kept)
+        Ok(Shown { faces: kept, inside })
     }
 
     /// The faces whose centre lies in the crop, clipped to it, from their whole boxes in its pixels. Those clipped to less
@@ -140,7 +153,7 @@ impl Augment {
             if !(inside(b.x1, b.x2) && inside(b.y1, b.y2)) {
                 continue;
             }
-            let clipped = BBox::new(b.x1.max(0.0), b.y1.max(0.0), b.x2.min(side), b.y2.min(side));
+            let clipped = b.clipped(side);
             let visible = clipped.area() / b.area();
             let too_small = clipped.width().max(clipped.height()) < self.min_face_px;
             // A face of no size after rounding cannot be learnt from or ignored.
@@ -153,15 +166,11 @@ impl Augment {
     }
 }
 
-/// Every face's whole box in pixels of the crop.
-fn boxes_in(window: &Window, faces: &[Annotated], side: f32, flip: bool, rotation: Rotation) -> Vec<BBox> {
+/// A whole box of the picture in pixels of the crop.
+fn box_in(window: &Window, b: &BBox, side: f32, flip: bool, rotation: Rotation) -> BBox {
     let scale = side / window.size;
-    let moved = |face: &Annotated| {
-        let b = face.bbox;
-        let [x1, x2] = [b.x1, b.x2].map(|x| (x - window.x) * scale);
-        let [y1, y2] = [b.y1, b.y2].map(|y| (y - window.y) * scale);
-        let [x1, x2] = if flip { [side - x2, side - x1] } else { [x1, x2] };
-        rotation.turned(BBox::new(x1, y1, x2, y2), side)
-    };
-    faces.iter().map(moved).collect()
+    let [x1, x2] = [b.x1, b.x2].map(|x| (x - window.x) * scale);
+    let [y1, y2] = [b.y1, b.y2].map(|y| (y - window.y) * scale);
+    let [x1, x2] = if flip { [side - x2, side - x1] } else { [x1, x2] };
+    rotation.turned(BBox::new(x1, y1, x2, y2), side)
 }

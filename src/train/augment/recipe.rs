@@ -120,11 +120,13 @@ pub struct ScaleJitter {
     pub weight: f32,
     /// Factor; its logarithm is uniform; [0.5, 2].
     pub range: [f32; 2],
+    /// Factors to draw from instead of the range (HR: 0.5, 1, 2; Group Sampling: 0.25 n); none.
+    pub factors: Vec<f32>,
 }
 
 impl Default for ScaleJitter {
     fn default() -> Self {
-        Self { weight: 0.0, range: [0.5, 2.0] }
+        Self { weight: 0.0, range: [0.5, 2.0], factors: Vec::new() }
     }
 }
 
@@ -309,6 +311,10 @@ impl Augment {
         need(
             range(self.scale_jitter.range, 0.01, 100.0),
             "scale-jitter.range must be a range in 0.01 to 100",
+        )?;
+        need(
+            self.scale_jitter.factors.iter().all(|f| (0.01..=100.0).contains(f)),
+            "scale-jitter.factors must be numbers from 0.01 to 100",
         )?;
         need((1.0..=100.0).contains(&self.expand.max), "expand.max must be from 1 to 100")?;
         let p = &self.photometric;

@@ -95,6 +95,34 @@ fn boxes_move_with_the_pixels_for_every_method_and_flip() {
 }
 
 #[test]
+fn what_the_picture_fills_of_an_example_is_told() {
+    let (picture, _) = picture(70, 40, &[]);
+    for method in [0, 2, 3] {
+        let mut recipe = Augment { fill: [250, 250, 250], ..plain(method, 0.5) };
+        recipe.random_square.factors = vec![0.5, 1.5];
+        recipe.scale_jitter.factors = vec![0.5, 1.0, 2.0];
+        let (mut widths, side) = (std::collections::BTreeSet::new(), 64);
+        for seed in 0..40 {
+            let e =
+                recipe.example(&picture, &[], side, &mut Rng::new(seed), &mut Scratch::default()).unwrap();
+            let shown = |x: usize, y: usize| e.pixels[(y * side + x) * 3] < 200;
+            let inside = |x: usize, y: usize| {
+                let within = |v: usize, from: f32, to: f32| (from..to).contains(&(v as f32 + 0.5));
+                within(x, e.inside.x1, e.inside.x2) && within(y, e.inside.y1, e.inside.y2)
+            };
+            for (y, x) in (0..side).flat_map(|y| (0..side).map(move |x| (y, x))) {
+                assert_eq!(shown(x, y), inside(x, y), "method {method} seed {seed}: {x} {y}, {:?}", e.inside);
+            }
+            widths.insert(e.inside.height().round() as usize);
+        }
+        if method == 2 {
+            // 40 px at half their size, as they are, and twice.
+            assert_eq!(widths.into_iter().collect::<Vec<_>>(), [20, 40, 64]);
+        }
+    }
+}
+
+#[test]
 fn a_window_at_the_pictures_scale_copies_its_pixels() {
     let side = 24;
     let pixels: Vec<u8> = (0..40 * 30 * 3).map(|i| (i * 7919 % 256) as u8).collect();
@@ -192,7 +220,8 @@ fn small_and_cut_faces_are_ignored_and_those_off_centre_dropped() {
         face(90.0, 110.0, 108.0, 120.0),  // centre outside
     ];
     let kept = |flip| {
-        let boxes = boxes_in(&window, &faces, 25.0, flip, Rotation::NONE);
+        let boxes =
+            faces.iter().map(|f| box_in(&window, &f.bbox, 25.0, flip, Rotation::NONE)).collect::<Vec<_>>();
         recipe.kept(&faces, &boxes, 25.0)
     };
     let flipped = kept(true);
@@ -262,7 +291,7 @@ fn covers_hide_a_share_of_a_face_under_what_is_none() {
     let (picture, faces) = picture(100, 100, &boxes);
     let recipe = Augment {
         cover: Cover { probability: 1.0, share: [0.2, 0.3] },
-        scale_jitter: ScaleJitter { weight: 1.0, range: [1.0, 1.0] },
+        scale_jitter: ScaleJitter { weight: 1.0, range: [1.0, 1.0], factors: Vec::new() },
         ..plain(2, 0.0)
     };
     let in_a_box =

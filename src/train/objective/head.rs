@@ -1,8 +1,64 @@
 //! Anchors' channels in one picture's output maps.
 
-use super::{Layout, Level};
+use super::pictures::Losses;
+use crate::detect::anchors::Anchor;
 use crate::detect::BBox;
+use crate::train::losses::LossRecipe;
 use crate::train::matching::AnchorGrid;
+
+/// The anchors of a level, on every cell of its maps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Level {
+    /// Pixels between cells.
+    pub stride: usize,
+    /// Width and height of each anchor.
+    pub anchors: Vec<[f32; 2]>,
+    /// Where the detector's outputs have them.
+    pub layout: Layout,
+}
+
+/// A level's channels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// One output: a logit for each anchor, then four offsets for each.
+    Joint,
+    /// One output: a logit for each anchor, then tx of each, then ty, tw, th (HR).
+    ByKind,
+    /// Two outputs: a logit for each anchor, or two (background, face); four offsets for each.
+    Apart {
+        /// Of an anchor: 1 or 2.
+        logits: usize,
+    },
+}
+
+impl Layout {
+    /// Outputs of a level.
+    pub fn outputs(self) -> usize {
+        match self {
+            Layout::Joint | Layout::ByKind => 1,
+            Layout::Apart { .. } => 2,
+        }
+    }
+
+    /// Logits of an anchor.
+    pub fn logits(self) -> usize {
+        match self {
+            Layout::Joint | Layout::ByKind => 1,
+            Layout::Apart { logits } => logits,
+        }
+    }
+}
+
+impl Level {
+    /// Channels of each of its outputs.
+    pub(super) fn channels(&self) -> Vec<usize> {
+        let n = self.anchors.len();
+        match self.layout {
+            Layout::Joint | Layout::ByKind => vec![5 * n],
+            Layout::Apart { logits } => vec![logits * n, 4 * n],
+        }
+    }
+}
 
 /// Where an anchor group's channels are: of a cell's `per_cell` in an output, those from `first` on.
 #[derive(Clone, Copy)]
@@ -24,6 +80,8 @@ impl Channels {
 pub(super) struct GroupChannels {
     class: Channels,
     boxes: Channels,
+    /// From an offset to the next.
+    step: usize,
 }
 
 impl GroupChannels {
@@ -32,10 +90,15 @@ impl GroupChannels {
         let n = level.anchors.len();
         let of = |output, per_cell, first| Channels { output, per_cell, first };
         match level.layout {
-            Layout::Joint => Self { class: of(output, 5 * n, a), boxes: of(output, 5 * n, n + 4 * a) },
-            Layout::Apart { logits } => {
-                Self { class: of(output, logits * n, logits * a), boxes: of(output + 1, 4 * n, 4 * a) }
+            Layout::Joint => {
+                Self { class: of(output, 5 * n, a), boxes: of(output, 5 * n, n + 4 * a), step: 1 }
             }
+            Layout::ByKind => Self { class: of(output, 5 * n, a), boxes: of(output, 5 * n, n + a), step: n },
+            Layout::Apart { logits } => Self {
+                class: of(output, logits * n, logits * a),
+                boxes: of(output + 1, 4 * n, 4 * a),
+                step: 1,
+            },
         }
     }
 }
@@ -47,25 +110,45 @@ pub(super) struct Head<'a> {
     pub(super) groups: &'a [GroupChannels],
 }
 
-/// An anchor's channels: output and place in the picture's map of its first logit and of its first offset.
+/// An anchor's channels.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
+    /// Output and place in the picture's map of its first logit.
     pub(super) class: (usize, usize),
-    pub(super) boxes: (usize, usize),
+    pub(super) boxes: Offsets,
 }
 
-impl Place {
-    pub(super) fn offsets(&self, maps: &[&[f32]]) -> [f32; 4] {
-        let (output, at) = self.boxes;
-        let t = &maps[output][at..at + 4];
-        [t[0], t[1], t[2], t[3]]
+/// Where tx, ty, tw, th are: every `step`-th value of an output from `first` on.
+#[derive(Clone, Copy)]
+pub(super) struct Offsets {
+    output: usize,
+    first: usize,
+    step: usize,
+}
+
+impl Offsets {
+    pub(super) fn read(self, maps: &[&[f32]]) -> [f32; 4] {
+        [0, 1, 2, 3].map(|k| maps[self.output][self.first + k * self.step])
+    }
+
+    fn add(self, slopes: [f32; 4], gradient: &mut [Vec<f32>]) {
+        let values = gradient[self.output][self.first..].iter_mut().step_by(self.step);
+        values.zip(slopes).for_each(|(to, slope)| *to += slope);
+    }
+}
+
+impl From<(usize, usize)> for Offsets {
+    /// One behind another from this place of this output on.
+    fn from((output, first): (usize, usize)) -> Self {
+        Self { output, first, step: 1 }
     }
 }
 
 impl Head<'_> {
     fn place(&self, group: usize, cell: usize) -> Place {
-        let GroupChannels { class, boxes } = self.groups[group];
-        Place { class: class.at(cell), boxes: boxes.at(cell) }
+        let GroupChannels { class, boxes, step } = self.groups[group];
+        let (output, first) = boxes.at(cell);
+        Place { class: class.at(cell), boxes: Offsets { output, first, step } }
     }
 
     pub(super) fn at(&self, i: usize) -> Place {
@@ -84,10 +167,29 @@ impl Head<'_> {
         let mut boxes = Vec::with_capacity(self.grid.len);
         for (g, group) in self.grid.groups.iter().enumerate() {
             for cell in 0..group.len() {
-                let t = self.place(g, cell).offsets(maps);
+                let t = self.place(g, cell).boxes.read(maps);
                 boxes.push(group.anchor(cell).decode(&t, variances));
             }
         }
         boxes
     }
+}
+
+/// Adds the loss of the offsets `at` on an anchor, times `share`, and its gradient.
+pub(super) fn box_loss(
+    loss: &LossRecipe,
+    Anchor { center, size }: Anchor,
+    at: Offsets,
+    variances: [f32; 2],
+    maps: &[&[f32]],
+    face: &BBox,
+    share: f32,
+    gradient: &mut [Vec<f32>],
+    losses: &mut Losses,
+) {
+    let (anchor, target) = ([center[0], center[1], size[0], size[1]], [face.x1, face.y1, face.x2, face.y2]);
+    let value = loss.boxes.value(at.read(maps), anchor, variances, target);
+    losses.boxes += f64::from(value.loss * share);
+    losses.iou += f64::from(value.iou);
+    at.add(value.gradient.map(|slope| slope * share * loss.box_weight), gradient);
 }

@@ -16,67 +16,16 @@ use super::matching::{
     Mined,
 };
 use super::sampler::{GroupSample, SamplerRecipe};
-use crate::detect::anchors::Anchor;
 use crate::detect::BBox;
 use crate::error::{Error, Result};
 use crate::graph::init::Rng;
 use crate::shape::{Shape, Tensor};
-use head::{GroupChannels, Head, Place};
+use head::{box_loss, GroupChannels, Head, Place};
+pub use head::{Layout, Level};
+pub use pictures::Losses;
 use pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted};
 pub use pyramid_anchors::PyramidAnchors;
 pub use two_step::TwoStep;
-
-/// The anchors of a level, on every cell of its maps.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Level {
-    /// Pixels between cells.
-    pub stride: usize,
-    /// Width and height of each anchor.
-    pub anchors: Vec<[f32; 2]>,
-    /// Where the detector's outputs have them.
-    pub layout: Layout,
-}
-
-/// A level's channels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
-    /// One output: a logit for each anchor, then four offsets for each.
-    Joint,
-    /// Two outputs: a logit for each anchor, or two (background, face); four offsets for each.
-    Apart {
-        /// Of an anchor: 1 or 2.
-        logits: usize,
-    },
-}
-
-impl Layout {
-    /// Outputs of a level.
-    pub fn outputs(self) -> usize {
-        match self {
-            Layout::Joint => 1,
-            Layout::Apart { .. } => 2,
-        }
-    }
-
-    /// Logits of an anchor.
-    pub fn logits(self) -> usize {
-        match self {
-            Layout::Joint => 1,
-            Layout::Apart { logits } => logits,
-        }
-    }
-}
-
-impl Level {
-    /// Channels of each of its outputs.
-    fn channels(&self) -> Vec<usize> {
-        let n = self.anchors.len();
-        match self.layout {
-            Layout::Joint => vec![5 * n],
-            Layout::Apart { logits } => vec![logits * n, 4 * n],
-        }
-    }
-}
 
 /// How a batch is judged.
 #[derive(Clone, Debug)]
@@ -94,34 +43,6 @@ pub struct Objective {
     pub sampler: Option<SamplerRecipe>,
     /// Losses.
     pub loss: LossRecipe,
-}
-
-/// Losses of a batch, and how many anchors they come from.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Losses {
-    /// Classification; in a training with that of pyramid anchors.
-    pub class: f64,
-    /// Boxes, before their weight; likewise.
-    pub boxes: f64,
-    /// Anchors matched, of those that entered the loss.
-    pub matched: usize,
-    /// Anchors mined, likewise.
-    pub mined: usize,
-    /// Faces to find.
-    pub faces: usize,
-    /// Mean IoU of the positives' decoded boxes with their faces.
-    pub iou: f64,
-}
-
-impl Losses {
-    fn add(&mut self, other: &Self) {
-        self.class += other.class;
-        self.boxes += other.boxes;
-        self.matched += other.matched;
-        self.mined += other.mined;
-        self.faces += other.faces;
-        self.iou += other.iou;
-    }
 }
 
 /// What one picture's anchors are.
@@ -162,16 +83,17 @@ impl DetectorObjective {
         }
     }
 
-    /// As [`Objective::judge`].
+    /// As [`Objective::judge_within`].
     pub fn judge(
         &self,
         outputs: &[Tensor],
         faces: &[Vec<Annotated>],
+        inside: &[BBox],
         rng: impl Fn(usize) -> Rng + Sync,
         threads: usize,
     ) -> Result<(Losses, Vec<Tensor>)> {
         match self {
-            DetectorObjective::OneStep(o) => o.judge(outputs, faces, rng, threads),
+            DetectorObjective::OneStep(o) => o.judge_within(outputs, faces, inside, rng, threads),
             DetectorObjective::TwoStep(o) => o.judge(outputs, faces, threads),
         }
     }
@@ -237,13 +159,32 @@ impl Objective {
         rng: impl Fn(usize) -> Rng + Sync,
         threads: usize,
     ) -> Result<(Losses, Vec<Tensor>)> {
+        self.judge_within(outputs, faces, &[], rng, threads)
+    }
+
+    /// As [`Objective::judge`]; `inside` is what each picture fills of its example, pixels, for a sampler that leaves out the
+    /// anchors that cross its border.
+    pub fn judge_within(
+        &self,
+        outputs: &[Tensor],
+        faces: &[Vec<Annotated>],
+        inside: &[BBox],
+        rng: impl Fn(usize) -> Rng + Sync,
+        threads: usize,
+    ) -> Result<(Losses, Vec<Tensor>)> {
+        let within = self.sampler.as_ref().is_some_and(|s| s.within_picture);
+        if within && inside.len() != faces.len() {
+            return Err(Error::Internal("a sampler within the pictures wants their borders".into()));
+        }
         let channels: Vec<usize> = self.levels.iter().flat_map(Level::channels).collect();
         let shapes = check_outputs(outputs, &channels, faces.len())?;
         let (grid, groups) = self.grid(&shapes);
         let head = Head { grid: &grid, groups: &groups };
         let images = faces.len();
-        let assigned: Vec<Assigned> =
-            parallel(images, threads, |n| self.assign(&head, &picture_maps(outputs, n), &faces[n]));
+        let assigned: Vec<Assigned> = parallel(images, threads, |n| {
+            let inside = within.then(|| &inside[n]);
+            self.assign(&head, &picture_maps(outputs, n), &faces[n], inside)
+        });
         let mut counts = BatchCounts::default();
         for a in &assigned {
             counts.matched += a.matches.label.iter().filter(|&&l| l >= 0).count();
@@ -263,9 +204,18 @@ impl Objective {
         Ok(gathered(&shapes, judged))
     }
 
-    fn assign(&self, head: &Head<'_>, maps: &[&[f32]], faces: &[Annotated]) -> Assigned {
+    fn assign(
+        &self,
+        head: &Head<'_>,
+        maps: &[&[f32]],
+        faces: &[Annotated],
+        inside: Option<&BBox>,
+    ) -> Assigned {
         let faces = face_boxes(faces);
-        let matches = match_anchors(head.grid, &faces, &self.matching);
+        let mut matches = match_anchors(head.grid, &faces, &self.matching);
+        if let Some(inside) = inside {
+            matches.ignore_crossing(head.grid, inside);
+        }
         let mined = self.mining.as_ref().map(|mining| {
             let decoded = head.decoded(maps, self.variances);
             mine_high_quality_anchors(|i| decoded[i], &faces, &matches, mining)
@@ -298,7 +248,7 @@ impl Objective {
             let (loss, slope, box_weight) = match self.loss.classification {
                 ClassLoss::QualityFocal { beta } => {
                     let fits =
-                        |b: &BBox| head.grid.anchor(i).decode(&place.offsets(maps), self.variances).iou(b);
+                        |b: &BBox| head.grid.anchor(i).decode(&place.boxes.read(maps), self.variances).iou(b);
                     let Some(quality) = role.quality(|| bbox.map_or(0.0, fits)) else { continue };
                     let (loss, slope) = quality_focal_loss(x, quality, beta);
                     (loss * positives, slope * positives, positives)
@@ -404,27 +354,5 @@ impl Objective {
             }
         }
         losses
-    }
-}
-
-/// Adds the loss of the offsets at `at` (output, place in its map) on an anchor, times `share`, and its gradient.
-fn box_loss(
-    loss: &LossRecipe,
-    Anchor { center, size }: Anchor,
-    (output, at): (usize, usize),
-    variances: [f32; 2],
-    maps: &[&[f32]],
-    face: &BBox,
-    share: f32,
-    gradient: &mut [Vec<f32>],
-    losses: &mut Losses,
-) {
-    let t = &maps[output][at..at + 4];
-    let (anchor, target) = ([center[0], center[1], size[0], size[1]], [face.x1, face.y1, face.x2, face.y2]);
-    let value = loss.boxes.value([t[0], t[1], t[2], t[3]], anchor, variances, target);
-    losses.boxes += f64::from(value.loss * share);
-    losses.iou += f64::from(value.iou);
-    for (to, slope) in gradient[output][at..at + 4].iter_mut().zip(value.gradient) {
-        *to += slope * share * loss.box_weight;
     }
 }

@@ -1,10 +1,37 @@
 //! A batch's outputs, picture by picture.
 
-use super::Losses;
 use crate::error::{Error, Result};
 use crate::shape::{Shape, Tensor};
 use crate::train::data::Annotated;
 use crate::train::matching::FaceBox;
+
+/// Losses of a batch, and how many anchors they come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Losses {
+    /// Classification; in a training with that of pyramid anchors.
+    pub class: f64,
+    /// Boxes, before their weight; likewise.
+    pub boxes: f64,
+    /// Anchors matched, of those that entered the loss.
+    pub matched: usize,
+    /// Anchors mined, likewise.
+    pub mined: usize,
+    /// Faces to find.
+    pub faces: usize,
+    /// Mean IoU of the positives' decoded boxes with their faces.
+    pub iou: f64,
+}
+
+impl Losses {
+    fn add(&mut self, other: &Self) {
+        self.class += other.class;
+        self.boxes += other.boxes;
+        self.matched += other.matched;
+        self.mined += other.mined;
+        self.faces += other.faces;
+        self.iou += other.iou;
+    }
+}
 
 /// A picture's faces as the matching takes them.
 pub(super) fn face_boxes(faces: &[Annotated]) -> Vec<FaceBox> {

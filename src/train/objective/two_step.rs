@@ -1,8 +1,7 @@
 //! The objective of detectors that look twice: RefineFace's selective two-step classification and regression.
 
-use super::head::{Channels, GroupChannels, Head};
-use super::pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted};
-use super::{box_loss, Layout, Level, Losses};
+use super::head::{box_loss, Channels, GroupChannels, Head, Layout, Level};
+use super::pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted, Losses};
 use crate::detect::anchors::Anchor;
 use crate::detect::BBox;
 use crate::error::{Error, Result};
@@ -228,7 +227,7 @@ impl TwoStep {
                     }
                     FirstChannels::Boxes(channels) => {
                         if let Some(face) = face {
-                            let (at, share) = (channels.at(cell), share(positives.first_boxes));
+                            let (at, share) = (channels.at(cell).into(), share(positives.first_boxes));
                             box_loss(
                                 &self.loss,
                                 group.anchor(cell),

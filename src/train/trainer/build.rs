@@ -5,12 +5,14 @@ use crate::cpu::dense::bf16_supported;
 use crate::detect::config::DetectorConfig;
 use crate::detect::group_sampling::GroupSamplingConfig;
 use crate::detect::hambox::HamBoxConfig;
+use crate::detect::hr::{parse_templates, HrConfig, STRIDE};
 use crate::detect::pyramid::PyramidConfig;
 use crate::detect::refineface::RefineFaceConfig;
 use crate::detect::ModelConfig;
 use crate::error::{Error, Result};
 use crate::graph::build::ParamRole;
 use crate::graph::{Graph, Weights};
+use crate::nets::hr::{enlarges, Backbone};
 use crate::nets::refineface::{FirstStep, LEVELS};
 use crate::pixels::ChannelOrder;
 use crate::train::checkpoint::{AVERAGE, PARAM};
@@ -39,7 +41,7 @@ impl Trainer {
                 ModelConfig::NAMES
             ))
         })?;
-        resize(&mut config.detector, &recipe.model)?;
+        resize(&mut config.detector, &recipe.model, base)?;
         let (objective, pyramid_anchors) = objective(&recipe, &config.detector)?;
         let graph = match (&config.detector, pyramid_anchors.len()) {
             (DetectorConfig::Hambox(d), count @ 1..) => d.training_graph(count),
@@ -54,6 +56,7 @@ impl Trainer {
             DetectorConfig::GroupSampling(detector) => detector.set_prior(&mut weights, is_new),
             DetectorConfig::Hambox(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
             DetectorConfig::Refineface(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
+            DetectorConfig::Hr(detector) => detector.set_prior(&mut weights, is_new),
             DetectorConfig::Retinaface(_) => {}
         }
         let mut engine = engine(&recipe, graph, &weights, resources.threads.max(1))?;
@@ -102,6 +105,7 @@ fn objective(recipe: &Recipe, detector: &DetectorConfig) -> Result<(DetectorObje
         DetectorConfig::Pyramid(d) => (pyramid_levels(d), d.variances),
         DetectorConfig::GroupSampling(d) => (group_sampling_levels(d), [1.0; 2]),
         DetectorConfig::Hambox(d) => (hambox_levels(d), [1.0; 2]),
+        DetectorConfig::Hr(d) => (hr_levels(d), [1.0; 2]),
         DetectorConfig::Retinaface(_) => {
             return Err(Error::Unsupported(format!(
                 "{} cannot be trained: its landmarks have no loss here",
@@ -143,20 +147,50 @@ fn objective(recipe: &Recipe, detector: &DetectorConfig) -> Result<(DetectorObje
     Ok((DetectorObjective::OneStep(objective), pyramid_anchors))
 }
 
-/// Makes a detector as wide as the recipe says.
-fn resize(detector: &mut DetectorConfig, model: &ModelRecipe) -> Result<()> {
+/// Makes a detector as the recipe's `[model]` says, whose relative paths start at `base`.
+fn resize(detector: &mut DetectorConfig, model: &ModelRecipe, base: &Path) -> Result<()> {
+    if let DetectorConfig::Hr(d) = detector {
+        resize_hr(d, model, base)?;
+    } else if model.templates.is_some() {
+        return Err(Error::InvalidArgument(format!(
+            "model.templates: {} has no use for it: it is HR's",
+            model.detector
+        )));
+    }
     let sizes = match detector {
         DetectorConfig::Pyramid(d) => Some((&mut d.width, &mut d.channels)),
         DetectorConfig::GroupSampling(d) => Some((&mut d.backbone.width, &mut d.channels)),
         DetectorConfig::Hambox(d) => Some((&mut d.backbone.width, &mut d.channels)),
         DetectorConfig::Refineface(d) => Some((&mut d.backbone.width, &mut d.channels)),
-        DetectorConfig::Retinaface(_) => None,
+        DetectorConfig::Hr(_) | DetectorConfig::Retinaface(_) => None,
     };
     if let Some((width, channels)) = sizes {
         *width = model.width.unwrap_or(*width);
         *channels = model.channels.unwrap_or(*channels);
     }
     detector.check()
+}
+
+fn resize_hr(hr: &mut HrConfig, model: &ModelRecipe, base: &Path) -> Result<()> {
+    if model.channels.is_some() {
+        return Err(Error::InvalidArgument(
+            "model.channels: hr has no use for it: its head has five channels a template".into(),
+        ));
+    }
+    let width = match &mut hr.backbone {
+        Backbone::Resnet(net) => &mut net.width,
+        Backbone::Vgg16(net) => &mut net.width,
+    };
+    *width = model.width.unwrap_or(*width);
+    if let Some(path) = &model.templates {
+        let path = base.join(path);
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+        hr.templates = parse_templates(&text).map_err(|e| match e {
+            Error::InvalidData(m) => Error::InvalidData(format!("{}: {m}", path.display())),
+            other => other,
+        })?;
+    }
+    Ok(())
 }
 
 fn pyramid_levels(detector: &PyramidConfig) -> Vec<Level> {
@@ -180,6 +214,10 @@ fn hambox_levels(detector: &HamBoxConfig) -> Vec<Level> {
     let level =
         |(stride, side)| Level { stride, anchors: vec![[side, side]], layout: Layout::Apart { logits: 1 } };
     detector.levels().map(level).collect()
+}
+
+fn hr_levels(detector: &HrConfig) -> Vec<Level> {
+    vec![Level { stride: STRIDE, anchors: detector.anchors(), layout: Layout::ByKind }]
 }
 
 fn refineface_levels(detector: &RefineFaceConfig) -> Vec<(Level, Option<FirstStep>)> {
@@ -228,8 +266,10 @@ fn start_weights(model: &ModelRecipe, base: &Path, graph: &Graph) -> Result<(Wei
 
 /// The network in the precision that the recipe asks for.
 fn engine(recipe: &Recipe, graph: Graph, weights: &Weights, threads: usize) -> Result<Box<dyn Engine>> {
+    // HR's enlarging kernels are what they are.
+    let fixed = graph.params.iter().map(|p| &p.name).filter(|name| enlarges(name)).cloned();
     let frozen = Frozen {
-        parameters: recipe.model.freeze.clone(),
+        parameters: recipe.model.freeze.iter().cloned().chain(fixed).collect(),
         statistics: recipe.model.freeze_statistics.clone(),
     };
     let half = match recipe.run.precision {

@@ -165,7 +165,7 @@ impl Trainer {
         let rng = |n: usize| Rng::new(Rng::new(seed ^ step.rotate_left(32)).bits() ^ n as u64);
         let (own, mut around) = outputs.split_at(self.objective.outputs());
         let threads = self.engine.threads();
-        let (mut losses, mut d) = self.objective.judge(own, &batch.faces, rng, threads)?;
+        let (mut losses, mut d) = self.objective.judge(own, &batch.faces, &batch.inside, rng, threads)?;
         for (k, anchors) in (1..).zip(&self.pyramid_anchors) {
             let (outputs, rest) = around.split_at(anchors.objective.outputs());
             around = rest;

@@ -43,10 +43,7 @@ impl RunArgs {
         let Some(dir) = &self.images else { bail!("name the results, or the folder of pictures to run on") };
         let model = self.model.load()?;
         let paths = names.iter().map(|name| picture::find(&dir.join(name))).collect::<Result<Vec<_>>>()?;
-        let mut options = self.settings.options(&model, 0);
-        if self.settings.threshold.is_none() {
-            options.score_threshold = model.config().eval_score_threshold;
-        }
+        let mut options = self.settings.evaluation_options(&model, 0);
         let sessions = options.threads;
         options.threads = 1;
         let bar = progress::bar(paths.len(), "detecting");
