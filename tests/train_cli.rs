@@ -4,7 +4,13 @@
 #[path = "common/faces.rs"]
 mod faces;
 
+use farface::detect::config::DetectorConfig;
+use farface::detect::hr::parse_templates;
+use farface::detect::ModelConfig;
 use farface::graph::init::Rng;
+use farface::graph::Weights;
+use farface::nets::hr::Backbone;
+use farface::nets::resnet::ResNet;
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -208,4 +214,107 @@ fn a_training_outlives_its_reader_shares_its_folder_with_none_and_keeps_models()
     succeeds(dir, &["train", "tiny.toml", "--restart"]);
     let error = fails(dir, &["convert", "runs/tiny/last.checkpoint", "x.safetensors"]);
     assert!(error.contains("checkpoint of a training") && error.contains("best.safetensors"), "{error}");
+}
+
+/// From annotations to templates, from a model to ellipses: what is read and written fits together, and what is wrong is named.
+#[test]
+fn templates_and_ellipses_are_made_of_annotations() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    faces::draw(dir.path(), 12, 128, 4);
+    let list = std::fs::read_to_string(at("faces.txt")).unwrap();
+    let faces: Vec<Vec<f64>> = list
+        .lines()
+        .map(|l| l.split(' ').filter_map(|v| v.parse().ok()).collect())
+        .filter(|numbers: &Vec<f64>| numbers.len() == 10)
+        .collect();
+
+    let table = succeeds(dir.path(), &["cluster", "faces.txt", "-k", "3", "--out", "templates.csv"]);
+    let last = table.lines().last().unwrap();
+    assert!(last.starts_with(&format!("{} boxes, mean IoU", faces.len())), "{last}");
+    let text = std::fs::read_to_string(at("templates.csv")).unwrap();
+    let templates = parse_templates(&text).unwrap();
+    let json: Value =
+        serde_json::from_str(&succeeds(dir.path(), &["cluster", "faces.txt", "-k", "3", "--json"])).unwrap();
+    for (t, row) in templates.iter().zip(json.as_array().unwrap()) {
+        let drawn =
+            |f: &&Vec<f64>| Some(f[3]) == row["height"].as_f64() && Some(f[2]) == row["width"].as_f64();
+        assert!(faces.iter().any(|f| drawn(&f)), "a medoid is one of the boxes: {row}");
+        let height = row["height"].as_f64().unwrap() * row["sigma"].as_f64().unwrap();
+        assert!((f64::from(t.height) - height).abs() < 1e-3, "{t:?} {row}");
+    }
+    assert!(fails(dir.path(), &["cluster", "faces.txt", "-k", "128"]).contains("different sizes"));
+    assert!(fails(dir.path(), &["cluster", "faces.txt", "--min-side", "999"]).contains("999 px"));
+
+    // Random weights find something everywhere.
+    let mut config = ModelConfig::named("hr-r18").unwrap();
+    if let DetectorConfig::Hr(hr) = &mut config.detector {
+        hr.backbone = Backbone::Resnet(ResNet { width: 8, ..ResNet::R18 });
+        hr.templates = templates;
+    }
+    let mut weights = Weights::random(&config.detector.detector().graph(), 1);
+    for (name, w) in weights.tensors.iter_mut().filter(|(name, _)| name.starts_with("score_")) {
+        // Boxes near their templates, logits above 0.
+        if name.ends_with("weight") {
+            w.data.iter_mut().for_each(|v| *v *= 1e-4);
+        } else {
+            w.data[..3].fill(1.0);
+        }
+    }
+    weights.metadata.insert("farface".into(), config.to_json().unwrap());
+    std::fs::write(at("hr.safetensors"), weights.to_bytes().unwrap()).unwrap();
+    let mut lines = list.lines();
+    let mut pictures = Vec::new();
+    while let (Some(name), Some(count)) = (lines.next(), lines.next()) {
+        let of: Vec<&str> = lines.by_ref().take(count.parse().unwrap()).collect();
+        pictures.push((name, of));
+    }
+    std::fs::create_dir(at("folds")).unwrap();
+    for fold in 0..10 {
+        let mut text = String::new();
+        for (name, of) in pictures.iter().skip(fold).step_by(10) {
+            text += &format!("{name}\n{}\n", of.len());
+            for line in of {
+                let n: Vec<f64> = line.split(' ').map(|v| v.parse().unwrap()).collect();
+                let (rx, ry) = (n[2] / 2.0, n[3] / 2.0);
+                text += &format!("{ry} {rx} 1.5 {} {} 1\n", n[0] + rx, n[1] + ry);
+            }
+        }
+        std::fs::write(at(&format!("folds/FDDB-fold-{:02}-ellipseList.txt", fold + 1)), text).unwrap();
+    }
+    let fit = [
+        "ellipse",
+        "--gt",
+        "folds",
+        "--images",
+        "images",
+        "--model",
+        "hr.safetensors",
+        "--out",
+        "e.safetensors",
+    ];
+    let text = succeeds(dir.path(), &fit);
+    let found: usize = text.split(' ').next().unwrap().parse().unwrap();
+    assert!(found > faces.len() / 2 && text.contains("mean overlap on folds held back"), "{text}");
+    let overlap = |what: &str| -> f64 {
+        let line = text.lines().find(|l| l.trim().starts_with(what)).unwrap();
+        line.split_whitespace().last().unwrap().parse().unwrap()
+    };
+    assert!(overlap("ellipses") > 0.5 && overlap("boxes") > 0.3, "{text}");
+    let picture = format!("images/{}", pictures[0].0);
+    for (model, has) in [("hr.safetensors", false), ("e.safetensors", true)] {
+        let json: Value =
+            serde_json::from_str(&succeeds(dir.path(), &["detect", &picture, "--model", model, "--json"]))
+                .unwrap();
+        let found = json["faces"].as_array().unwrap();
+        assert!(!found.is_empty());
+        assert!(found.iter().all(|f| f["ellipse"].is_object() == has), "{model}: {}", found[0]);
+    }
+    let nano: Vec<&str> =
+        fit.iter().map(|a| if *a == "hr.safetensors" { "nano.safetensors" } else { a }).collect();
+    let config = ModelConfig::farface_nano();
+    let mut weights = Weights::random(&config.detector.detector().graph(), 1);
+    weights.metadata.insert("farface".into(), config.to_json().unwrap());
+    std::fs::write(at("nano.safetensors"), weights.to_bytes().unwrap()).unwrap();
+    assert!(fails(dir.path(), &nano).contains("farface-nano is not an HR detector"));
 }

@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod cluster;
 pub mod data;
 pub mod dev;
+pub mod ellipse;
 pub mod loader;
 pub mod losses;
 pub mod matching;

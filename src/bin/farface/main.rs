@@ -13,6 +13,8 @@ mod convert;
 mod detect;
 mod detectors;
 mod draw;
+#[cfg(feature = "train")]
+mod ellipse;
 mod eval;
 mod inspect;
 mod model;
@@ -49,6 +51,8 @@ enum Command {
     Train(train::Args),
     #[cfg(feature = "train")]
     Cluster(cluster::Args),
+    #[cfg(feature = "train")]
+    Ellipse(ellipse::Args),
     Plot(plot::Args),
 }
 
@@ -73,6 +77,8 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args, &mut out),
         #[cfg(feature = "train")]
         Command::Cluster(args) => cluster::run(&args, &mut out),
+        #[cfg(feature = "train")]
+        Command::Ellipse(args) => ellipse::run(&args, &mut out),
         Command::Plot(args) => plot::run(&args, &mut out),
     };
     match result.and_then(|outcome| Ok(out.flush().map(|()| outcome)?)) {

@@ -4,6 +4,7 @@
 use crate::detect::{BBox, Ellipse};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::f32::consts::FRAC_PI_2;
 
 /// How the angle is expressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +61,7 @@ impl AngleForm {
         }
     }
 
+    #[cfg(any(test, feature = "train"))]
     fn encode(self, angle: f32) -> Vec<f32> {
         match self {
             AngleForm::DoubleAngle => vec![(2.0 * angle).sin(), (2.0 * angle).cos()],
@@ -104,7 +106,8 @@ impl EllipseRegressor {
 }
 
 /// t of Eq. 2 to 6 for an ellipse and the box that was found for it.
-pub fn encode_ellipse(ellipse: &Ellipse, bbox: &BBox, angle: AngleForm) -> Vec<f32> {
+#[cfg(any(test, feature = "train"))]
+fn encode_ellipse(ellipse: &Ellipse, bbox: &BBox, angle: AngleForm) -> Vec<f32> {
     let [cx, cy] = [(bbox.x1 + bbox.x2) / 2.0, (bbox.y1 + bbox.y2) / 2.0];
     let (w, h) = (bbox.width(), bbox.height());
     let mut t = vec![
@@ -118,12 +121,15 @@ pub fn encode_ellipse(ellipse: &Ellipse, bbox: &BBox, angle: AngleForm) -> Vec<f
 }
 
 /// The ellipse that t of Eq. 2 to 6 means on a box.
-pub fn decode_ellipse(t: &[f32], bbox: &BBox, angle: AngleForm) -> Ellipse {
+fn decode_ellipse(t: &[f32], bbox: &BBox, form: AngleForm) -> Ellipse {
     let (w, h) = (bbox.width(), bbox.height());
-    Ellipse {
-        center: [(bbox.x1 + bbox.x2) / 2.0 + t[0] * w, (bbox.y1 + bbox.y2) / 2.0 + t[1] * h],
-        half_axes: [h / 2.0 * t[2].exp(), w / 2.0 * t[3].exp()],
-        angle: angle.decode(&t[4..]),
+    let center = [(bbox.x1 + bbox.x2) / 2.0 + t[0] * w, (bbox.y1 + bbox.y2) / 2.0 + t[1] * h];
+    let (a, b, angle) = (h / 2.0 * t[2].exp(), w / 2.0 * t[3].exp(), form.decode(&t[4..]));
+    if a >= b {
+        Ellipse { center, half_axes: [a, b], angle }
+    } else {
+        // The major axis comes first.
+        Ellipse { center, half_axes: [b, a], angle: angle + FRAC_PI_2 }
     }
 }
 
@@ -247,13 +253,13 @@ mod tests {
         let mut rng = Rng::new(3);
         let truth = EllipseRegressor {
             angle: AngleForm::DoubleAngle,
-            weights: (0..6).map(|_| std::array::from_fn(|_| 0.1 * rng.normal())).collect(),
+            weights: (0..6).map(|_| std::array::from_fn(|_| 0.05 * rng.normal())).collect(),
             biases: (0..3).map(|k| vec![0.02 * k as f32, 0.1, 0.05, -0.1, 0.0, -1.0]).collect(),
         };
         let sample = |i: usize, rng: &mut Rng| {
             let offsets = std::array::from_fn(|_| rng.normal());
             let features = EllipseFeatures { template: i % 2, offsets, logit: rng.normal() };
-            let bbox = BBox::from_xywh(100.0 * rng.uniform(), 50.0, 40.0 + 20.0 * rng.uniform(), 60.0);
+            let bbox = BBox::from_xywh(100.0 * rng.uniform(), 50.0, 15.0 + 10.0 * rng.uniform(), 60.0);
             EllipseSample { features, bbox, ellipse: truth.ellipse(&bbox, &features) }
         };
         let samples: Vec<EllipseSample> = (0..400).map(|i| sample(i, &mut rng)).collect();

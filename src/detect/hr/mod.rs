@@ -4,6 +4,8 @@
 mod ellipse;
 mod templates;
 
+#[cfg(feature = "train")]
+pub use ellipse::EllipseSample;
 pub use ellipse::{AngleForm, EllipseFeatures, EllipseRegressor};
 pub use templates::{parse_templates, published_templates, Template, TemplateChoice};
 
@@ -135,7 +137,7 @@ impl HrConfig {
 
     /// Calls `found` with every candidate whose cell is owned, in the order row, column, template: its box without the
     /// ellipse, and what the ellipse is computed from.
-    fn candidates(
+    pub(crate) fn candidates(
         &self,
         scores: &Map<'_>,
         window: &Window,

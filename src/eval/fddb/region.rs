@@ -43,6 +43,19 @@ impl Region {
         }
     }
 
+    /// The same, elsewhere.
+    #[cfg(feature = "train")]
+    pub(crate) fn moved(&self, dx: f64, dy: f64) -> Self {
+        let mut moved = *self;
+        match &mut moved {
+            Region::Rectangle { x, y, .. } | Region::Ellipse { cx: x, cy: y, .. } => {
+                *x += dx;
+                *y += dy;
+            }
+        }
+        moved
+    }
+
     /// First and last pixel column of a row, or None where it does not reach the row.
     ///
     /// Pixels are the integer points, drawn as the reference evaluator's drawing library does:
