@@ -11,6 +11,7 @@ use farface::detect::group_sampling::GroupSamplingConfig;
 use farface::detect::hambox::HamBoxConfig;
 use farface::detect::hr::HrConfig;
 use farface::detect::refineface::RefineFaceConfig;
+use farface::detect::retinaface::RetinaFaceConfig;
 use farface::detect::{Model, ModelConfig};
 use farface::graph::{run_reference, Weights};
 use farface::nets::hr::Backbone;
@@ -43,6 +44,11 @@ fn narrow(name: &str) -> ModelConfig {
             backbone: ResNet { width: WIDTH, ..d.backbone },
             channels: CHANNELS,
             first_step_score: FIRST,
+            ..d
+        }),
+        DetectorConfig::Retinaface(d) => DetectorConfig::Retinaface(RetinaFaceConfig {
+            backbone: d.backbone.map(|net| ResNet { width: WIDTH, ..net }),
+            channels: CHANNELS,
             ..d
         }),
         DetectorConfig::Hr(d) => {
@@ -80,6 +86,7 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         ("hr-res2-res3-res4-res5-r50", [70, 83]),
         ("hr-full-vgg16", [53, 85]),
         ("hr-res2-res4-vgg16", [53, 75]),
+        ("retinaface-r50", [70, 99]),
     ] {
         let config = narrow(name);
         let graph = config.detector.detector().graph();

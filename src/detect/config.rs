@@ -13,6 +13,7 @@ use super::refineface::RefineFaceConfig;
 use super::retinaface::RetinaFaceConfig;
 use crate::error::{Error, Result};
 use crate::graph::Weights;
+use crate::nets::resnet::ResNet;
 use crate::pixels::{ChannelOrder, Normalization};
 use serde::{Deserialize, Serialize};
 
@@ -258,6 +259,15 @@ impl ModelConfig {
         }
     }
 
+    /// RetinaFace by its name.
+    fn retinaface(name: &str, detector: RetinaFaceConfig) -> Self {
+        Self {
+            name: name.into(),
+            detector: DetectorConfig::Retinaface(detector),
+            ..Self::retinaface_mobile025()
+        }
+    }
+
     /// Our smallest model: 0.30 million parameters, 0.35 billion multiply-adds at 640x480.
     pub fn farface_nano() -> Self {
         Self::pyramid("farface-nano", PyramidConfig::nano())
@@ -346,7 +356,7 @@ impl ModelConfig {
     }
 
     /// What [`ModelConfig::named`] knows, to be read by people.
-    pub const NAMES: &'static str = "farface-nano, farface-small, retinaface-mobile025, or one of Group Sampling's: rpn, fpn, \
+    pub const NAMES: &'static str = "farface-nano, farface-small, retinaface-mobile025, retinaface-r50, or one of Group Sampling's: rpn, fpn, \
          fpn-finest, fpn-finest-stride, fpn-p3 or fpn-p4, then -dc for the dilated head or nothing, then -r18, -r34, -r50, -r101 or \
          -r152 (fpn-finest-dc-r50); or hambox, then nothing, -baseline or some of -sms -dh -ssh in this order, then -fpn or nothing, \
          then the backbone as before (hambox-r50); or refineface, then nothing, -baseline or some of -str -stc -rfe in this order, then \
@@ -355,9 +365,10 @@ impl ModelConfig {
 
     /// A configuration by its name, for weights that come without one.
     pub fn named(name: &str) -> Option<Self> {
-        let known = [Self::farface_nano(), Self::farface_small(), Self::retinaface_mobile025()];
+        let known = [Self::farface_nano(), Self::farface_small()];
         let own = known.into_iter().find(|config| config.name == name);
-        own.or_else(|| Some(Self::group_sampling(name, GroupSamplingConfig::named(name)?)))
+        own.or_else(|| Some(Self::retinaface(name, RetinaFaceConfig::named(name)?)))
+            .or_else(|| Some(Self::group_sampling(name, GroupSamplingConfig::named(name)?)))
             .or_else(|| Some(Self::hambox(name, HamBoxConfig::named(name)?)))
             .or_else(|| Some(Self::refineface(name, RefineFaceConfig::named(name)?)))
             .or_else(|| Some(Self::hr(name, HrConfig::named(name)?)))
@@ -404,10 +415,14 @@ impl ModelConfig {
     /// The configuration of public weights, by their tensors' names.
     fn recognise(weights: &Weights) -> Option<Self> {
         let has = |name: &str| weights.tensors.contains_key(name);
-        (has("body.stage1.0.0.weight")
-            && has("ssh1.conv3X3.0.weight")
-            && has("LandmarkHead.0.conv1x1.weight"))
-        .then(Self::retinaface_mobile025)
+        if !(has("ssh1.conv3X3.0.weight") && has("LandmarkHead.0.conv1x1.weight")) {
+            return None;
+        }
+        if has("body.stage1.0.0.weight") {
+            return Some(Self::retinaface_mobile025());
+        }
+        (has("body.conv1.weight") && has("body.layer3.5.conv3.weight"))
+            .then(|| Self::retinaface("retinaface-r50", RetinaFaceConfig::on_resnet(ResNet::R50)))
     }
 
     fn check(&self) -> Result<()> {

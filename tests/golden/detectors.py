@@ -79,15 +79,17 @@ def conv_bn(i, o):
 class Context(nn.Module):
     """SSH's (Najibi et al. 2017), as the published RetinaFace has it: windows of 3, 5 and 7."""
 
-    def __init__(self, c):
+    def __init__(self, c, slope=0.0):
         super().__init__()
+        self.slope = slope
         self.conv3X3 = conv_bn(c, c // 2)
         self.conv5X5_1, self.conv5X5_2 = conv_bn(c, c // 4), conv_bn(c // 4, c // 4)
         self.conv7X7_2, self.conv7x7_3 = conv_bn(c // 4, c // 4), conv_bn(c // 4, c // 4)
 
     def forward(self, x):
-        shared = self.conv5X5_1(x).relu()
-        seven = self.conv7x7_3(self.conv7X7_2(shared).relu())
+        act = lambda y: F.leaky_relu(y, self.slope)
+        shared = act(self.conv5X5_1(x))
+        seven = self.conv7x7_3(act(self.conv7X7_2(shared)))
         return torch.cat([self.conv3X3(x), self.conv5X5_2(shared), seven], 1).relu()
 
 
@@ -213,6 +215,47 @@ class RefineFace(ResNet):
             before = outputs.get(f"{'class' if level < 5 else 'box'}{level}.1")
             sides = [2 * 2**level, 8**0.5 * 2**level]
             yield level, level, [(s / 1.25**0.5, s * 1.25**0.5) for s in sides], before
+
+
+class RetinaFace(nn.Module):
+    """Deng et al. 2019 as published for ResNet-50: `body.*`, `fpn.*`, `ssh{1..3}.*`, three heads a level."""
+
+    def __init__(self, blocks, bottleneck):
+        super().__init__()
+        c, e = CHANNELS, 4 if bottleneck else 1
+        self.body = ResNet(blocks, bottleneck, WIDTH)
+        one = lambda i: nn.Sequential(nn.Conv2d(i, c, 1, bias=False), nn.BatchNorm2d(c))
+        self.fpn = nn.ModuleDict({f"output{i}": one(e * WIDTH << i) for i in (1, 2, 3)}
+                                 | {f"merge{i}": conv_bn(c, c) for i in (1, 2)})
+        self.slope = 0.1 if c <= 64 else 0.0
+        for i in (1, 2, 3):
+            setattr(self, f"ssh{i}", Context(c, self.slope))
+        for name, values in (("Class", 2), ("Bbox", 4), ("Landmark", 10)):
+            heads = [nn.ModuleDict({"conv1x1": nn.Conv2d(c, 2 * values, 1)}) for _ in range(3)]
+            setattr(self, f"{name}Head", nn.ModuleList(heads))
+
+    def forward(self, x):
+        c = self.body(x)
+        act = lambda y: F.leaky_relu(y, self.slope)
+        p = [act(self.fpn[f"output{i}"](c[i])) for i in (1, 2, 3)]
+        for i in (1, 0):
+            up = F.interpolate(p[i + 1], p[i].shape[2:], mode="nearest")
+            p[i] = act(self.fpn[f"merge{i + 1}"](p[i] + up))
+        outputs = {}
+        for i, m in enumerate(p):
+            m = getattr(self, f"ssh{i + 1}")(m)
+            for name, output in (("Class", "class"), ("Bbox", "box"), ("Landmark", "landmark")):
+                outputs[f"{output}{i}"] = getattr(self, f"{name}Head")[i]["conv1x1"](m)
+        return outputs
+
+    def apart(self, outputs):
+        """With the box code's variances."""
+        variances = torch.tensor([0.1, 0.1, 0.2, 0.2]).repeat(2)[None, :, None, None]
+        return {k: y * variances if k.startswith("box") else y for k, y in outputs.items()}
+
+    def faces(self, outputs):
+        for i in range(3):
+            yield i, 3 + i, [(s, s) for s in (16.0 * 4**i, 32.0 * 4**i)], None
 
 
 class Vgg(nn.Module):
@@ -348,6 +391,7 @@ if __name__ == "__main__":
     case("hr-res2-res3-res4-res5-r50", hr(ResNet, [32, 64, 128, 256], [2, 3, 4, 5])(*R50, WIDTH), (70, 83))
     case("hr-full-vgg16", hr(Vgg, [32, 64, 64], [3, 4])(), (53, 85))
     case("hr-res2-res4-vgg16", hr(Vgg, [32, 64, 64], [2, 4])(), (53, 75))
+    case("retinaface-r50", RetinaFace(*R50), (70, 99))
     path = Path(__file__).with_name("detectors.safetensors")
     save_file({k: v.contiguous() for k, v in golden.items()}, path)
     print(f"{path}: {len(golden)} tensors, {path.stat().st_size} bytes")

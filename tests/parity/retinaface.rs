@@ -13,7 +13,7 @@ fn retinaface() -> Graph {
     let mut b = Builder::new();
     let image = b.input("image", 3);
     let features = b.scope("body", |b| mobilenet_v1(b, image, 8));
-    let pyramid = b.scope("fpn", |b| fpn_merge(b, features, [64, 128, 256], 64));
+    let pyramid = b.scope("fpn", |b| fpn_merge(b, features, [64, 128, 256], 64, Activation::LeakyRelu(0.1)));
     for (level, &p) in pyramid.iter().enumerate() {
         let x = ssh(&mut b, &format!("ssh{}", level + 1), p, 64, 64, Activation::LeakyRelu(0.1));
         for (head, channels) in [("ClassHead", 4), ("BboxHead", 8), ("LandmarkHead", 20)] {

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 ///
 /// Adds the configuration that a session needs (detector, input, thresholds) to weights in the
 /// safetensors format, and keeps the tensors that the network uses. Recognised by their tensors'
-/// names: RetinaFace with MobileNet-V1 x0.25 (Pytorch_Retinaface); other weights need --detector. A
+/// names: RetinaFace with MobileNet-V1 x0.25 or ResNet-50 (Pytorch_Retinaface); other weights need --detector. A
 /// prefix "module." that all names share (PyTorch's DataParallel) is taken off. A model file that has
 /// its configuration already keeps it, so that a model can be made smaller with --f16.
 ///

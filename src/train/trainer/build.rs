@@ -8,6 +8,7 @@ use crate::detect::hambox::HamBoxConfig;
 use crate::detect::hr::{parse_templates, HrConfig, STRIDE};
 use crate::detect::pyramid::PyramidConfig;
 use crate::detect::refineface::RefineFaceConfig;
+use crate::detect::retinaface::RetinaFaceConfig;
 use crate::detect::ModelConfig;
 use crate::error::{Error, Result};
 use crate::graph::build::ParamRole;
@@ -57,7 +58,7 @@ impl Trainer {
             DetectorConfig::Hambox(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
             DetectorConfig::Refineface(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
             DetectorConfig::Hr(detector) => detector.set_prior(&mut weights, is_new),
-            DetectorConfig::Retinaface(_) => {}
+            DetectorConfig::Retinaface(detector) => detector.set_prior(&mut weights, is_new),
         }
         let mut engine = engine(&recipe, graph, &weights, resources.threads.max(1))?;
         let optimizer = Optimizer::new(recipe.optimizer, options(&recipe, &*engine)?)?;
@@ -106,12 +107,7 @@ fn objective(recipe: &Recipe, detector: &DetectorConfig) -> Result<(DetectorObje
         DetectorConfig::GroupSampling(d) => (group_sampling_levels(d), [1.0; 2]),
         DetectorConfig::Hambox(d) => (hambox_levels(d), [1.0; 2]),
         DetectorConfig::Hr(d) => (hr_levels(d), [1.0; 2]),
-        DetectorConfig::Retinaface(_) => {
-            return Err(Error::Unsupported(format!(
-                "{} cannot be trained: its landmarks have no loss here",
-                recipe.model.detector
-            )))
-        }
+        DetectorConfig::Retinaface(d) => (retinaface_levels(d), d.variances),
         DetectorConfig::Refineface(d) => {
             if recipe.mining.is_some() || recipe.sampler.is_some() {
                 return refuse("mining or sampler", "it learns from all anchors that its first step leaves");
@@ -162,7 +158,13 @@ fn resize(detector: &mut DetectorConfig, model: &ModelRecipe, base: &Path) -> Re
         DetectorConfig::GroupSampling(d) => Some((&mut d.backbone.width, &mut d.channels)),
         DetectorConfig::Hambox(d) => Some((&mut d.backbone.width, &mut d.channels)),
         DetectorConfig::Refineface(d) => Some((&mut d.backbone.width, &mut d.channels)),
-        DetectorConfig::Hr(_) | DetectorConfig::Retinaface(_) => None,
+        DetectorConfig::Retinaface(d) => {
+            // They have no loss here.
+            d.landmarks = false;
+            let width = d.backbone.as_mut().map_or(&mut d.width, |net| &mut net.width);
+            Some((width, &mut d.channels))
+        }
+        DetectorConfig::Hr(_) => None,
     };
     if let Some((width, channels)) = sizes {
         *width = model.width.unwrap_or(*width);
@@ -213,6 +215,15 @@ fn group_sampling_levels(detector: &GroupSamplingConfig) -> Vec<Level> {
 fn hambox_levels(detector: &HamBoxConfig) -> Vec<Level> {
     let level =
         |(stride, side)| Level { stride, anchors: vec![[side, side]], layout: Layout::Apart { logits: 1 } };
+    detector.levels().map(level).collect()
+}
+
+fn retinaface_levels(detector: &RetinaFaceConfig) -> Vec<Level> {
+    let level = |(stride, sides): (usize, &[f32; 2])| Level {
+        stride,
+        anchors: sides.map(|s| [s, s]).to_vec(),
+        layout: Layout::Apart { logits: 2 },
+    };
     detector.levels().map(level).collect()
 }
 
