@@ -50,13 +50,13 @@ fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
         min: if o.min_face_px > 0.0 { o.min_face_px.into() } else { min.min(o.max_face_px.into()) },
         max: if o.max_face_px > 0.0 { o.max_face_px.into() } else { f64::INFINITY },
     };
+    // Levels on which even the smallest face wanted is too large are not asked for at all.
+    let most = if limited { detectable.max / faces.min * (1.0 + 1e-9) } else { f64::INFINITY };
     let (policy, largest) = match o.pyramid {
         Pyramid::Auto if !limited => (PyramidPolicy::Scales(vec![1.0]), 1.0),
         Pyramid::Auto => (PyramidPolicy::Faces { faces, detectable }, min / faces.min),
         Pyramid::Octaves { min, max, step } => {
             let [min, mut max, step] = [min, max, step].map(f64::from);
-            // Levels on which even the smallest face wanted is too large are not asked for at all.
-            let most = if limited { detectable.max / faces.min * (1.0 + 1e-9) } else { f64::INFINITY };
             while max.exp2() > most && max >= min && step > 0.0 {
                 max -= step;
             }
@@ -64,6 +64,13 @@ fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
                 return Ok(Vec::new());
             }
             (PyramidPolicy::Octaves { min, max, step }, max.exp2())
+        }
+        Pyramid::Scales(scales) => {
+            let wanted = scales.as_slice().iter().map(|&s| f64::from(s));
+            let mut wanted: Vec<f64> = wanted.filter(|&s| s <= most).collect();
+            let Some(largest) = wanted.iter().copied().reduce(f64::max) else { return Ok(Vec::new()) };
+            wanted.sort_by(|a, b| b.total_cmp(a));
+            (PyramidPolicy::Scales(wanted), largest)
         }
     };
     let mut levels = pyramid(size, &policy, &PyramidLimits::default())?;
@@ -74,7 +81,7 @@ fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
             size.width, size.height
         )));
     }
-    if let (Pyramid::Octaves { .. }, true) = (o.pyramid, limited) {
+    if limited && o.pyramid != Pyramid::Auto {
         keep_for_faces(&mut levels, faces, detectable)?;
     }
     Ok(levels)
