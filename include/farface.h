@@ -286,6 +286,12 @@ typedef uint32_t farface_pyramid;
  */
 #define FARFACE_PYRAMID_OCTAVES 1
 
+/**
+ * Levels at the first `scale_count` of `scales`. Levels that cannot hold a face between
+ * `min_face_px` and `max_face_px` are left out.
+ */
+#define FARFACE_PYRAMID_SCALES 2
+
 /** Arithmetic of the network: one of the FARFACE_PRECISION_ values. */
 typedef uint32_t farface_precision;
 
@@ -309,6 +315,28 @@ typedef uint32_t farface_device_policy;
 
 /** CUDA device `cuda_index`, or FARFACE_ERROR_UNSUPPORTED. */
 #define FARFACE_DEVICE_POLICY_REQUIRE_CUDA 3
+
+/** What becomes of boxes that overlap: one of the FARFACE_SUPPRESSION_ values. */
+typedef uint32_t farface_suppression;
+
+/** The best box is kept, and what overlaps it by more than `nms_iou` is dropped; then the next best. */
+#define FARFACE_SUPPRESSION_GREEDY 0
+
+/**
+ * Greedy; then each box that is left becomes the mean of all that overlapped it by more than
+ * `voting_iou`, itself included, weighted with their scores. Score, landmarks and ellipse stay its
+ * own (box voting, Gidaris and Komodakis 2015).
+ */
+#define FARFACE_SUPPRESSION_VOTING 1
+
+/**
+ * The best box is kept, and the score of what overlaps it by more than `nms_iou` is multiplied
+ * with 1 - IoU; then the next best (soft-NMS, Bodla et al. 2017).
+ */
+#define FARFACE_SUPPRESSION_SOFT_LINEAR 2
+
+/** Soft-NMS with the factor exp(-IoU^2 / `soft_sigma`); `nms_iou` does not matter. */
+#define FARFACE_SUPPRESSION_SOFT_GAUSSIAN 3
 
 /** Settings of a session. */
 typedef struct {
@@ -357,6 +385,23 @@ typedef struct {
     uint32_t cuda_index;
     /** Zero. */
     uint32_t reserved;
+    /** What else becomes of boxes that overlap. Init: FARFACE_SUPPRESSION_GREEDY. */
+    farface_suppression suppression;
+    /** Overlap of the boxes that vote with FARFACE_SUPPRESSION_VOTING, 0 to 1. Init: 0.5. */
+    float voting_iou;
+    /** Width of the decay of FARFACE_SUPPRESSION_SOFT_GAUSSIAN, above 0. Init: 0.5. */
+    float soft_sigma;
+    /**
+     * 1: searches the mirrored picture too, which takes twice as long; boxes of both are then
+     * compared with each other. 0, the init: does not.
+     */
+    uint32_t flip;
+    /** Factors of FARFACE_PYRAMID_SCALES, in any order, each above 0. Init: 0. */
+    float scales[16];
+    /** How many of `scales` there are, 1 to 16. Init: 0. */
+    uint32_t scale_count;
+    /** Zero. */
+    uint32_t reserved_too;
 } farface_session_options;
 
 /**

@@ -56,6 +56,15 @@ fn cases(base: farface_session_options) -> Vec<(&'static str, farface_session_op
         pyramid_step: 1.0,
         ..base
     };
+    let scales = farface_session_options {
+        pyramid: FARFACE_PYRAMID_SCALES,
+        scales: std::array::from_fn(|i| 0.25 * (i + 1) as f32),
+        scale_count: 6,
+        ..base
+    };
+    let voting = farface_session_options { suppression: FARFACE_SUPPRESSION_VOTING, ..base };
+    let linear = farface_session_options { suppression: FARFACE_SUPPRESSION_SOFT_LINEAR, ..base };
+    let gaussian = farface_session_options { suppression: FARFACE_SUPPRESSION_SOFT_GAUSSIAN, ..base };
     let sizes = farface_session_options { min_face_px: 4.0, max_face_px: 900.0, max_faces: 40, ..base };
     vec![
         ("whole", base, 320, 240),
@@ -76,6 +85,23 @@ fn cases(base: farface_session_options) -> Vec<(&'static str, farface_session_op
             farface_session_options { threads: 2, tile_px: 608, ..octaves },
             700,
             500,
+        ),
+        ("scales", scales, 300, 200),
+        ("voting", voting, 320, 240),
+        ("soft-NMS, linear", linear, 320, 240),
+        ("soft-NMS, Gaussian", gaussian, 320, 240),
+        ("mirrored too", farface_session_options { flip: 1, ..base }, 643, 357),
+        (
+            "mirrored too, tiles, pyramid, voting",
+            farface_session_options {
+                flip: 1,
+                suppression: FARFACE_SUPPRESSION_VOTING,
+                tile_px: 608,
+                pyramid_max: 0.0,
+                ..octaves
+            },
+            700,
+            300,
         ),
         ("a small cap", farface_session_options { memory_cap: 9 << 20, ..base }, 1000, 400),
     ]

@@ -185,6 +185,31 @@ fn options_of_other_versions_are_understood() {
 }
 
 #[test]
+fn a_program_of_the_first_header_leaves_later_options_alone() {
+    let model = capi::model(1);
+    let set = farface_session_options {
+        suppression: FARFACE_SUPPRESSION_VOTING,
+        voting_iou: 0.75,
+        flip: 1,
+        ..capi::options(&model)
+    };
+    let session = capi::session(&model, &set);
+    let mut first = capi::options(&model);
+    // Its struct ended behind the first `reserved`; what lies there now is the program's own.
+    first.struct_size = std::mem::offset_of!(farface_session_options, suppression);
+    (first.nms_iou, first.suppression, first.flip) = (0.25, 99, 99);
+    let mut now = capi::options(&model);
+    // SAFETY: live handles and places.
+    unsafe {
+        assert_eq!(farface_session_set_options(session.0, &first), FARFACE_OK, "{}", message());
+        assert_eq!(farface_session_get_options(session.0, &mut now), FARFACE_OK);
+        assert_eq!(now, farface_session_options { nms_iou: 0.25, ..set });
+        assert_eq!(farface_session_get_options(session.0, &mut first), FARFACE_OK);
+        assert_eq!((first.suppression, first.flip), (99, 99), "nothing is written behind its end");
+    }
+}
+
+#[test]
 fn options_come_back_as_they_were_set() {
     let model = capi::model(1);
     let set = farface_session_options {
@@ -204,6 +229,9 @@ fn options_come_back_as_they_were_set() {
         precision: FARFACE_PRECISION_F32,
         device_policy: FARFACE_DEVICE_POLICY_PREFER_CUDA,
         cuda_index: 2,
+        suppression: FARFACE_SUPPRESSION_SOFT_GAUSSIAN,
+        soft_sigma: 0.75,
+        flip: 1,
         ..capi::options(&model)
     };
     let session = capi::session(&model, &set);
@@ -215,6 +243,22 @@ fn options_come_back_as_they_were_set() {
         assert_eq!(farface_session_device(session.0, &mut device, null_mut()), FARFACE_OK);
         assert_eq!(device, FARFACE_DEVICE_CPU, "preferred, not there, and said so");
     }
+    let base = capi::options(&model);
+    let mut scales = [0.0; 16];
+    scales[..3].copy_from_slice(&[0.25, 2.0, 1.0]);
+    let scales = farface_session_options { pyramid: FARFACE_PYRAMID_SCALES, scales, scale_count: 3, ..base };
+    let full = farface_session_options { scales: [0.5; 16], scale_count: 16, ..scales };
+    let voting =
+        farface_session_options { suppression: FARFACE_SUPPRESSION_VOTING, voting_iou: 0.625, ..base };
+    let linear = farface_session_options { suppression: FARFACE_SUPPRESSION_SOFT_LINEAR, ..base };
+    for set in [base, scales, full, voting, linear] {
+        // SAFETY: live handles and places.
+        unsafe {
+            assert_eq!(farface_session_set_options(session.0, &set), FARFACE_OK, "{}", message());
+            assert_eq!(farface_session_get_options(session.0, &mut got), FARFACE_OK);
+        }
+        assert_eq!(got, set);
+    }
 }
 
 #[test]
@@ -223,14 +267,23 @@ fn bad_options_are_named_and_change_nothing() {
     let good = capi::options(&model);
     let session = capi::session(&model, &good);
     let octaves = farface_session_options { pyramid: FARFACE_PYRAMID_OCTAVES, ..good };
-    let cases: [(&str, farface_session_options); 14] = [
+    let scales = farface_session_options {
+        pyramid: FARFACE_PYRAMID_SCALES,
+        scales: [1.0; 16],
+        scale_count: 1,
+        ..good
+    };
+    let negative = std::array::from_fn(|i| if i == 1 { -1.0 } else { 1.0 });
+    let voting = farface_session_options { suppression: FARFACE_SUPPRESSION_VOTING, ..good };
+    let gaussian = farface_session_options { suppression: FARFACE_SUPPRESSION_SOFT_GAUSSIAN, ..good };
+    let cases: [(&str, farface_session_options); 22] = [
         ("score_threshold", farface_session_options { score_threshold: f32::NAN, ..good }),
         ("nms_iou", farface_session_options { nms_iou: -0.5, ..good }),
         ("max_candidates", farface_session_options { max_candidates: 0, ..good }),
         ("max_candidates", farface_session_options { max_candidates: u32::MAX, ..good }),
         ("min_face_px", farface_session_options { min_face_px: f32::INFINITY, ..good }),
         ("max_face_px", farface_session_options { min_face_px: 9.0, max_face_px: 8.0, ..good }),
-        ("pyramid 2", farface_session_options { pyramid: 2, ..good }),
+        ("pyramid 3", farface_session_options { pyramid: 3, ..good }),
         ("octaves", farface_session_options { pyramid_step: 0.0, ..octaves }),
         ("octaves", farface_session_options { pyramid_min: 1.0, ..octaves }),
         ("levels", farface_session_options { pyramid_min: -9.0, pyramid_step: 1e-9, ..octaves }),
@@ -238,6 +291,14 @@ fn bad_options_are_named_and_change_nothing() {
         ("precision", farface_session_options { precision: 9, ..good }),
         ("device_policy", farface_session_options { device_policy: 4, ..good }),
         ("reserved", farface_session_options { reserved: 1, ..good }),
+        ("reserved_too", farface_session_options { reserved_too: 1, ..good }),
+        ("suppression 4", farface_session_options { suppression: 4, ..good }),
+        ("voting IoU", farface_session_options { voting_iou: 1.5, ..voting }),
+        ("sigma", farface_session_options { soft_sigma: 0.0, ..gaussian }),
+        ("flip 2", farface_session_options { flip: 2, ..good }),
+        ("0 scales", farface_session_options { scale_count: 0, ..scales }),
+        ("scale_count 17", farface_session_options { scale_count: 17, ..scales }),
+        ("scale -1", farface_session_options { scales: negative, scale_count: 2, ..scales }),
     ];
     for (word, bad) in cases {
         let mut got = good;
@@ -429,6 +490,18 @@ fn boxes_are_the_same_bits_at_any_number_of_threads() {
     for (options, picture) in [
         (lively(&model), Picture::rgb(201, 151, 1)),
         (octaves, Picture::nv12(640, 160, 2)),
+        (
+            farface_session_options { suppression: FARFACE_SUPPRESSION_VOTING, flip: 1, ..octaves },
+            Picture::nv12(640, 160, 2),
+        ),
+        (
+            farface_session_options { suppression: FARFACE_SUPPRESSION_SOFT_LINEAR, ..lively(&model) },
+            Picture::rgb(201, 151, 1),
+        ),
+        (
+            farface_session_options { suppression: FARFACE_SUPPRESSION_SOFT_GAUSSIAN, ..lively(&model) },
+            Picture::rgb(201, 151, 1),
+        ),
         (lively(&model), Picture::rgb(64, 300, 3).turned(90)),
     ] {
         let bits = |threads| {

@@ -379,6 +379,9 @@ fn wrong_usage_is_exit_code_2_and_wrong_values_are_named() {
         &["detect", "a.png", "--json", "--csv"],
         &["detect", "a.png", "--wider"],
         &["detect", "a.png", "--pyramid", "1:2"],
+        &["detect", "a.png", "--scales", "0.5,0"],
+        &["detect", "a.png", "--scales", "1", "--pyramid", "1"],
+        &["detect", "a.png", "--suppression", "hard"],
         &["detect", "a.png", "--threshold", "high"],
         &["bench", "--size", "640"],
         &["eval", "wider", "--gt", "x"],
@@ -390,6 +393,8 @@ fn wrong_usage_is_exit_code_2_and_wrong_values_are_named() {
     for (option, value, what) in [
         ("--threshold", "1.5", "score_threshold"),
         ("--nms", "-1", "nms_iou"),
+        ("--suppression", "voting:2", "voting IoU"),
+        ("--suppression", "soft-gaussian:0", "sigma"),
         ("--min-face", "-3", "min_face_px"),
         ("--threads", "1000", "threads"),
     ] {
@@ -413,6 +418,15 @@ fn settings_reach_the_detector() {
     assert!(count(&["--nms", "0.9"]) > all);
     let doubled = bench.json(&["a.png", "--pyramid", "2"]);
     assert_ne!(boxes(&doubled), boxes(&bench.json(&["a.png"])));
+    assert_eq!(bench.json(&["a.png", "--scales", "2"]), doubled);
+    assert_eq!(bench.json(&["a.png", "--scales", "1,0.5,2"]), bench.json(&["a.png", "--pyramid=-1:1:1"]));
+    assert_ne!(boxes(&bench.json(&["a.png", "--flip"])), boxes(&bench.json(&["a.png"])));
+    assert!(count(&["--suppression", "soft-linear"]) > all);
+    assert_eq!(count(&["--suppression", "voting"]), all);
+    let voted = |iou: &str| bench.json(&["a.png", "--suppression", iou]);
+    assert_ne!(voted("voting"), bench.json(&["a.png"]));
+    assert_eq!(voted("voting:1"), voted("greedy"), "nothing overlaps by more than 1");
+    assert_ne!(voted("soft-gaussian:0.1"), voted("soft-gaussian"));
     let small = bench.json(&["a.png", "--max-face", "20"]);
     assert!(boxes(&small).iter().all(|b| b[2].max(b[3]) <= 20.0));
     // Threads and tiles change nothing.
@@ -485,9 +499,17 @@ fn bench_times_parts_and_steps() {
     assert!(time("network", "min_ms") > 0.0);
     assert!(time("detection", "median_ms") >= time("network", "min_ms"));
     assert!(time("detection", "p90_ms") >= time("detection", "min_ms"));
+    assert_eq!(
+        result["levels"],
+        serde_json::json!([{ "scale": 1.0, "width": 96, "height": 64, "tiles": 1, "network_pixels": 96 * 64 }])
+    );
     let layers = result["layers"].as_array().unwrap();
     assert!(layers.len() > 20);
     assert!(layers.iter().all(|l| l["share_of_peak"].as_f64().is_none_or(|s| s > 0.0 && s < 1.5)));
+    let large =
+        ["bench", "-m", "m.safetensors", "--size", "640x480", "--min-face", "80", "--flip", "--runs", "1"];
+    let text = bench.ok(&large);
+    assert!(text.contains("scale 0.1000: 64x48 in 1 tile, 0.006 M pixels"), "{text}");
     bench.picture("a.png", 64, 48);
     let picture = bench.ok(&["bench", "-m", "m.safetensors", "--image", "a.png", "--runs", "1"]);
     assert!(picture.contains("64x48:"), "{picture}");

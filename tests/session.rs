@@ -2,7 +2,7 @@
 
 mod common;
 
-use farface::detect::{Face, Model, Options, Pyramid, Session};
+use farface::detect::{BBox, Face, Model, Options, Pyramid, Scales, Session, Suppression};
 use farface::pixels::{ImageView, Orientation, PixelFormat, Rect};
 use std::collections::HashMap;
 
@@ -186,6 +186,127 @@ fn doubling_the_picture_finds_smaller_boxes() {
     };
     let doubled = smallest(Pyramid::Octaves { min: -1.0, max: 1.0, step: 1.0 });
     assert!(doubled < smallest(Pyramid::Auto), "the smallest anchor is half as large at twice the scale");
+}
+
+#[test]
+fn a_list_of_scales_is_searched_in_any_order() {
+    let model = model();
+    let pixels = picture(120, 90);
+    let view = rgb(&pixels, 120, 90);
+    let with = |pyramid| detect(&model, Options { pyramid, ..all(&model) }, &view);
+    let list = |scales: &[f32]| Pyramid::Scales(Scales::new(scales).unwrap());
+    let octaves = with(Pyramid::Octaves { min: -1.0, max: 1.0, step: 1.0 });
+    assert_eq!(with(list(&[1.0, 0.5, 2.0])), octaves);
+    assert_eq!(with(list(&[1.0])), with(Pyramid::Auto));
+    let mut apart: Vec<f32> =
+        [0.3, 0.7].iter().flat_map(|&s| with(list(&[s]))).map(|face| face.score).collect();
+    apart.sort_by(|a, b| b.total_cmp(a));
+    let together: Vec<f32> = with(list(&[0.3, 0.7])).iter().map(|face| face.score).collect();
+    assert_eq!(together, apart);
+    let session = |options| Session::with_options(&model, options).unwrap();
+    let levels = |min_face_px, max_face_px| {
+        let pyramid = list(&[0.25, 0.5, 1.0, 2.0]);
+        let limited = Options { pyramid, min_face_px, max_face_px, ..all(&model) };
+        let found = session(limited).levels(640, 480).unwrap();
+        found.iter().map(|l| (l.scale, l.size.width)).collect::<Vec<_>>()
+    };
+    assert_eq!(levels(0.0, 0.0), [(2.0, 1280), (1.0, 640), (0.5, 320), (0.25, 160)]);
+    // RetinaFace finds 8 to 700 px.
+    assert_eq!(levels(400.0, 0.0), [(1.0, 640), (0.5, 320), (0.25, 160)]);
+    assert_eq!(levels(0.0, 10.0), [(2.0, 1280), (1.0, 640)]);
+    assert_eq!(levels(10_000.0, 0.0), []);
+    let beyond = Options { pyramid: list(&[1.0, 1e9]), ..all(&model) };
+    assert!(session(beyond).levels(640, 480).is_err());
+}
+
+/// Left and right exchanged.
+fn mirror(pixels: &[u8], width: usize) -> Vec<u8> {
+    pixels.chunks_exact(3 * width).flat_map(|row| row.rchunks_exact(3)).flatten().copied().collect()
+}
+
+#[test]
+fn a_flip_session_finds_in_a_mirror_what_it_finds_without() {
+    let model = model();
+    let (w, h) = (150, 110);
+    let pixels = picture(w, h);
+    let reflected = mirror(&pixels, w);
+    let flip = Options { flip: true, ..all(&model) };
+    for options in [
+        flip.clone(),
+        Options { nms_iou: 0.4, score_threshold: 0.3, ..flip.clone() },
+        Options { pyramid: Pyramid::Scales(Scales::new(&[0.75, 1.5]).unwrap()), ..flip },
+    ] {
+        let found = detect(&model, options.clone(), &rgb(&pixels, w, h));
+        let mirrored = detect(&model, options, &rgb(&reflected, w, h));
+        assert!(found.len() > 10, "too few to tell: {}", found.len());
+        assert_eq!(found.len(), mirrored.len());
+        // Faces of one score may stand in another order: by place they do not.
+        let mut rest = mirrored;
+        for face in &found {
+            let [x1, x2] = [w as f32 - face.bbox.x2, w as f32 - face.bbox.x1];
+            let points = face.landmarks.unwrap();
+            // The right eye of the one is the left eye of the other.
+            let points = [1, 0, 2, 4, 3].map(|i| [w as f32 - points[i][0], points[i][1]]);
+            let same = |m: &Face| {
+                let b = [m.bbox.x1 - x1, m.bbox.y1 - face.bbox.y1, m.bbox.x2 - x2, m.bbox.y2 - face.bbox.y2];
+                let p = m.landmarks.unwrap();
+                let apart = p.as_flattened().iter().zip(points.as_flattened()).map(|(a, b)| a - b);
+                (m.score - face.score).abs() < 1e-4 && b.into_iter().chain(apart).all(|d| d.abs() < 0.01)
+            };
+            let at = rest.iter().position(same).unwrap_or_else(|| panic!("{face:?} has no mirror image"));
+            rest.swap_remove(at);
+        }
+    }
+}
+
+#[test]
+fn a_flip_session_finds_what_both_pictures_show() {
+    let model = model();
+    let (w, h) = (150, 110);
+    let pixels = picture(w, h);
+    let reflected = mirror(&pixels, w);
+    let scores = |faces: &[Face]| faces.iter().map(|f| f.score.to_bits()).collect::<Vec<_>>();
+    let plain = detect(&model, all(&model), &rgb(&pixels, w, h));
+    let mut session = Session::with_options(&model, Options { flip: true, ..all(&model) }).unwrap();
+    let both = scores(session.detect(&rgb(&pixels, w, h)).unwrap());
+    let mut expected = scores(&plain);
+    expected.extend(scores(&detect(&model, all(&model), &rgb(&reflected, w, h))));
+    expected.sort_by(|a, b| b.cmp(a)); // bits of positive floats are ordered as they are
+    assert_eq!(both, expected);
+    // Off again, it is as if it had never been on.
+    session.set_options(all(&model)).unwrap();
+    assert_eq!(session.detect(&rgb(&pixels, w, h)).unwrap(), plain);
+}
+
+#[test]
+fn suppression_may_change_between_calls_and_keeps_its_word() {
+    let model = model();
+    let pixels = picture(333, 257);
+    let view = rgb(&pixels, 333, 257);
+    let base = Options { score_threshold: 0.3, ..Options::for_model(model.config()) };
+    let mut session = Session::with_options(&model, base.clone()).unwrap();
+    let greedy = session.detect(&view).unwrap().to_vec();
+    let mut with = |suppression| {
+        session.set_options(Options { suppression, ..base.clone() }).unwrap();
+        session.detect(&view).unwrap().to_vec()
+    };
+    let voted = with(Suppression::Voting { iou: 0.5 });
+    assert_eq!(voted.len(), greedy.len());
+    assert!(voted.iter().zip(&greedy).any(|(v, g)| v.bbox != g.bbox), "nobody voted");
+    for (v, g) in voted.iter().zip(&greedy) {
+        assert_eq!((v.score, v.landmarks), (g.score, g.landmarks));
+        // Overlap as this model counts it, pixels inclusive.
+        let inclusive = |f: &Face| BBox::new(f.bbox.x1, f.bbox.y1, f.bbox.x2 + 1.0, f.bbox.y2 + 1.0);
+        assert!(inclusive(v).iou(&inclusive(g)) > 0.3, "{v:?} was {g:?}");
+    }
+    for suppression in [Suppression::SoftLinear, Suppression::SoftGaussian { sigma: 0.5 }] {
+        let soft = with(suppression);
+        assert_eq!(soft[0], greedy[0], "nothing decays the best");
+        assert!(soft.windows(2).all(|w| w[0].score >= w[1].score), "best first");
+        assert!(soft.iter().all(|f| f.score > 0.3));
+    }
+    assert!(with(Suppression::SoftLinear).len() > greedy.len(), "what overlaps loses score, and stays");
+    assert_eq!(with(Suppression::Greedy), greedy);
 }
 
 #[test]

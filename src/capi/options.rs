@@ -11,7 +11,8 @@
 use super::guard::{guard, input, Failure, Out};
 use super::model::farface_model;
 use super::status::farface_status;
-use crate::detect::{DevicePolicy, Options, Precision, Pyramid};
+use crate::detect::nms::{SOFT_SIGMA, VOTING_IOU};
+use crate::detect::{DevicePolicy, Options, Precision, Pyramid, Scales, Suppression};
 use crate::error::{Error, Result};
 use std::mem::offset_of;
 
@@ -25,6 +26,25 @@ pub const FARFACE_PYRAMID_AUTO: farface_pyramid = 0;
 /// Levels at scales 2^e for e = `pyramid_max`, `pyramid_max - pyramid_step`, ... `pyramid_min`.
 /// Levels that cannot hold a face between `min_face_px` and `max_face_px` are left out.
 pub const FARFACE_PYRAMID_OCTAVES: farface_pyramid = 1;
+/// Levels at the first `scale_count` of `scales`. Levels that cannot hold a face between
+/// `min_face_px` and `max_face_px` are left out.
+pub const FARFACE_PYRAMID_SCALES: farface_pyramid = 2;
+
+/// What becomes of boxes that overlap: one of the FARFACE_SUPPRESSION_ values.
+#[allow(non_camel_case_types)]
+pub type farface_suppression = u32;
+
+/// The best box is kept, and what overlaps it by more than `nms_iou` is dropped; then the next best.
+pub const FARFACE_SUPPRESSION_GREEDY: farface_suppression = 0;
+/// Greedy; then each box that is left becomes the mean of all that overlapped it by more than
+/// `voting_iou`, itself included, weighted with their scores. Score, landmarks and ellipse stay its
+/// own (box voting, Gidaris and Komodakis 2015).
+pub const FARFACE_SUPPRESSION_VOTING: farface_suppression = 1;
+/// The best box is kept, and the score of what overlaps it by more than `nms_iou` is multiplied
+/// with 1 - IoU; then the next best (soft-NMS, Bodla et al. 2017).
+pub const FARFACE_SUPPRESSION_SOFT_LINEAR: farface_suppression = 2;
+/// Soft-NMS with the factor exp(-IoU^2 / `soft_sigma`); `nms_iou` does not matter.
+pub const FARFACE_SUPPRESSION_SOFT_GAUSSIAN: farface_suppression = 3;
 
 /// Arithmetic of the network: one of the FARFACE_PRECISION_ values.
 #[allow(non_camel_case_types)]
@@ -92,7 +112,28 @@ pub struct farface_session_options {
     pub cuda_index: u32,
     /// Zero.
     pub reserved: u32,
+    /// What else becomes of boxes that overlap. Init: FARFACE_SUPPRESSION_GREEDY.
+    pub suppression: farface_suppression,
+    /// Overlap of the boxes that vote with FARFACE_SUPPRESSION_VOTING, 0 to 1. Init: 0.5.
+    pub voting_iou: f32,
+    /// Width of the decay of FARFACE_SUPPRESSION_SOFT_GAUSSIAN, above 0. Init: 0.5.
+    pub soft_sigma: f32,
+    /// 1: searches the mirrored picture too, which takes twice as long; boxes of both are then
+    /// compared with each other. 0, the init: does not.
+    pub flip: u32,
+    /// Factors of FARFACE_PYRAMID_SCALES, in any order, each above 0. Init: 0.
+    pub scales: [f32; 16],
+    /// How many of `scales` there are, 1 to 16. Init: 0.
+    pub scale_count: u32,
+    /// Zero.
+    pub reserved_too: u32,
 }
+
+// Later versions add fields behind these: no byte of padding may hide one.
+const _: () = assert!(
+    offset_of!(farface_session_options, reserved_too) + size_of::<u32>()
+        == size_of::<farface_session_options>()
+);
 
 /// Longest struct of any later version that is looked at.
 const MAX_STRUCT_SIZE: usize = 4096;
@@ -117,6 +158,13 @@ macro_rules! each_field {
         $do!(device_policy);
         $do!(cuda_index);
         $do!(reserved);
+        $do!(suppression);
+        $do!(voting_iou);
+        $do!(soft_sigma);
+        $do!(flip);
+        $do!(scales);
+        $do!(scale_count);
+        $do!(reserved_too);
     };
 }
 
@@ -223,12 +271,22 @@ pub(super) unsafe fn write_back(out: *mut farface_session_options, options: &Opt
 
 fn from_c(o: &farface_session_options) -> Result<Options> {
     let bad = |what: String| Err(Error::InvalidArgument(what));
-    if o.reserved != 0 {
-        return bad(format!("reserved is {}, it must be 0", o.reserved));
+    if (o.reserved, o.reserved_too) != (0, 0) {
+        return bad(format!(
+            "reserved and reserved_too are {} and {}, they must be 0",
+            o.reserved, o.reserved_too
+        ));
     }
     Ok(Options {
         score_threshold: o.score_threshold,
         nms_iou: o.nms_iou,
+        suppression: match o.suppression {
+            FARFACE_SUPPRESSION_GREEDY => Suppression::Greedy,
+            FARFACE_SUPPRESSION_VOTING => Suppression::Voting { iou: o.voting_iou },
+            FARFACE_SUPPRESSION_SOFT_LINEAR => Suppression::SoftLinear,
+            FARFACE_SUPPRESSION_SOFT_GAUSSIAN => Suppression::SoftGaussian { sigma: o.soft_sigma },
+            other => return bad(format!("suppression {other} is no FARFACE_SUPPRESSION_ value")),
+        },
         max_candidates: o.max_candidates as usize,
         max_faces: o.max_faces as usize,
         min_face_px: o.min_face_px,
@@ -238,7 +296,22 @@ fn from_c(o: &farface_session_options) -> Result<Options> {
             FARFACE_PYRAMID_OCTAVES => {
                 Pyramid::Octaves { min: o.pyramid_min, max: o.pyramid_max, step: o.pyramid_step }
             }
+            FARFACE_PYRAMID_SCALES => {
+                let scales = o.scales.get(..o.scale_count as usize);
+                Pyramid::Scales(Scales::new(scales.ok_or_else(|| {
+                    let most = o.scales.len();
+                    Error::InvalidArgument(format!(
+                        "scale_count {}; a list has 1 to {most} scales",
+                        o.scale_count
+                    ))
+                })?)?)
+            }
             other => return bad(format!("pyramid {other} is no FARFACE_PYRAMID_ value")),
+        },
+        flip: match o.flip {
+            0 => false,
+            1 => true,
+            other => return bad(format!("flip {other} is neither 0 nor 1")),
         },
         tile_px: o.tile_px as usize,
         memory_cap: o.memory_cap,
@@ -258,10 +331,25 @@ fn from_c(o: &farface_session_options) -> Result<Options> {
     })
 }
 
+/// Octaves where none are set.
+const NO_OCTAVES: [f32; 3] = [0.0, 0.0, 1.0];
+
 fn to_c(o: &Options) -> farface_session_options {
+    let (mut scales, mut scale_count) = ([0.0; 16], 0);
     let (pyramid, octaves) = match o.pyramid {
-        Pyramid::Auto => (FARFACE_PYRAMID_AUTO, [0.0, 0.0, 1.0]),
+        Pyramid::Auto => (FARFACE_PYRAMID_AUTO, NO_OCTAVES),
         Pyramid::Octaves { min, max, step } => (FARFACE_PYRAMID_OCTAVES, [min, max, step]),
+        Pyramid::Scales(list) => {
+            scale_count = list.as_slice().len();
+            scales[..scale_count].copy_from_slice(list.as_slice());
+            (FARFACE_PYRAMID_SCALES, NO_OCTAVES)
+        }
+    };
+    let (suppression, voting_iou, soft_sigma) = match o.suppression {
+        Suppression::Greedy => (FARFACE_SUPPRESSION_GREEDY, VOTING_IOU, SOFT_SIGMA),
+        Suppression::Voting { iou } => (FARFACE_SUPPRESSION_VOTING, iou, SOFT_SIGMA),
+        Suppression::SoftLinear => (FARFACE_SUPPRESSION_SOFT_LINEAR, VOTING_IOU, SOFT_SIGMA),
+        Suppression::SoftGaussian { sigma } => (FARFACE_SUPPRESSION_SOFT_GAUSSIAN, VOTING_IOU, sigma),
     };
     let (device_policy, cuda_index) = match o.device {
         DevicePolicy::Auto => (FARFACE_DEVICE_POLICY_AUTO, 0),
@@ -292,5 +380,12 @@ fn to_c(o: &Options) -> farface_session_options {
         device_policy,
         cuda_index,
         reserved: 0,
+        suppression,
+        voting_iou,
+        soft_sigma,
+        flip: o.flip.into(),
+        scales,
+        scale_count: count(scale_count),
+        reserved_too: 0,
     }
 }

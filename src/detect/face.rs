@@ -1,6 +1,6 @@
 //! What a detection is, to the user.
 
-use super::boxes::BBox;
+use super::boxes::{BBox, Detection};
 
 /// Ellipse around a face, for models with the regressor (HR, Eq. 2-6).
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
@@ -34,6 +34,28 @@ impl Face {
         self.bbox.width().max(self.bbox.height())
     }
 
+    /// Its box and score.
+    pub(crate) fn detection(&self) -> Detection {
+        Detection { bbox: self.bbox, score: self.score }
+    }
+
+    /// This face where a picture `width` wide is mirrored, left and right exchanged.
+    pub(crate) fn mirrored(mut self, width: f32) -> Self {
+        let b = self.bbox;
+        self.bbox = BBox::new(width - b.x2, b.y1, width - b.x1, b.y2);
+        if let Some(points) = &mut self.landmarks {
+            points.iter_mut().for_each(|p| p[0] = width - p[0]);
+            // The left eye is now the right one, and so is the corner of the mouth.
+            points.swap(0, 1);
+            points.swap(3, 4);
+        }
+        if let Some(e) = &mut self.ellipse {
+            e.center[0] = width - e.center[0];
+            e.angle = e.angle.sin().atan2(-e.angle.cos());
+        }
+        self
+    }
+
     /// This face with every coordinate scaled by `factor` after moving by `offset`.
     pub(crate) fn placed(mut self, offset: [f32; 2], factor: [f32; 2]) -> Self {
         let x = |v: f32| (v + offset[0]) * factor[0];
@@ -49,5 +71,30 @@ impl Face {
             e.half_axes = e.half_axes.map(|a| a * mean);
         }
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mirrored_face_exchanges_left_and_right_and_comes_back() {
+        let face = Face {
+            bbox: BBox::new(10.0, 20.0, 40.0, 60.0),
+            score: 0.5,
+            landmarks: Some([[16.0, 32.0], [32.0, 33.0], [25.0, 40.0], [18.0, 50.0], [31.0, 51.0]]),
+            ellipse: Some(Ellipse { center: [24.0, 41.0], half_axes: [20.0, 15.0], angle: 0.25 }),
+        };
+        let mirrored = face.mirrored(100.0);
+        assert_eq!(mirrored.bbox, BBox::new(60.0, 20.0, 90.0, 60.0));
+        let points = [[68.0, 33.0], [84.0, 32.0], [75.0, 40.0], [69.0, 51.0], [82.0, 50.0]];
+        assert_eq!(mirrored.landmarks, Some(points));
+        let e = mirrored.ellipse.unwrap();
+        assert_eq!((e.center, e.half_axes), ([76.0, 41.0], [20.0, 15.0]));
+        assert!((e.angle - (std::f32::consts::PI - 0.25)).abs() < 1e-6);
+        let back = mirrored.mirrored(100.0);
+        assert_eq!((back.bbox, back.landmarks), (face.bbox, face.landmarks));
+        assert!((back.ellipse.unwrap().angle - 0.25).abs() < 1e-6);
     }
 }

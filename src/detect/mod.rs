@@ -37,5 +37,6 @@ pub use boxes::{BBox, Detection};
 pub use config::ModelConfig;
 pub use face::{Ellipse, Face};
 pub use model::Model;
-pub use options::{DevicePolicy, Options, Precision, Pyramid};
-pub use session::{Session, Timings};
+pub use nms::Suppression;
+pub use options::{DevicePolicy, Options, Precision, Pyramid, Scales};
+pub use session::{LevelCost, Session, Timings};

@@ -1,6 +1,7 @@
 //! Settings of a session.
 
 use super::config::ModelConfig;
+use super::nms::Suppression;
 use crate::error::{Error, Result};
 use crate::pixels::{pyramid, PyramidLimits, PyramidPolicy, Size};
 
@@ -28,6 +29,37 @@ pub enum Precision {
     F32,
 }
 
+/// Most scales of [`Scales`].
+pub const MAX_SCALES: usize = 16;
+
+/// Factors by which a picture is resized: 1 to [`MAX_SCALES`], each finite and above 0.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scales {
+    values: [f32; MAX_SCALES],
+    count: usize,
+}
+
+impl Scales {
+    /// These scales, in any order. Errors: [`Error::InvalidArgument`] where they are none, too many, or one is no factor.
+    pub fn new(scales: &[f32]) -> Result<Self> {
+        let bad = |what: String| Err(Error::InvalidArgument(what));
+        if !(1..=MAX_SCALES).contains(&scales.len()) {
+            return bad(format!("{} scales; a list has 1 to {MAX_SCALES}", scales.len()));
+        }
+        if let Some(s) = scales.iter().find(|s| !(s.is_finite() && **s > 0.0)) {
+            return bad(format!("scale {s}; scales must be finite and above 0"));
+        }
+        let mut values = [0.0; MAX_SCALES];
+        values[..scales.len()].copy_from_slice(scales);
+        Ok(Self { values, count: scales.len() })
+    }
+
+    /// The scales as given.
+    pub fn as_slice(&self) -> &[f32] {
+        &self.values[..self.count]
+    }
+}
+
 /// Which scales of the picture are searched.
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
 pub enum Pyramid {
@@ -45,6 +77,9 @@ pub enum Pyramid {
         /// Step, above 0.
         step: f32,
     },
+    /// These scales (Group Sampling, section 5.2, trains at 0.25 n for n = 1 to 8); levels that cannot hold a face between
+    /// `min_face_px` and `max_face_px` are left out.
+    Scales(Scales),
 }
 
 /// Most threads of one session.
@@ -59,6 +94,8 @@ pub struct Options {
     pub score_threshold: f32,
     /// Of two boxes that overlap by more than this (intersection over union), the weaker goes.
     pub nms_iou: f32,
+    /// What else becomes of boxes that overlap.
+    pub suppression: Suppression,
     /// Best candidates that reach the suppression.
     pub max_candidates: usize,
     /// Most faces returned, best first; 0 = no limit.
@@ -69,6 +106,8 @@ pub struct Options {
     pub max_face_px: f32,
     /// Scales searched.
     pub pyramid: Pyramid,
+    /// Searches the mirrored picture too, which takes twice as long; all candidates meet in the suppression.
+    pub flip: bool,
     /// Longest side of a tile in pixels of the level; 0 = as large as the memory cap allows.
     pub tile_px: usize,
     /// Most bytes of working memory; larger levels are cut into tiles.
@@ -87,11 +126,13 @@ impl Options {
         Self {
             score_threshold: config.score_threshold,
             nms_iou: config.nms_iou,
+            suppression: Suppression::Greedy,
             max_candidates: config.max_candidates,
             max_faces: 0,
             min_face_px: 0.0,
             max_face_px: 0.0,
             pyramid: Pyramid::Auto,
+            flip: false,
             tile_px: 0,
             memory_cap: DEFAULT_MEMORY_CAP,
             threads: 1,
@@ -117,6 +158,15 @@ impl Options {
         }
         if !(0.0..=1.0).contains(&self.nms_iou) {
             return bad(format!("nms_iou {} is not in 0..1", self.nms_iou));
+        }
+        match self.suppression {
+            Suppression::Voting { iou } if !(0.0..=1.0).contains(&iou) => {
+                return bad(format!("voting IoU {iou} is not in 0..1"));
+            }
+            Suppression::SoftGaussian { sigma } if !(sigma.is_finite() && sigma > 0.0) => {
+                return bad(format!("sigma {sigma} of soft-NMS must be finite and above 0"));
+            }
+            _ => {}
         }
         if self.max_candidates == 0 || self.max_candidates > 1_000_000 {
             return bad(format!("max_candidates {} is not in 1..1000000", self.max_candidates));

@@ -72,6 +72,13 @@ fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
             }
             (PyramidPolicy::Octaves { min, max, step }, max.exp2())
         }
+        (Pyramid::Scales(scales), _) => {
+            let wanted = scales.as_slice().iter().map(|&s| f64::from(s));
+            let mut wanted: Vec<f64> = wanted.filter(|&s| s <= most).collect();
+            let Some(largest) = wanted.iter().copied().reduce(f64::max) else { return Ok(Vec::new()) };
+            wanted.sort_by(|a, b| b.total_cmp(a));
+            (PyramidPolicy::Scales(wanted), largest)
+        }
     };
     let mut levels = pyramid(size, &policy, &PyramidLimits::default())?;
     // Levels beyond the caps are left out, largest first. Their faces would be missed unnoticed.
@@ -81,7 +88,7 @@ fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
             size.width, size.height
         )));
     }
-    let fixed = own.is_some() || matches!(o.pyramid, Pyramid::Octaves { .. });
+    let fixed = own.is_some() || o.pyramid != Pyramid::Auto;
     if fixed && limited {
         keep_for_faces(&mut levels, faces, detectable)?;
     }

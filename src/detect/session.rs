@@ -8,10 +8,10 @@ use super::candidates::Candidates;
 use super::detector::{Map, Window};
 use super::face::{Ellipse, Face};
 use super::model::Model;
-use super::nms::{Convention, Nms};
+use super::nms::{Convention, Nms, Rule};
 use super::options::{Options, MAX_THREADS};
 use super::passes::{input_shape, passes, Pass};
-use super::BBox;
+use super::{BBox, Detection};
 use crate::cpu::{Arena, Pool, View};
 use crate::error::{Error, Result};
 use crate::graph::Plan;
@@ -35,6 +35,19 @@ pub struct Timings {
     pub decode: Duration,
     /// Sorting, suppression, coordinates.
     pub merge: Duration,
+}
+
+/// What a detection does on one scale of the picture.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LevelCost {
+    /// Network pixels per pixel of the picture.
+    pub scale: f64,
+    /// Size of the picture at this scale.
+    pub size: Size,
+    /// Tiles that it is cut into.
+    pub tiles: usize,
+    /// Pixels that the network computes: those of all tiles, their overlaps counted again, twice with `flip`.
+    pub network_pixels: u64,
 }
 
 /// Plans by window size.
@@ -109,7 +122,7 @@ impl Session {
         if threads {
             self.pool = new_pool(&options)?;
         }
-        let buffers_of = |o: &Options| (o.max_candidates, o.max_faces);
+        let buffers_of = |o: &Options| (o.max_candidates, o.max_faces, o.suppression.is_soft());
         let plan_of = |o: &Options| (o.min_face_px, o.max_face_px, o.pyramid, o.tile_px, o.memory_cap);
         let buffers = buffers_of(&options) != buffers_of(&self.options);
         if buffers {
@@ -164,6 +177,20 @@ impl Session {
         Ok(self.held_bytes(size, &passes, &plans))
     }
 
+    /// The scales on which a picture of this upright size is searched, and what each costs, in the order of the search;
+    /// none where no level can hold a face of a size asked for.
+    pub fn levels(&self, width: usize, height: usize) -> Result<Vec<LevelCost>> {
+        let (passes, _) = self.fit(checked_size(width, height)?)?;
+        let times = if self.options.flip { 2 } else { 1 };
+        let cost = |p: &Pass| LevelCost {
+            scale: p.level.scale,
+            size: p.level.size,
+            tiles: p.grid.len(),
+            network_pixels: p.grid.window_pixels().saturating_mul(times),
+        };
+        Ok(passes.iter().map(cost).collect())
+    }
+
     /// Finds faces, best first, in pixels of the picture as given.
     pub fn detect(&mut self, image: &ImageView<'_>) -> Result<&[Face]> {
         let size = image.upright_size();
@@ -180,15 +207,16 @@ impl Session {
             }
         };
         let detector = self.model.detector();
+        let views = [(*image, false), (image.with_orientation(image.orientation().mirror()), true)];
+        let views = &views[..if self.options.flip { 2 } else { 1 }];
         for pass in &self.prepared[index].passes {
             let to_upright = pass.level.to_upright(size);
-            for t in 0..pass.grid.len() {
-                let tile = pass.grid.get(t);
+            for (tile, (view, mirrored)) in pass.grid.iter().flat_map(|t| views.iter().map(move |v| (t, v))) {
                 let plan = plan_for(&self.plans, tile.window)?;
                 let input = plan.inputs()[0];
                 let norm = self.model.normalization();
                 fill_input(
-                    image,
+                    view,
                     pass.level.size,
                     tile.window,
                     norm,
@@ -213,6 +241,7 @@ impl Session {
                 detector.decode(maps, &window, self.options.score_threshold, &mut |face| {
                     if face.score >= candidates.floor() {
                         let face = face.placed(offset, to_upright);
+                        let face = if *mirrored { face.mirrored(size.width as f32) } else { face };
                         if wanted(&face, limits) {
                             candidates.push(face);
                         }
@@ -221,15 +250,13 @@ impl Session {
                 lap(&mut timings.decode);
             }
         }
-        let convention =
-            if self.model.config().nms_plus_one { Convention::PlusOne } else { Convention::Continuous };
-        let limit = if self.options.max_faces == 0 { usize::MAX } else { self.options.max_faces };
-        let sorted = self.candidates.sorted();
-        let kept =
-            self.nms.run(sorted.len(), |i| sorted[i].face.bbox, self.options.nms_iou, convention, limit);
+        let (sorted, rule) = (self.candidates.sorted(), rule(&self.model, &self.options));
         let placement = image.placement();
         self.faces.clear();
-        self.faces.extend(kept.iter().map(|&i| stored(&sorted[i as usize].face, &placement)));
+        let candidate = |i: usize| sorted[i].face.detection();
+        self.nms.run(sorted.len(), candidate, &rule, |i, Detection { bbox, score }| {
+            self.faces.push(stored(&Face { bbox, score, ..sorted[i].face }, &placement));
+        });
         lap(&mut timings.merge);
         if measured {
             self.timings = Some(timings);
@@ -262,7 +289,7 @@ impl Session {
         }
         let (passes, plans) = self.fit(size)?;
         self.candidates.reserve(self.options.max_candidates);
-        self.nms.reserve(self.options.max_candidates);
+        self.nms.reserve(self.options.max_candidates, self.options.suppression);
         if self.faces.capacity() < self.face_capacity() {
             self.faces = Vec::with_capacity(self.face_capacity());
         }
@@ -339,10 +366,22 @@ impl Session {
             + passes.capacity() * size_of::<Pass>()
             + self.pool.threads() * (rows + size_of::<Scratch>())
             + Candidates::bytes_for(self.options.max_candidates)
-            + Nms::bytes_for(self.options.max_candidates)
+            + Nms::bytes_for(self.options.max_candidates, self.options.suppression)
             + self.face_capacity() * size_of::<Face>()
             + KEPT_SIZES * size_of::<Prepared>();
         held as u64
+    }
+}
+
+/// How candidates become faces.
+fn rule(model: &Model, options: &Options) -> Rule {
+    let plus_one = model.config().nms_plus_one;
+    Rule {
+        suppression: options.suppression,
+        iou: options.nms_iou,
+        convention: if plus_one { Convention::PlusOne } else { Convention::Continuous },
+        floor: options.score_threshold,
+        limit: if options.max_faces == 0 { usize::MAX } else { options.max_faces },
     }
 }
 

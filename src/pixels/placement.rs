@@ -88,6 +88,17 @@ impl Orientation {
         index as u16 + 1
     }
 
+    /// The upright picture in a mirror, left and right exchanged.
+    pub fn mirror(self) -> Self {
+        // Turning after mirroring is mirroring after turning the other way.
+        let rotation = match self.rotation {
+            Rotation::Deg90 => Rotation::Deg270,
+            Rotation::Deg270 => Rotation::Deg90,
+            other => other,
+        };
+        Self { mirrored: !self.mirrored, rotation }
+    }
+
     /// True where the upright picture is as wide as the stored one is high.
     pub fn swaps_sides(self) -> bool {
         matches!(self.rotation, Rotation::Deg90 | Rotation::Deg270)
@@ -228,6 +239,17 @@ mod tests {
             assert_eq!(place.stored_box(whole), [3.0, 5.0, 4.0, 2.0], "{o:?}");
             let (a, b) = (place.stored_point([1.0, 1.0]), place.stored_point([1.5, 1.25]));
             assert_eq!(place.stored_direction([0.5, 0.25]), [b[0] - a[0], b[1] - a[1]], "{o:?}");
+        }
+    }
+
+    #[test]
+    fn a_mirror_exchanges_left_and_right_of_the_upright_picture() {
+        let stored: Vec<Vec<_>> = (0..2).map(|y| (0..3).map(|x| (x, y)).collect()).collect();
+        for o in Orientation::ALL {
+            let mut mirrored = upright(stored.clone(), o);
+            mirrored.iter_mut().for_each(|row| row.reverse());
+            assert_eq!(upright(stored.clone(), o.mirror()), mirrored, "{o:?}");
+            assert_eq!(o.mirror().mirror(), o);
         }
     }
 

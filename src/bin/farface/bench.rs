@@ -6,7 +6,7 @@ use crate::settings::{PictureSize, Settings};
 use crate::{peak, Outcome};
 use anyhow::{Context, Result};
 use farface::cpu::{Arena, Pool};
-use farface::detect::{Model, Options, Session};
+use farface::detect::{LevelCost, Model, Options, Session};
 use farface::graph::Plan;
 use farface::pixels::{ImageView, PixelFormat};
 use farface::shape::Shape;
@@ -17,12 +17,15 @@ use std::time::{Duration, Instant};
 
 /// Measure the speed of a model on this machine
 ///
-/// Times whole detections and their parts after a warm-up. The picture is synthetic unless one is
+/// Times whole detections and their parts after a warm-up, and tells on which scales the picture is
+/// searched, in how many tiles, and how many pixels the network computes on each. The picture is synthetic unless one is
 /// given. With --layers, every step of the network is timed at scale 1, and its rate is held
 /// against the multiply-adds that this processor was just measured to do.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   farface bench --size 640x480 --size 1920x1080 --threads 2
+  farface bench --size 1920x1080 --min-face 40
+      what it saves to leave the small faces out
   farface bench --model m.safetensors --image crowd.jpg --layers")]
 pub struct Args {
     #[command(flatten)]
@@ -92,6 +95,7 @@ struct Measured {
     height: usize,
     faces: usize,
     workspace: u64,
+    levels: Vec<LevelCost>,
     /// Whole detection first, then its parts.
     parts: Vec<(&'static str, Spread)>,
     layers: Vec<LayerTime>,
@@ -150,6 +154,7 @@ fn measure(args: &Args, model: &Model, options: &Options, view: &ImageView<'_>) 
     let size = view.upright_size();
     let mut session = Session::with_options(model, options.clone())?;
     let workspace = session.workspace_bytes(size.width, size.height)?;
+    let levels = session.levels(size.width, size.height)?;
     session.warmup(size.width, size.height)?;
     session.measure(true);
     let faces = session.detect(view)?.len();
@@ -166,12 +171,12 @@ fn measure(args: &Args, model: &Model, options: &Options, view: &ImageView<'_>) 
     let names = ["detection", "input", "network", "decode", "merge"];
     let parts = names.into_iter().zip(times.map(Spread::of)).collect();
     drop(session);
-    let layers = if args.layers { layers(args, model, options, view)? } else { Vec::new() };
-    Ok(Measured { width: size.width, height: size.height, faces, workspace, parts, layers })
+    let layers = if args.layers { layers_of(args, model, options, view)? } else { Vec::new() };
+    Ok(Measured { width: size.width, height: size.height, faces, workspace, levels, parts, layers })
 }
 
 /// Median time of every step of the network on the whole picture at scale 1.
-fn layers(args: &Args, model: &Model, options: &Options, view: &ImageView<'_>) -> Result<Vec<LayerTime>> {
+fn layers_of(args: &Args, model: &Model, options: &Options, view: &ImageView<'_>) -> Result<Vec<LayerTime>> {
     let size = view.upright_size();
     let input = [Shape::new(1, 3, size.height, size.width)];
     let plan = Plan::new(model.network(), &input)?;
@@ -214,6 +219,7 @@ impl Machine {
                 m.workspace as f64 / f64::from(1 << 20),
                 macs as f64 / 1e9
             )?;
+            m.levels_to_text(out)?;
             writeln!(out, "  {:<10} {:>10} {:>10} {:>10}  ms", "", "median", "min", "p90")?;
             for (name, s) in &m.parts {
                 let [median, min, p90] = [s.median, s.min, s.p90].map(milliseconds);
@@ -239,6 +245,10 @@ impl Machine {
                     (name.to_string(), json!({ "median_ms": median, "min_ms": min, "p90_ms": p90 }))
                 })
                 .collect();
+            let level = |l: &LevelCost| {
+                json!({ "scale": l.scale, "width": l.size.width, "height": l.size.height,
+                        "tiles": l.tiles, "network_pixels": l.network_pixels })
+            };
             let layer = |l: &LayerTime| {
                 let s = l.output;
                 json!({ "name": l.name, "kernel": l.kernel, "output": [s.n, s.c, s.h, s.w],
@@ -248,6 +258,7 @@ impl Machine {
             };
             json!({ "width": m.width, "height": m.height, "faces": m.faces,
                     "workspace_bytes": m.workspace, "times": parts,
+                    "levels": m.levels.iter().map(level).collect::<Vec<_>>(),
                     "layers": m.layers.iter().map(layer).collect::<Vec<_>>() })
         };
         json!({
@@ -262,6 +273,25 @@ impl Machine {
 }
 
 impl Measured {
+    fn levels_to_text(&self, out: &mut dyn Write) -> Result<()> {
+        if self.levels.is_empty() {
+            writeln!(out, "  no scale can show a face of the sizes wanted")?;
+        }
+        for l in &self.levels {
+            writeln!(
+                out,
+                "  scale {:.4}: {}x{} in {} {}, {:.3} M pixels through the network",
+                l.scale,
+                l.size.width,
+                l.size.height,
+                l.tiles,
+                if l.tiles == 1 { "tile" } else { "tiles" },
+                l.network_pixels as f64 / 1e6
+            )?;
+        }
+        Ok(())
+    }
+
     fn layers_to_text(&self, peak: f64, out: &mut dyn Write) -> Result<()> {
         let width = self.layers.iter().map(|l| l.name.len()).max().unwrap_or(0).max(5);
         writeln!(out, "\n  steps at scale 1; measured peak {:.1} GF/s", peak / 1e9)?;

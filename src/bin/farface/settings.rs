@@ -1,7 +1,8 @@
 //! Command-line settings of a session.
 
+use farface::detect::nms::{SOFT_SIGMA, VOTING_IOU};
 use farface::detect::options::MAX_THREADS;
-use farface::detect::{Model, Options, Pyramid};
+use farface::detect::{Model, Options, Pyramid, Scales, Suppression};
 
 /// Settings of the detection; what is not given is the model's own.
 #[derive(clap::Args, Default)]
@@ -13,6 +14,11 @@ pub struct Settings {
     /// Of two boxes that overlap by more than this (IoU, 0 to 1) the weaker goes
     #[arg(long, value_name = "IOU")]
     nms: Option<f32>,
+    /// What else becomes of boxes that overlap: `greedy` (nothing); `voting` or `voting:IOU` (a box
+    /// becomes the weighted mean of those that overlap it by more than IOU, 0.5); `soft-linear`,
+    /// `soft-gaussian` or `soft-gaussian:SIGMA` (they lose score instead of going; SIGMA 0.5)
+    #[arg(long, value_name = "HOW", value_parser = parse_suppression)]
+    suppression: Option<Suppression>,
     /// Smallest face wanted: longer side in pixels of the picture; chooses the scales searched
     #[arg(long, value_name = "PX")]
     min_face: Option<f32>,
@@ -22,6 +28,12 @@ pub struct Settings {
     /// Scales searched: one factor (2 = doubled), or octaves MIN:MAX:STEP (-2:1:1 = 1/4, 1/2, 1, 2)
     #[arg(long, value_name = "SCALES", value_parser = parse_pyramid, allow_hyphen_values = true)]
     pyramid: Option<Pyramid>,
+    /// Scales searched, by factors: 0.25,0.5,1; at most 16
+    #[arg(long, value_name = "FACTOR,...", value_parser = parse_scales, conflicts_with = "pyramid")]
+    scales: Option<Pyramid>,
+    /// Search the mirrored picture too
+    #[arg(long)]
+    flip: bool,
     /// Longest side of a tile, pixels; 0 = as large as memory allows
     #[arg(long, value_name = "PX")]
     tile: Option<usize>,
@@ -49,9 +61,11 @@ impl Settings {
         Options {
             score_threshold: self.threshold.unwrap_or(base.score_threshold),
             nms_iou: self.nms.unwrap_or(base.nms_iou),
+            suppression: self.suppression.unwrap_or(base.suppression),
             min_face_px: self.min_face.unwrap_or(base.min_face_px),
             max_face_px: self.max_face.unwrap_or(base.max_face_px),
-            pyramid: self.pyramid.unwrap_or(base.pyramid),
+            pyramid: self.pyramid.or(self.scales).unwrap_or(base.pyramid),
+            flip: self.flip,
             tile_px: self.tile.unwrap_or(base.tile_px),
             threads: match self.threads.unwrap_or(threads) {
                 0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS),
@@ -73,6 +87,29 @@ fn parse_pyramid(text: &str) -> Result<Pyramid, String> {
         }
         Some(&[min, max, step]) if min <= max && step > 0.0 => Ok(Pyramid::Octaves { min, max, step }),
         _ => Err("expected a factor above 0, or MIN:MAX:STEP with MIN <= MAX and STEP above 0".into()),
+    }
+}
+
+fn parse_scales(text: &str) -> Result<Pyramid, String> {
+    let factors: Option<Vec<f32>> = text.split(',').map(|n| n.trim().parse().ok()).collect();
+    let factors = factors.ok_or("expected factors above 0 with commas between, such as 0.25,0.5,1")?;
+    Scales::new(&factors).map(Pyramid::Scales).map_err(|e| e.to_string())
+}
+
+fn parse_suppression(text: &str) -> Result<Suppression, String> {
+    let (name, number) = match text.split_once(':') {
+        Some((name, number)) => (name, Some(number.parse().map_err(|_| format!("{number:?} is no number"))?)),
+        None => (text, None),
+    };
+    match (name, number) {
+        ("greedy", None) => Ok(Suppression::Greedy),
+        ("voting", iou) => Ok(Suppression::Voting { iou: iou.unwrap_or(VOTING_IOU) }),
+        ("soft-linear", None) => Ok(Suppression::SoftLinear),
+        ("soft-gaussian", sigma) => Ok(Suppression::SoftGaussian { sigma: sigma.unwrap_or(SOFT_SIGMA) }),
+        _ => {
+            Err("expected greedy, voting, voting:IOU, soft-linear, soft-gaussian or soft-gaussian:SIGMA"
+                .into())
+        }
     }
 }
 
@@ -114,6 +151,29 @@ mod tests {
         assert_eq!(parse_pyramid("-2:1:0.5"), octaves(-2.0, 1.0, 0.5));
         for wrong in ["", "0", "-1", "nan", "inf", "1:2", "1:0:1", "0:1:0", "0:1:1:1", "a:b:c"] {
             assert!(parse_pyramid(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn scales_are_factors_with_commas() {
+        let scales = |list: &[f32]| Ok(Pyramid::Scales(Scales::new(list).unwrap()));
+        assert_eq!(parse_scales("0.5"), scales(&[0.5]));
+        assert_eq!(parse_scales("0.25, 2,1"), scales(&[0.25, 2.0, 1.0]));
+        let seventeen = ["1"; 17].join(",");
+        for wrong in ["", "0", "1,-1", "nan", "inf", "1,,2", "1:2", &seventeen] {
+            assert!(parse_scales(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn suppressions_are_names_with_or_without_a_number() {
+        assert_eq!(parse_suppression("greedy"), Ok(Suppression::Greedy));
+        assert_eq!(parse_suppression("voting"), Ok(Suppression::Voting { iou: 0.5 }));
+        assert_eq!(parse_suppression("voting:0.75"), Ok(Suppression::Voting { iou: 0.75 }));
+        assert_eq!(parse_suppression("soft-linear"), Ok(Suppression::SoftLinear));
+        assert_eq!(parse_suppression("soft-gaussian:0.3"), Ok(Suppression::SoftGaussian { sigma: 0.3 }));
+        for wrong in ["", "soft", "greedy:1", "soft-linear:0.5", "voting:", "voting:x"] {
+            assert!(parse_suppression(wrong).is_err(), "{wrong}");
         }
     }
 
