@@ -63,10 +63,25 @@ fn narrow(name: &str) -> ModelConfig {
     ModelConfig { detector, ..config }
 }
 
+/// Holds outputs and boxes of a detector to PyTorch's for a drawn picture of these rows and columns.
+fn hold(all: &Weights, name: &str, config: &ModelConfig, [h, w]: [usize; 2]) {
+    let graph = config.detector.detector().graph();
+    let weights = Weights::random(&graph, SEED);
+    let shape = Shape::new(1, 3, h, w);
+    let picture = Tensor::from_nchw(shape, &drawn(&format!("{name}.image"), shape.len()));
+    hold_outputs(all, &format!("{name}/"), &graph, &weights, &picture);
+    hold_faces(all, name, config, &run_reference(&graph, &weights, &[picture]).unwrap());
+    // The configuration survives the file.
+    let mut file = weights;
+    file.metadata.insert("farface".into(), config.to_json().unwrap());
+    let model = Model::from_bytes(&file.to_bytes().unwrap()).unwrap();
+    assert_eq!(model.config(), config, "{name}");
+}
+
 #[test]
 fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
     let all = goldens("detectors");
-    for (name, [h, w]) in [
+    for (name, size) in [
         ("rpn-r18", [54, 70]),
         ("fpn-r18", [54, 70]),
         ("fpn-finest-r18", [54, 70]),
@@ -88,18 +103,27 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         ("hr-res2-res4-vgg16", [53, 75]),
         ("retinaface-r50", [70, 99]),
     ] {
-        let config = narrow(name);
-        let graph = config.detector.detector().graph();
-        let weights = Weights::random(&graph, SEED);
-        let shape = Shape::new(1, 3, h, w);
-        let picture = Tensor::from_nchw(shape, &drawn(&format!("{name}.image"), shape.len()));
-        hold_outputs(&all, &format!("{name}/"), &graph, &weights, &picture);
-        hold_faces(&all, name, &config, &run_reference(&graph, &weights, &[picture]).unwrap());
-        // The configuration survives the file.
-        let mut file = weights;
-        file.metadata.insert("farface".into(), config.to_json().unwrap());
-        let model = Model::from_bytes(&file.to_bytes().unwrap()).unwrap();
-        assert_eq!(model.config(), &config, "{name}");
+        hold(&all, name, &narrow(name), size);
+    }
+}
+
+/// As wide as the papers have them, on every backbone, all switches on.
+#[test]
+#[ignore = "wants a file of 10 MB: python tests/golden/detectors.py --full FILE, and its path in FARFACE_FULL_GOLDENS"]
+fn at_full_width_outputs_are_pytorchs() {
+    let path = std::env::var("FARFACE_FULL_GOLDENS").expect("FARFACE_FULL_GOLDENS names the file");
+    let all = Weights::load(path).unwrap();
+    let mut names: Vec<&str> = all.tensors.keys().filter_map(|k| k.strip_suffix("/count")).collect();
+    names.sort_unstable();
+    assert!(names.len() >= 14, "{names:?}");
+    for name in names {
+        let mut config = ModelConfig::named(name).unwrap_or_else(|| panic!("{name}"));
+        if let DetectorConfig::Refineface(d) = &mut config.detector {
+            d.first_step_score = FIRST;
+        }
+        let size = &all.tensors[&format!("{name}/size")].data;
+        hold(&all, name, &config, [size[0] as usize, size[1] as usize]);
+        println!("{name}: as PyTorch");
     }
 }
 

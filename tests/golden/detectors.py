@@ -1,12 +1,14 @@
 """Makes detectors.safetensors: what PyTorch computes for the papers' detectors, narrow, from drawn weights.
 
     python tests/golden/detectors.py        (needs torch, torchvision, numpy, safetensors)
+    python tests/golden/detectors.py --full FILE        as wide as the papers have them, for the test that is ignored
 
 The networks are written out here on the ResNet of resnet.py (which is held to torchvision's). Weights and pictures are
 drawn as there, bit for bit as the tests draw them. Tensors are named `case/output`; `case/faces` are some of the
 `case/count` boxes that the outputs mean, those numbered `case/rows`, the offsets of each output times its `case/scale`. tests/detector_goldens.rs holds the same cases by name.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -349,7 +351,8 @@ THRESHOLD, FIRST, STORED = 0.3, 0.5, 8
 golden = {}
 
 
-def case(name, net, size):
+def case(name, net, size, every=True):
+    """`every`: each level has to find something."""
     modules, state = dict(net.named_modules()), net.state_dict()
     for k, p in state.items():
         if p.dtype == torch.float32:
@@ -363,7 +366,7 @@ def case(name, net, size):
         scale = torch.stack([1 / outputs[k].abs().max() for k in boxes])
         outputs |= {k: outputs[k] * s for k, s in zip(boxes, scale)}
         levels = decoded(net, outputs, THRESHOLD, FIRST)
-        if any(len(level) == 0 for level in levels):
+        if every and any(len(level) == 0 for level in levels):
             raise SystemExit(f"{name}: a level without faces, {[len(level) for level in levels]}")
         found = torch.cat(levels)
         # Of every level the last ones.
@@ -372,10 +375,11 @@ def case(name, net, size):
         golden[f"{name}/rows"] = torch.tensor(rows, dtype=torch.float32)
         golden[f"{name}/faces"] = found[rows]
         golden[f"{name}/scale"] = scale
+        golden[f"{name}/size"] = torch.tensor([float(v) for v in size])
         golden[f"{name}/count"] = torch.tensor([float(len(found))])
 
 
-if __name__ == "__main__":
+def narrow():
     for tiling in ("rpn", "fpn", "fpn-finest", "fpn-finest-stride", "fpn-p3", "fpn-p4"):
         case(f"{tiling}-r18", GroupSampling(*R18, tiling), (54, 70))
     case("fpn-finest-dc-r50", GroupSampling(*R50, "fpn-finest", (1, 2, 4, 8)), (48, 64))
@@ -392,6 +396,33 @@ if __name__ == "__main__":
     case("hr-full-vgg16", hr(Vgg, [32, 64, 64], [3, 4])(), (53, 85))
     case("hr-res2-res4-vgg16", hr(Vgg, [32, 64, 64], [2, 4])(), (53, 75))
     case("retinaface-r50", RetinaFace(*R50), (70, 99))
+
+
+def full():
+    global WIDTH, CHANNELS
+    WIDTH = 64
+    depths = {"18": R18, "50": R50, "101": ((3, 4, 23, 3), True), "152": ((3, 8, 36, 3), True)}
+    for depth, blocks in depths.items():
+        CHANNELS = 128 if depth == "18" else 256
+        case(f"fpn-finest-dc-r{depth}", GroupSampling(*blocks, "fpn-finest", (1, 2, 4, 8)), (96, 128), False)
+        CHANNELS = 256
+        case(f"refineface-r{depth}", RefineFace(*blocks, True, True, True), (128, 160), False)
+        inputs = [WIDTH * (4 if blocks[1] else 1) << i for i in range(4)]
+        if depth in ("50", "101"):
+            case(f"hr-r{depth}", hr(ResNet, inputs, [3, 4])(*blocks, WIDTH), (101, 77), False)
+        if depth == "50":
+            case(f"hr-res2-res3-res4-res5-r{depth}", hr(ResNet, inputs, [2, 3, 4, 5])(*blocks, WIDTH), (101, 77), False)
+            case(f"hambox-r{depth}", HamBox(*blocks, True, True, 5), (128, 160), False)
+            case(f"retinaface-r{depth}", RetinaFace(*blocks), (101, 131), False)
+    case("hr-vgg16", hr(Vgg, [256, 512, 512], [3, 4])(), (53, 85), False)
+
+
+if __name__ == "__main__":
     path = Path(__file__).with_name("detectors.safetensors")
+    if sys.argv[1:2] == ["--full"]:
+        path = Path(sys.argv[2])
+        full()
+    else:
+        narrow()
     save_file({k: v.contiguous() for k, v in golden.items()}, path)
     print(f"{path}: {len(golden)} tensors, {path.stat().st_size} bytes")
