@@ -4,7 +4,7 @@
 #[path = "common/goldens.rs"]
 mod goldens;
 
-use farface::cpu::View;
+use farface::cpu::{isa, View};
 use farface::detect::config::DetectorConfig;
 use farface::detect::detector::{Map, Window};
 use farface::detect::group_sampling::GroupSamplingConfig;
@@ -13,12 +13,12 @@ use farface::detect::hr::HrConfig;
 use farface::detect::refineface::RefineFaceConfig;
 use farface::detect::retinaface::RetinaFaceConfig;
 use farface::detect::{Model, ModelConfig};
-use farface::graph::{run_reference, Weights};
+use farface::graph::{run_reference, Graph, Weights};
 use farface::nets::hr::Backbone;
 use farface::nets::resnet::ResNet;
 use farface::nets::vgg::Vgg;
 use farface::shape::{Shape, Tensor};
-use goldens::{drawn, goldens, hold_outputs, SEED};
+use goldens::{compiled_outputs, drawn, goldens, hold, hold_outputs, SEED};
 
 const WIDTH: usize = 8;
 const CHANNELS: usize = 16;
@@ -63,19 +63,12 @@ fn narrow(name: &str) -> ModelConfig {
     ModelConfig { detector, ..config }
 }
 
-/// Holds outputs and boxes of a detector to PyTorch's for a drawn picture of these rows and columns.
-fn hold(all: &Weights, name: &str, config: &ModelConfig, [h, w]: [usize; 2]) {
+/// A detector's graph and weights, and the picture of these rows and columns, as drawn for its name.
+fn drawn_case(name: &str, config: &ModelConfig, [h, w]: [usize; 2]) -> (Graph, Weights, Tensor) {
     let graph = config.detector.detector().graph();
     let weights = Weights::random(&graph, SEED);
     let shape = Shape::new(1, 3, h, w);
-    let picture = Tensor::from_nchw(shape, &drawn(&format!("{name}.image"), shape.len()));
-    hold_outputs(all, &format!("{name}/"), &graph, &weights, &picture);
-    hold_faces(all, name, config, &run_reference(&graph, &weights, &[picture]).unwrap());
-    // The configuration survives the file.
-    let mut file = weights;
-    file.metadata.insert("farface".into(), config.to_json().unwrap());
-    let model = Model::from_bytes(&file.to_bytes().unwrap()).unwrap();
-    assert_eq!(model.config(), config, "{name}");
+    (graph, weights, Tensor::from_nchw(shape, &drawn(&format!("{name}.image"), shape.len())))
 }
 
 #[test]
@@ -102,12 +95,21 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         ("hr-full-vgg16", [53, 85]),
         ("hr-res2-res4-vgg16", [53, 75]),
         ("retinaface-r50", [70, 99]),
+        ("farface-crowd-r50", [128, 160]),
     ] {
-        hold(&all, name, &narrow(name), size);
+        let config = narrow(name);
+        let (graph, weights, picture) = drawn_case(name, &config, size);
+        hold_outputs(&all, &format!("{name}/"), &graph, &weights, &picture);
+        hold_faces(&all, name, &config, &run_reference(&graph, &weights, &[picture]).unwrap());
+        // The configuration survives the file.
+        let mut file = weights;
+        file.metadata.insert("farface".into(), config.to_json().unwrap());
+        let model = Model::from_bytes(&file.to_bytes().unwrap()).unwrap();
+        assert_eq!(model.config(), &config, "{name}");
     }
 }
 
-/// As wide as the papers have them, on every backbone, all switches on.
+/// As wide as the papers have them, on every backbone, all switches on; in the engine, as plain loops would take an hour.
 #[test]
 #[ignore = "wants a file of 10 MB: python tests/golden/detectors.py --full FILE, and its path in FARFACE_FULL_GOLDENS"]
 fn at_full_width_outputs_are_pytorchs() {
@@ -122,7 +124,11 @@ fn at_full_width_outputs_are_pytorchs() {
             d.first_step_score = FIRST;
         }
         let size = &all.tensors[&format!("{name}/size")].data;
-        hold(&all, name, &config, [size[0] as usize, size[1] as usize]);
+        let (graph, weights, picture) = drawn_case(name, &config, [size[0] as usize, size[1] as usize]);
+        let isa = isa::detected();
+        let outputs = compiled_outputs(&graph, &weights, &picture, isa);
+        hold(&all, &format!("{name}/"), &graph, isa.name(), &outputs, 1e-4);
+        hold_faces(&all, name, &config, &outputs);
         println!("{name}: as PyTorch");
     }
 }

@@ -360,7 +360,7 @@ impl ModelConfig {
          fpn-finest, fpn-finest-stride, fpn-p3 or fpn-p4, then -dc for the dilated head or nothing, then -r18, -r34, -r50, -r101 or \
          -r152 (fpn-finest-dc-r50); or hambox, then nothing, -baseline or some of -sms -dh -ssh in this order, then -fpn or nothing, \
          then the backbone as before (hambox-r50); or refineface, then nothing, -baseline or some of -str -stc -rfe in this order, then \
-         the backbone (refineface-r50); or hr, then -full or nothing, then some of -res2 -res3 -res4 -res5 in this order or nothing \
+         the backbone (refineface-r50), or farface-crowd and the backbone; or hr, then -full or nothing, then some of -res2 -res3 -res4 -res5 in this order or nothing \
          (res3 and res4), then the backbone or -vgg16 (hr-r101)";
 
     /// A configuration by its name, for weights that come without one.

@@ -25,6 +25,9 @@ pub struct RefineFaceConfig {
     pub two_step_classification: bool,
     /// Receptive field enhancement.
     pub receptive_field: bool,
+    /// SSH context on the levels of the second step, which is HAMBox's.
+    #[serde(default)]
+    pub context: bool,
     /// Square roots of the anchors' areas in strides.
     pub scales: Vec<f32>,
     /// Height of an anchor over its width.
@@ -42,16 +45,35 @@ impl RefineFaceConfig {
             two_step_regression: false,
             two_step_classification: false,
             receptive_field: false,
+            context: false,
             scales: vec![2.0, 8f32.sqrt()],
             aspect: 1.25,
             first_step_score: 0.01,
         }
     }
 
-    /// By name: `refineface`, its switches, then `-r18`, `-r34`, `-r50`, `-r101` or `-r152`. Switches, in this order: `-str`,
+    /// Ours of what the papers found: HAMBox's anchors, one a cell, square, 0.68 times RetinaNet's, and context on RefineFace's two
+    /// steps and receptive fields. Its training (`recipes/farface-crowd-r50.toml`) adds HAMBox's mining, group sampling, the
+    /// scale-aware margin, the feature supervision and the least-square IoU.
+    pub fn crowd(backbone: ResNet) -> Self {
+        Self {
+            two_step_regression: true,
+            two_step_classification: true,
+            receptive_field: true,
+            context: true,
+            scales: vec![4.0 * 0.68],
+            aspect: 1.0,
+            ..Self::baseline(backbone)
+        }
+    }
+
+    /// By name: `farface-crowd` with a backbone; or `refineface`, its switches, then `-r18`, `-r34`, `-r50`, `-r101` or `-r152`. Switches, in this order: `-str`,
     /// `-stc`, `-rfe`. `refineface-r50`, without any, has all three, `refineface-baseline-r50` none.
     pub fn named(name: &str) -> Option<Self> {
         let (name, backbone) = ResNet::split_name(name)?;
+        if name == "farface-crowd" {
+            return Some(Self::crowd(backbone));
+        }
         let text = match name.strip_prefix("refineface")? {
             "" => "-str-stc-rfe",
             "-baseline" => "",
@@ -127,7 +149,13 @@ impl Detector for RefineFaceConfig {
         let mut b = Builder::new();
         let image = b.input("image", 3);
         let &Self {
-            backbone, channels, two_step_regression, two_step_classification, receptive_field, ..
+            backbone,
+            channels,
+            two_step_regression,
+            two_step_classification,
+            receptive_field,
+            context,
+            ..
         } = self;
         let anchors = self.scales.len();
         let net = RefineFace {
@@ -137,6 +165,7 @@ impl Detector for RefineFaceConfig {
             two_step_regression,
             two_step_classification,
             receptive_field,
+            context,
         };
         refineface(&mut b, image, &net);
         b.finish()

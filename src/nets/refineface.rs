@@ -14,8 +14,9 @@
 use super::conv_relu;
 use super::fpn::fpn_sums;
 use super::resnet::{resnet, Block, ResNet};
+use super::ssh::ssh;
 use crate::graph::{Builder, NodeId};
-use crate::layers::{Conv2d, Interpolation};
+use crate::layers::{Activation, Conv2d, Interpolation};
 use std::ops::RangeInclusive;
 
 /// Levels; level `l` has stride 2^l.
@@ -58,11 +59,13 @@ pub struct RefineFace {
     pub two_step_classification: bool,
     /// Receptive field enhancement in the subnets.
     pub receptive_field: bool,
+    /// SSH context on every level that the second step looks at; not the paper's.
+    pub context: bool,
 }
 
 /// The network on `image` (3 channels). Outputs, from level 2 to 7: of the first step `class{l}.1`, a logit an anchor (STC), or
 /// `box{l}.1`, four offsets (STR); then of the second `class{l}` and `box{l}` of every level. The backbone's parameters have
-/// torchvision's names; those of the others begin with `first.`, `fpn.`, `class.` and `box.`.
+/// torchvision's names; those of the others begin with `first.`, `fpn.`, `context{2..7}.`, `class.` and `box.`.
 pub fn refineface(b: &mut Builder, image: NodeId, net: &RefineFace) {
     let features = resnet(b, image, &net.backbone);
     let c = net.channels;
@@ -88,6 +91,14 @@ pub fn refineface(b: &mut Builder, image: NodeId, net: &RefineFace) {
         levels.extend([p6, b.conv("down7", p6, conv.stride(2))]);
         levels
     });
+    let with_context = |(level, p)| {
+        if net.context {
+            ssh(b, &format!("context{level}"), p, c, c, Activation::Relu)
+        } else {
+            p
+        }
+    };
+    let pyramid: Vec<NodeId> = LEVELS.zip(pyramid).map(with_context).collect();
     for (level, p) in LEVELS.zip(pyramid) {
         for (output, values) in [("class", 1), ("box", 4)] {
             let out = subnet(b, output, p, net, values);

@@ -45,17 +45,25 @@ pub fn close(what: &str, got: &Tensor, expected: &Tensor, tolerance: f32) {
 /// Holds a network's outputs for `picture` to the goldens `PREFIX` + output, in the plain loops and on every ISA.
 pub fn hold_outputs(all: &Weights, prefix: &str, graph: &Graph, weights: &Weights, picture: &Tensor) {
     let pictures = std::slice::from_ref(picture);
-    let hold = |by: &str, got: &[Tensor]| {
-        for ((name, _), got) in graph.outputs.iter().zip(got) {
-            close(&format!("{prefix}{name}, {by}"), got, &golden(all, &format!("{prefix}{name}")), 1e-5);
-        }
-    };
-    hold("plain loops", &run_reference(graph, weights, pictures).unwrap());
+    hold(all, prefix, graph, "plain loops", &run_reference(graph, weights, pictures).unwrap(), 1e-5);
     for isa in Isa::supported() {
-        let network = Compiled::new(graph, weights, isa).unwrap();
-        let plan = Plan::new(&network, &[picture.shape]).unwrap();
-        let mut arena = Arena::default();
-        arena.reserve(plan.floats()).unwrap();
-        hold(isa.name(), &plan.run_tensors(&mut arena, &mut Pool::new(2).unwrap(), pictures).unwrap());
+        hold(all, prefix, graph, isa.name(), &compiled_outputs(graph, weights, picture, isa), 1e-5);
     }
+}
+
+/// Holds outputs that were computed `by` something to the goldens `PREFIX` + output, within `tolerance` of the largest value.
+pub fn hold(all: &Weights, prefix: &str, graph: &Graph, by: &str, outputs: &[Tensor], tolerance: f32) {
+    for ((name, _), got) in graph.outputs.iter().zip(outputs) {
+        let name = format!("{prefix}{name}");
+        close(&format!("{name}, {by}"), got, &golden(all, &name), tolerance);
+    }
+}
+
+/// A network's outputs for `picture` on an ISA.
+pub fn compiled_outputs(graph: &Graph, weights: &Weights, picture: &Tensor, isa: Isa) -> Vec<Tensor> {
+    let network = Compiled::new(graph, weights, isa).unwrap();
+    let plan = Plan::new(&network, &[picture.shape]).unwrap();
+    let mut arena = Arena::default();
+    arena.reserve(plan.floats()).unwrap();
+    plan.run_tensors(&mut arena, &mut Pool::new(2).unwrap(), std::slice::from_ref(picture)).unwrap()
 }

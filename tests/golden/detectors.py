@@ -162,8 +162,12 @@ class Enhancement(nn.Module):
 class RefineFace(ResNet):
     """Zhang et al. 2019, Fig. 3: `first.*`, `fpn.*` and the subnets `class.*` and `box.*` behind the backbone's own names."""
 
-    def __init__(self, blocks, bottleneck, regression, classification, rfe):
+    def __init__(self, blocks, bottleneck, regression, classification, rfe, crowd=False):
         super().__init__(blocks, bottleneck, WIDTH)
+        self.crowd = crowd
+        if crowd:
+            for level in range(2, 8):
+                setattr(self, f"context{level}", Context(CHANNELS))
         c, wide = CHANNELS, (16 if bottleneck else 8) * WIDTH
         inputs = [(4 if bottleneck else 1) * WIDTH << i for i in range(4)] + [wide, c]
         self.regression, self.classification = regression, classification
@@ -176,7 +180,8 @@ class RefineFace(ResNet):
         for level in range(2, 6):
             self.fpn[f"lateral{level}"] = nn.Conv2d(inputs[level - 2], c, 1)
             self.fpn[f"output{level}"] = nn.Conv2d(c, c, 3, 1, 1)
-        for name, values in (("class", 2), ("box", 8)):
+        for name, values in (("class", 1), ("box", 4)):
+            values *= 1 if crowd else 2
             convs = {"conv0": nn.Conv2d(c, c, 3, 1, 1)}
             if rfe:
                 convs["rfe"] = Enhancement(c)
@@ -208,6 +213,7 @@ class RefineFace(ResNet):
         p.append(self.fpn["down6"](sums[3]))
         p.append(self.fpn["down7"](p[4]))
         for level, m in zip(range(2, 8), p):
+            m = getattr(self, f"context{level}")(m) if self.crowd else m
             for name in ("class", "box"):
                 outputs[f"{name}{level}"] = self.subnet(name, m)
         return outputs
@@ -215,6 +221,9 @@ class RefineFace(ResNet):
     def faces(self, outputs):
         for level in range(2, 8):
             before = outputs.get(f"{'class' if level < 5 else 'box'}{level}.1")
+            if self.crowd:
+                yield level, level, [(4 * 0.68 * 2**level,) * 2], before
+                continue
             sides = [2 * 2**level, 8**0.5 * 2**level]
             yield level, level, [(s / 1.25**0.5, s * 1.25**0.5) for s in sides], before
 
@@ -396,6 +405,7 @@ def narrow():
     case("hr-full-vgg16", hr(Vgg, [32, 64, 64], [3, 4])(), (53, 85))
     case("hr-res2-res4-vgg16", hr(Vgg, [32, 64, 64], [2, 4])(), (53, 75))
     case("retinaface-r50", RetinaFace(*R50), (70, 99))
+    case("farface-crowd-r50", RefineFace(*R50, True, True, True, True), (128, 160))
 
 
 def full():
@@ -413,6 +423,7 @@ def full():
         if depth == "50":
             case(f"hr-res2-res3-res4-res5-r{depth}", hr(ResNet, inputs, [2, 3, 4, 5])(*blocks, WIDTH), (101, 77), False)
             case(f"hambox-r{depth}", HamBox(*blocks, True, True, 5), (128, 160), False)
+            case(f"farface-crowd-r{depth}", RefineFace(*blocks, True, True, True, True), (128, 160), False)
             case(f"retinaface-r{depth}", RetinaFace(*blocks), (101, 131), False)
     case("hr-vgg16", hr(Vgg, [256, 512, 512], [3, 4])(), (53, 85), False)
 

@@ -40,7 +40,7 @@ pub struct Args {
 }
 
 /// Families that stand on a ResNet.
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 12] = [
     "rpn",
     "fpn",
     "fpn-finest",
@@ -51,6 +51,8 @@ const FAMILIES: [&str; 10] = [
     "refineface",
     "refineface-baseline",
     "hr",
+    "retinaface",
+    "farface-crowd",
 ];
 const OWN: [&str; 3] = ["farface-nano", "farface-small", "retinaface-mobile025"];
 const BACKBONES: [&str; 4] = ["r18", "r50", "r101", "r152"];

@@ -4,18 +4,19 @@
 mod head;
 mod pictures;
 mod pyramid_anchors;
+mod sampled;
 mod two_step;
 
 use super::data::Annotated;
 use super::losses::{
-    quality_focal_loss, regression_aware_box_weight, regression_aware_focal_loss, sigmoid_cross_entropy,
-    softmax_cross_entropy2, AnchorRole, BatchCounts, ClassLoss, Focal, LossRecipe, ScaleAwareMargin,
+    quality_focal_loss, regression_aware_box_weight, regression_aware_focal_loss, AnchorRole, BatchCounts,
+    ClassLoss, Focal, LossRecipe, ScaleAwareMargin,
 };
 use super::matching::{
     match_anchors, mine_high_quality_anchors, AnchorGrid, AnchorMining, FaceBox, Matches, MatchingRecipe,
     Mined,
 };
-use super::sampler::{GroupSample, SamplerRecipe};
+use super::sampler::SamplerRecipe;
 use crate::detect::BBox;
 use crate::error::{Error, Result};
 use crate::graph::init::Rng;
@@ -25,6 +26,7 @@ pub use head::{Layout, Level};
 pub use pictures::Losses;
 use pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted};
 pub use pyramid_anchors::PyramidAnchors;
+use sampled::Sampled;
 pub use two_step::TwoStep;
 
 /// How a batch is judged.
@@ -94,7 +96,7 @@ impl DetectorObjective {
     ) -> Result<(Losses, Vec<Tensor>)> {
         match self {
             DetectorObjective::OneStep(o) => o.judge_within(outputs, faces, inside, rng, threads),
-            DetectorObjective::TwoStep(o) => o.judge(outputs, faces, threads),
+            DetectorObjective::TwoStep(o) => o.judge(outputs, faces, rng, threads),
         }
     }
 }
@@ -291,7 +293,7 @@ impl Objective {
         losses
     }
 
-    /// Group Sampling Eq. 2 (or its like without groups) over one picture's anchors, as a share of `images`.
+    /// Over those of one picture's anchors that the sampler chooses, as a share of `images`.
     fn sampled(
         &self,
         sampler: &SamplerRecipe,
@@ -302,57 +304,21 @@ impl Objective {
         images: usize,
         gradient: &mut [Vec<f32>],
     ) -> Losses {
-        let margin = ScaleAwareMargin { alpha: self.loss.margin };
         let mut matches = assigned.matches.clone();
         if let Some(mined) = &assigned.mined {
             mined.relabel(&mut matches);
         }
-        let logits = self.loss.classification.logits();
-        let value = |i: usize| {
-            let Place { class: (output, logit), .. } = head.at(i);
-            let size =
-                matches.face(i).map(|f| [assigned.faces[f].bbox.width(), assigned.faces[f].bbox.height()]);
-            let (x, mut slopes) = (&maps[output][logit..logit + logits], [0.0; 2]);
-            let loss = self.loss.classification.value(x, size, margin, &mut slopes[..logits]);
-            (loss, slopes)
+        let sampled = Sampled {
+            sampler,
+            loss: &self.loss,
+            variances: self.variances,
+            head,
+            maps,
+            faces: &assigned.faces,
+            matches: &matches,
+            is_matched: &|i| assigned.matches.face(i).is_some(),
+            anchor: &|i| head.grid.anchor(i),
         };
-        let all: Vec<f32> = if sampler.needs_losses() {
-            // The miners look at -ln p_t, whatever the loss.
-            let loss = |(i, p): (usize, Place)| {
-                let (face, x) = (matches.face(i).is_some(), &maps[p.class.0][p.class.1..]);
-                match logits {
-                    1 => sigmoid_cross_entropy(x[0], face).0,
-                    _ => softmax_cross_entropy2([x[0], x[1]], face).0,
-                }
-            };
-            head.places().enumerate().map(loss).collect()
-        } else {
-            Vec::new()
-        };
-        let samples = sampler.sample(&matches.label, &all, &head.grid.ranges(), &mut rng);
-        let mut losses = Losses { faces: wanted(&assigned.faces), ..Losses::default() };
-        let share = 1.0 / images as f32;
-        for GroupSample { positives, negatives, class_weight, box_weight } in samples {
-            for &i in positives.iter().chain(&negatives) {
-                let (loss, slopes) = value(i);
-                let Place { class: (output, logit), .. } = head.at(i);
-                losses.class += f64::from(loss * class_weight * share);
-                for (to, slope) in gradient[output][logit..logit + logits].iter_mut().zip(slopes) {
-                    *to += slope * class_weight * share;
-                }
-            }
-            for &i in &positives {
-                let Some(face) = matches.face(i) else { continue };
-                if assigned.matches.face(i).is_some() {
-                    losses.matched += 1;
-                } else {
-                    losses.mined += 1;
-                }
-                let bbox = &assigned.faces[face].bbox;
-                let (anchor, at, weight) = (head.grid.anchor(i), head.at(i).boxes, box_weight * share);
-                box_loss(&self.loss, anchor, at, self.variances, maps, bbox, weight, gradient, &mut losses);
-            }
-        }
-        losses
+        sampled.losses(&mut rng, images, gradient)
     }
 }

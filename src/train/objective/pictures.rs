@@ -23,7 +23,7 @@ pub struct Losses {
 }
 
 impl Losses {
-    fn add(&mut self, other: &Self) {
+    pub(super) fn add(&mut self, other: &Self) {
         self.class += other.class;
         self.boxes += other.boxes;
         self.matched += other.matched;

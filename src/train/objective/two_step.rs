@@ -2,16 +2,20 @@
 
 use super::head::{box_loss, Channels, GroupChannels, Head, Layout, Level};
 use super::pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted, Losses};
+use super::sampled::Sampled;
 use crate::detect::anchors::Anchor;
 use crate::detect::BBox;
 use crate::error::{Error, Result};
+use crate::graph::init::Rng;
 use crate::nets::refineface::FirstStep;
 use crate::shape::{Shape, Tensor};
 use crate::train::data::Annotated;
 use crate::train::losses::{LossRecipe, ScaleAwareMargin};
 use crate::train::matching::{
-    match_anchors, match_boxes, AnchorGrid, FaceBox, Matches, MatchingRecipe, IGNORED,
+    match_anchors, match_boxes, mine_high_quality_anchors, AnchorGrid, AnchorMining, FaceBox, Matches,
+    MatchingRecipe, IGNORED,
 };
+use crate::train::sampler::SamplerRecipe;
 
 /// How a batch is judged in two steps (RefineFace, Zhang et al. 2019, section 3.1 and 3.2, Eq. 1 and 2). Each of the four sums
 /// is divided by the positives that it is of; anchors that the first step moved are constants for the second's gradient.
@@ -26,6 +30,10 @@ pub struct TwoStep {
     pub second: MatchingRecipe,
     /// Least logit of the first step with which an anchor is seen by the second.
     pub survives: f32,
+    /// Online anchor mining in the second step, where wanted: by its decoded boxes, of the anchors that it sees.
+    pub mining: Option<AnchorMining>,
+    /// Which of its anchors count; without one all that it sees.
+    pub sampler: Option<SamplerRecipe>,
     /// Losses; one logit an anchor.
     pub loss: LossRecipe,
 }
@@ -44,11 +52,18 @@ struct Positives {
     second: usize,
 }
 
+fn share(count: usize) -> f32 {
+    1.0 / count.max(1) as f32
+}
+
 /// What one picture's anchors are in both steps.
 struct Assigned {
     faces: Vec<FaceBox>,
     first: Matches,
+    /// With the mined anchors among the positives.
     second: Matches,
+    /// Of those, the anchors that mining found, rising.
+    mined: Vec<usize>,
     /// Anchors of the second step.
     anchors: Vec<Anchor>,
     positives: Positives,
@@ -75,6 +90,17 @@ impl TwoStep {
         self.first.check()?;
         self.second.check()?;
         self.loss.check()?;
+        if let Some(mining) = &self.mining {
+            mining.check()?;
+        }
+        if let Some(sampler) = &self.sampler {
+            sampler.check()?;
+            if sampler.within_picture {
+                return Err(Error::InvalidArgument(
+                    "sampler: within-picture is for detectors that look once; here anchors move".into(),
+                ));
+            }
+        }
         if self.levels.iter().any(|(level, _)| level.layout != (Layout::Apart { logits: 1 })) {
             return Err(Error::Internal(
                 "a level of two steps has outputs apart, one logit an anchor".into(),
@@ -130,11 +156,12 @@ impl TwoStep {
         (grid, first, second)
     }
 
-    /// As [`Objective::judge`](super::Objective::judge); nothing is drawn.
+    /// As [`Objective::judge`](super::Objective::judge).
     pub fn judge(
         &self,
         outputs: &[Tensor],
         faces: &[Vec<Annotated>],
+        rng: impl Fn(usize) -> Rng + Sync,
         threads: usize,
     ) -> Result<(Losses, Vec<Tensor>)> {
         let shapes = check_outputs(outputs, &self.channels(), faces.len())?;
@@ -152,7 +179,16 @@ impl TwoStep {
         let judged = parallel(images, threads, |n| {
             let maps = picture_maps(outputs, n);
             let mut gradient: Vec<Vec<f32>> = maps.iter().map(|m| vec![0.0; m.len()]).collect();
-            let losses = self.losses(&heads, &maps, &assigned[n], positives, &mut gradient);
+            let mut losses = self.first_losses(&heads, &maps, &assigned[n], positives, &mut gradient);
+            let second = match &self.sampler {
+                Some(sampler) => {
+                    self.sampled(sampler, &heads.second, &maps, &assigned[n], rng(n), images, &mut gradient)
+                }
+                None => self.second_losses(&heads.second, &maps, &assigned[n], positives, &mut gradient),
+            };
+            losses.add(&second);
+            // Of the boxes' quality and number that of the second step alone is told.
+            (losses.iou, losses.matched, losses.faces) = (second.iou, second.matched, second.faces);
             (losses, gradient)
         });
         Ok(gathered(&shapes, judged))
@@ -201,12 +237,21 @@ impl TwoStep {
                 *label = IGNORED;
             }
         }
+        let mut mined = Vec::new();
+        if let Some(mining) = &self.mining {
+            let places = heads.second.places().zip(&anchors);
+            let decoded: Vec<BBox> =
+                places.map(|(place, anchor)| anchor.decode(&place.boxes.read(maps), VARIANCES)).collect();
+            let found = mine_high_quality_anchors(|i| decoded[i], &faces, &of_second, mining);
+            found.relabel(&mut of_second);
+            mined.extend(found.compensated.iter().map(|m| m.anchor));
+        }
         positives.second = (0..grid.len).filter(|&i| of_second.face(i).is_some()).count();
-        Assigned { faces, first: of_grid, second: of_second, anchors, positives }
+        Assigned { faces, first: of_grid, second: of_second, mined, anchors, positives }
     }
 
-    /// Over one picture's anchors, as a share of the batch's.
-    fn losses(
+    /// Over one picture's anchors in the first step, as a share of the batch's.
+    fn first_losses(
         &self,
         heads: &Heads<'_>,
         maps: &[&[f32]],
@@ -214,8 +259,7 @@ impl TwoStep {
         positives: Positives,
         gradient: &mut [Vec<f32>],
     ) -> Losses {
-        let mut losses = Losses { faces: wanted(&assigned.faces), ..Losses::default() };
-        let share = |n: usize| 1.0 / n.max(1) as f32;
+        let mut losses = Losses::default();
         let bbox = |face: usize| assigned.faces[face].bbox;
         for (group, first) in heads.second.grid.groups.iter().zip(heads.first) {
             for (cell, i) in group.range().enumerate() {
@@ -245,17 +289,32 @@ impl TwoStep {
                 }
             }
         }
-        // Of the boxes' quality that of the second step alone is told.
-        losses.iou = 0.0;
+        losses
+    }
+
+    /// Over all anchors of a picture that the second step sees, as a share of the batch's.
+    fn second_losses(
+        &self,
+        head: &Head<'_>,
+        maps: &[&[f32]],
+        assigned: &Assigned,
+        positives: Positives,
+        gradient: &mut [Vec<f32>],
+    ) -> Losses {
+        let mut losses = Losses { faces: wanted(&assigned.faces), ..Losses::default() };
         let share = share(positives.second);
-        for (i, place) in heads.second.places().enumerate() {
+        let bbox = |face: usize| assigned.faces[face].bbox;
+        for (i, place) in head.places().enumerate() {
             if assigned.second.label[i] == IGNORED {
                 continue;
             }
             let face = assigned.second.face(i).map(bbox);
             losses.class += self.class_loss(place.class, maps, face, share, gradient);
             if let Some(face) = face {
-                losses.matched += 1;
+                match assigned.mined.binary_search(&i) {
+                    Ok(_) => losses.mined += 1,
+                    Err(_) => losses.matched += 1,
+                }
                 let anchor = assigned.anchors[i];
                 box_loss(
                     &self.loss,
@@ -271,6 +330,31 @@ impl TwoStep {
             }
         }
         losses
+    }
+
+    /// Over those of one picture's anchors in the second step that the sampler chooses, as a share of `images`.
+    fn sampled(
+        &self,
+        sampler: &SamplerRecipe,
+        head: &Head<'_>,
+        maps: &[&[f32]],
+        assigned: &Assigned,
+        mut rng: Rng,
+        images: usize,
+        gradient: &mut [Vec<f32>],
+    ) -> Losses {
+        let sampled = Sampled {
+            sampler,
+            loss: &self.loss,
+            variances: VARIANCES,
+            head,
+            maps,
+            faces: &assigned.faces,
+            matches: &assigned.second,
+            is_matched: &|i| assigned.mined.binary_search(&i).is_err(),
+            anchor: &|i| assigned.anchors[i],
+        };
+        sampled.losses(&mut rng, images, gradient)
     }
 
     /// Loss of the logit at `at`, and its gradient.

@@ -109,14 +109,13 @@ fn objective(recipe: &Recipe, detector: &DetectorConfig) -> Result<(DetectorObje
         DetectorConfig::Hr(d) => (hr_levels(d), [1.0; 2]),
         DetectorConfig::Retinaface(d) => (retinaface_levels(d), d.variances),
         DetectorConfig::Refineface(d) => {
-            if recipe.mining.is_some() || recipe.sampler.is_some() {
-                return refuse("mining or sampler", "it learns from all anchors that its first step leaves");
-            }
             let objective = TwoStep {
                 levels: refineface_levels(d),
                 first: recipe.first_matching.unwrap_or(thresholds(0.3, 0.7)),
                 second: recipe.matching.unwrap_or(thresholds(0.4, 0.5)),
                 survives: d.survives(),
+                mining: recipe.mining,
+                sampler: recipe.sampler,
                 loss: recipe.loss,
             };
             objective.check()?;
