@@ -3,49 +3,19 @@
 
 #[path = "common/goldens.rs"]
 mod goldens;
+#[path = "common/narrow.rs"]
+mod narrow;
 
 use farface::cpu::View;
-use farface::detect::config::DetectorConfig;
 use farface::detect::detector::{Map, Window};
-use farface::detect::group_sampling::GroupSamplingConfig;
-use farface::detect::hambox::HamBoxConfig;
-use farface::detect::refineface::RefineFaceConfig;
 use farface::detect::{Model, ModelConfig};
 use farface::graph::{run_reference, Weights};
-use farface::nets::resnet::ResNet;
 use farface::shape::{Shape, Tensor};
 use goldens::{drawn, goldens, hold_outputs, SEED};
+use narrow::narrow;
 
-const WIDTH: usize = 8;
-const CHANNELS: usize = 16;
-/// Scores that faces pass, and anchors in a first step.
+/// Scores that faces pass.
 const THRESHOLD: f32 = 0.3;
-const FIRST: f32 = 0.5;
-
-/// The detector of a name, made narrow.
-fn narrow(name: &str) -> ModelConfig {
-    let config = ModelConfig::named(name).unwrap_or_else(|| panic!("{name}"));
-    let detector = match config.detector {
-        DetectorConfig::GroupSampling(d) => DetectorConfig::GroupSampling(GroupSamplingConfig {
-            backbone: ResNet { width: WIDTH, ..d.backbone },
-            channels: CHANNELS,
-            ..d
-        }),
-        DetectorConfig::Hambox(d) => DetectorConfig::Hambox(HamBoxConfig {
-            backbone: ResNet { width: WIDTH, ..d.backbone },
-            channels: CHANNELS,
-            ..d
-        }),
-        DetectorConfig::Refineface(d) => DetectorConfig::Refineface(RefineFaceConfig {
-            backbone: ResNet { width: WIDTH, ..d.backbone },
-            channels: CHANNELS,
-            first_step_score: FIRST,
-            ..d
-        }),
-        other => other,
-    };
-    ModelConfig { detector, ..config }
-}
 
 #[test]
 fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {

@@ -22,6 +22,7 @@ pub mod detector;
 pub mod face;
 pub mod group_sampling;
 pub mod hambox;
+mod input;
 pub mod model;
 mod names;
 pub mod nms;
