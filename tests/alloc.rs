@@ -7,6 +7,8 @@ mod common;
 
 use common::capi::{self, Picture};
 use farface::capi::{detect::*, model::*, options::*, session::*, status::*};
+use farface::detect::Session;
+use farface::pixels::{ImageView, PixelFormat};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
@@ -109,6 +111,7 @@ fn cases(base: farface_session_options) -> Vec<(&'static str, farface_session_op
 
 fn main() {
     sessions_take_what_they_say_and_detection_takes_nothing();
+    every_detector_detects_without_the_allocator();
     everything_is_given_back();
     #[cfg(target_os = "linux")]
     threads_sleep_between_calls();
@@ -176,6 +179,20 @@ fn sessions_take_what_they_say_and_detection_takes_nothing() {
         drop((faces, pictures));
     }
     println!("workspace_bytes is off by {:.3}% at most", worst * 100.0);
+}
+
+fn every_detector_detects_without_the_allocator() {
+    for name in ["rpn-r18", "fpn-r18", "fpn-finest-dc-r18", "hambox-r18", "refineface-r18"] {
+        let model = common::narrow::model(name, 3);
+        let pixels = common::model::picture(130, 97, 1);
+        let picture = ImageView::packed(130, 97, PixelFormat::Rgb8, &pixels).unwrap();
+        let mut session = Session::new(&model).unwrap();
+        session.warmup(130, 97).unwrap();
+        let calls = CALLS.load(SeqCst);
+        let found = session.detect(&picture).unwrap().len();
+        assert_eq!(CALLS.load(SeqCst), calls, "{name}: a detection used the allocator");
+        assert!(found > 0, "{name}: nothing found, so little was tested");
+    }
 }
 
 fn everything_is_given_back() {

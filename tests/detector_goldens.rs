@@ -3,65 +3,20 @@
 
 #[path = "common/goldens.rs"]
 mod goldens;
+#[path = "common/narrow.rs"]
+mod narrow;
 
 use farface::cpu::{isa, View};
 use farface::detect::config::DetectorConfig;
 use farface::detect::detector::{Map, Window};
-use farface::detect::group_sampling::GroupSamplingConfig;
-use farface::detect::hambox::HamBoxConfig;
-use farface::detect::hr::HrConfig;
-use farface::detect::refineface::RefineFaceConfig;
-use farface::detect::retinaface::RetinaFaceConfig;
 use farface::detect::{Model, ModelConfig};
 use farface::graph::{run_reference, Graph, Weights};
-use farface::nets::hr::Backbone;
-use farface::nets::resnet::ResNet;
-use farface::nets::vgg::Vgg;
 use farface::shape::{Shape, Tensor};
 use goldens::{compiled_outputs, drawn, goldens, hold, hold_outputs, SEED};
+use narrow::{narrow, FIRST};
 
-const WIDTH: usize = 8;
-const CHANNELS: usize = 16;
-/// Scores that faces pass, and anchors in a first step.
+/// Scores that faces pass.
 const THRESHOLD: f32 = 0.3;
-const FIRST: f32 = 0.5;
-
-/// The detector of a name, made narrow.
-fn narrow(name: &str) -> ModelConfig {
-    let config = ModelConfig::named(name).unwrap_or_else(|| panic!("{name}"));
-    let detector = match config.detector {
-        DetectorConfig::GroupSampling(d) => DetectorConfig::GroupSampling(GroupSamplingConfig {
-            backbone: ResNet { width: WIDTH, ..d.backbone },
-            channels: CHANNELS,
-            ..d
-        }),
-        DetectorConfig::Hambox(d) => DetectorConfig::Hambox(HamBoxConfig {
-            backbone: ResNet { width: WIDTH, ..d.backbone },
-            channels: CHANNELS,
-            ..d
-        }),
-        DetectorConfig::Refineface(d) => DetectorConfig::Refineface(RefineFaceConfig {
-            backbone: ResNet { width: WIDTH, ..d.backbone },
-            channels: CHANNELS,
-            first_step_score: FIRST,
-            ..d
-        }),
-        DetectorConfig::Retinaface(d) => DetectorConfig::Retinaface(RetinaFaceConfig {
-            backbone: d.backbone.map(|net| ResNet { width: WIDTH, ..net }),
-            channels: CHANNELS,
-            ..d
-        }),
-        DetectorConfig::Hr(d) => {
-            let backbone = match d.backbone {
-                Backbone::Resnet(net) => Backbone::Resnet(ResNet { width: WIDTH, ..net }),
-                Backbone::Vgg16(_) => Backbone::Vgg16(Vgg { width: WIDTH }),
-            };
-            DetectorConfig::Hr(HrConfig { backbone, ..d })
-        }
-        other => other,
-    };
-    ModelConfig { detector, ..config }
-}
 
 /// A detector's graph and weights, and the picture of these rows and columns, as drawn for its name.
 fn drawn_case(name: &str, config: &ModelConfig, [h, w]: [usize; 2]) -> (Graph, Weights, Tensor) {

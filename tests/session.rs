@@ -1,10 +1,9 @@
-//! What a session promises beyond the published boxes: tiles, levels, orientation, regions, threads.
+//! What a session promises beyond the published boxes: levels, orientation, mirrors, regions, suppression, threads.
 
 mod common;
 
 use farface::detect::{BBox, Face, Model, Options, Pyramid, Scales, Session, Suppression};
 use farface::pixels::{ImageView, Orientation, PixelFormat, Rect};
-use std::collections::HashMap;
 
 /// Random weights fire everywhere, which is what comparing whole result lists wants.
 fn model() -> Model {
@@ -38,39 +37,6 @@ fn rgb(pixels: &[u8], width: usize, height: usize) -> ImageView<'_> {
 
 fn detect(model: &Model, options: Options, image: &ImageView<'_>) -> Vec<Face> {
     Session::with_options(model, options).unwrap().detect(image).unwrap().to_vec()
-}
-
-#[test]
-fn tiles_give_what_the_whole_picture_gives() {
-    let model = model();
-    let reach = model.reach();
-    let align = reach.stride[0].max(reach.stride[1]);
-    let halo = reach.pixels[0].max(reach.pixels[1]).next_multiple_of(align);
-    let tile = 2 * halo + 3 * align;
-    // Neither side a multiple of the stride; three tiles across, two down.
-    let (width, height) = (tile + 4 * align + 13, tile + align + 5);
-    let pixels = picture(width, height);
-    let whole = detect(&model, all(&model), &rgb(&pixels, width, height));
-    let tiled = detect(&model, Options { tile_px: tile, ..all(&model) }, &rgb(&pixels, width, height));
-    assert!(whole.len() > 1000, "the network says something: {}", whole.len());
-    assert_eq!(whole.len(), tiled.len());
-    // Tiles come in another order: find each box's partner by place.
-    let cell = |f: &Face, dx: i32, dy: i32| ((f.bbox.x1 / 8.0) as i32 + dx, (f.bbox.y1 / 8.0) as i32 + dy);
-    let mut by_place: HashMap<(i32, i32), Vec<Face>> = HashMap::new();
-    tiled.iter().for_each(|f| by_place.entry(cell(f, 0, 0)).or_default().push(*f));
-    for a in &whole {
-        let corners = |f: &Face| [f.bbox.x1, f.bbox.y1, f.bbox.x2, f.bbox.y2];
-        let same = |b: &Face| {
-            let close =
-                corners(a).iter().zip(corners(b)).all(|(p, q)| (p - q).abs() <= 1e-3 + 1e-4 * p.abs());
-            close && (a.score - b.score).abs() < 1e-4
-        };
-        let found = (0..9).any(|i| {
-            let Some(near) = by_place.get_mut(&cell(a, i % 3 - 1, i / 3 - 1)) else { return false };
-            near.iter().position(same).map(|i| near.swap_remove(i)).is_some()
-        });
-        assert!(found, "no tile has {a:?}");
-    }
 }
 
 #[test]

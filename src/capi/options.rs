@@ -41,7 +41,8 @@ pub const FARFACE_SUPPRESSION_GREEDY: farface_suppression = 0;
 /// own (box voting, Gidaris and Komodakis 2015).
 pub const FARFACE_SUPPRESSION_VOTING: farface_suppression = 1;
 /// The best box is kept, and the score of what overlaps it by more than `nms_iou` is multiplied
-/// with 1 - IoU; then the next best (soft-NMS, Bodla et al. 2017).
+/// with 1 - IoU; then the next best (soft-NMS, Bodla et al. 2017). What falls below
+/// `score_threshold` is dropped.
 pub const FARFACE_SUPPRESSION_SOFT_LINEAR: farface_suppression = 2;
 /// Soft-NMS with the factor exp(-IoU^2 / `soft_sigma`); `nms_iou` does not matter.
 pub const FARFACE_SUPPRESSION_SOFT_GAUSSIAN: farface_suppression = 3;

@@ -1,7 +1,7 @@
 //! Anchor boxes on the cells of a feature map, and the code that relates a box to its anchor.
 
 use super::boxes::BBox;
-use super::detector::{logit, sigmoid, Map, Window};
+use super::detector::{logit, sigmoid, Map, Span, Window};
 use super::face::Face;
 use std::ops::Range;
 
@@ -54,8 +54,10 @@ impl Anchor {
     }
 }
 
-/// Cells along one axis whose centres, (i + 0.5) * stride, lie in `owned` (network pixels).
-pub fn owned_cells(owned: &Range<f32>, stride: usize, cells: usize) -> Range<usize> {
+/// Cells along one axis whose centres, (i + 0.5) * stride, the span owns, and which do not begin behind the picture's end.
+pub fn owned_cells(span: &Span, stride: usize, cells: usize) -> Range<usize> {
+    let Span { owned, end } = span;
+    let cells = cells.min((end / stride as f32).ceil() as usize);
     let first = |edge: f32| {
         let i = (edge / stride as f32 - 0.5).ceil().max(0.0);
         (i as usize).min(cells)
@@ -123,10 +125,14 @@ mod tests {
     fn every_cell_belongs_to_exactly_one_of_adjoining_ranges() {
         for stride in [4, 8, 32] {
             let cells = 40;
-            let a = owned_cells(&(f32::NEG_INFINITY..96.0), stride, cells);
-            let b = owned_cells(&(96.0..160.0), stride, cells);
-            let c = owned_cells(&(160.0..f32::INFINITY), stride, cells);
+            let span = |owned| Span { owned, end: f32::INFINITY };
+            let a = owned_cells(&span(f32::NEG_INFINITY..96.0), stride, cells);
+            let b = owned_cells(&span(96.0..160.0), stride, cells);
+            let c = owned_cells(&span(160.0..f32::INFINITY), stride, cells);
             assert_eq!((a.start, a.end, b.end, c.end), (0, b.start, c.start, cells), "stride {stride}");
+            // The last cell may reach over the end, but not begin behind it.
+            let cut = owned_cells(&Span { end: 97.0, ..Span::WHOLE }, stride, cells);
+            assert_eq!(cut, 0..97usize.div_ceil(stride));
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::face::Face;
 use crate::cpu::View;
 use crate::graph::Graph;
+use crate::pixels::{Size, Tile};
 use std::ops::Range;
 
 /// An output map of one image, channels-last.
@@ -35,26 +36,51 @@ impl<'a> Map<'a> {
     }
 }
 
-/// The part of a network input whose cells are this pass's to report: those whose centres lie in
-/// the ranges (network pixels of the window; infinite at the picture's border).
+/// One axis of a [`Window`], in its network pixels.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Span {
+    /// The cells whose centres lie here are this pass's to report; infinite at the picture's border.
+    pub owned: Range<f32>,
+    /// Where the picture ends: cells that begin behind it show nothing but padding.
+    pub end: f32,
+}
+
+impl Span {
+    /// Everything.
+    pub const WHOLE: Self = Self { owned: f32::NEG_INFINITY..f32::INFINITY, end: f32::INFINITY };
+}
+
+/// The part of a network input whose cells are this pass's to report.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Window {
     /// Of the level, network pixels a pixel of the picture.
     pub scale: f32,
     /// Columns.
-    pub owned_x: Range<f32>,
+    pub owned_x: Span,
     /// Rows.
-    pub owned_y: Range<f32>,
+    pub owned_y: Span,
 }
 
 impl Window {
+    /// The own cells of a tile of a level of `picture` px, `scale` times its picture, that the network sees padded to `padded`
+    /// px.
+    pub fn of(tile: &Tile, padded: Size, picture: Size, scale: f32) -> Self {
+        let Tile { window, owned } = *tile;
+        let axis = |from: usize, length: usize, start: usize, padded: usize, picture: usize| {
+            let low = if from == 0 { f32::NEG_INFINITY } else { (from - start) as f32 };
+            let high = if from + length == padded { f32::INFINITY } else { (from + length - start) as f32 };
+            Span { owned: low..high, end: picture as f32 - start as f32 }
+        };
+        Self {
+            scale,
+            owned_x: axis(owned.x, owned.width, window.x, padded.width, picture.width),
+            owned_y: axis(owned.y, owned.height, window.y, padded.height, picture.height),
+        }
+    }
+
     /// Everything, at scale 1.
     pub fn whole() -> Self {
-        Self {
-            scale: 1.0,
-            owned_x: f32::NEG_INFINITY..f32::INFINITY,
-            owned_y: f32::NEG_INFINITY..f32::INFINITY,
-        }
+        Self { scale: 1.0, owned_x: Span::WHOLE, owned_y: Span::WHOLE }
     }
 }
 

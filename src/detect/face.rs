@@ -1,6 +1,7 @@
 //! What a detection is, to the user.
 
 use super::boxes::{BBox, Detection};
+use crate::pixels::Placement;
 
 /// Ellipse around a face, for models with the regressor (HR, Eq. 2-6).
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
@@ -32,6 +33,45 @@ impl Face {
     /// Longer side of the box, pixels: the size that `min_face_px` and `max_face_px` speak of.
     pub fn size(&self) -> f32 {
         self.bbox.width().max(self.bbox.height())
+    }
+
+    /// Whether this face is of a size asked for, between `min` and `max` (0 = no limit) pixels, and a
+    /// face at all: weights can be anything, and so can what they make of a picture.
+    pub(crate) fn is_wanted(&self, (min, max): (f32, f32)) -> bool {
+        let b = self.bbox;
+        let finite = |values: &[f32]| values.iter().all(|v| v.is_finite());
+        let sane = finite(&[b.x1, b.y1, b.width(), b.height()])
+            && b.width() > 0.0
+            && b.height() > 0.0
+            && self.landmarks.is_none_or(|points| finite(points.as_flattened()))
+            && self
+                .ellipse
+                .is_none_or(|e| finite(&[e.center[0], e.center[1], e.half_axes[0], e.half_axes[1], e.angle]));
+        let size = self.size();
+        sane && size >= min && (max == 0.0 || size <= max)
+    }
+
+    /// This face in pixels of the picture as stored.
+    pub(crate) fn stored(&self, placement: &Placement) -> Self {
+        let b = self.bbox;
+        let [x, y, w, h] = placement.stored_box([b.x1, b.y1, b.width(), b.height()]);
+        // Untouched corners where nothing turns, so that no rounding creeps in.
+        let plain = !placement.transposed() && !placement.flip_x() && !placement.flip_y();
+        let (dx, dy) = (placement.roi().x as f32, placement.roi().y as f32);
+        let bbox = if plain {
+            BBox::new(b.x1 + dx, b.y1 + dy, b.x2 + dx, b.y2 + dy)
+        } else {
+            BBox::from_xywh(x, y, w, h)
+        };
+        Self {
+            bbox,
+            score: self.score,
+            landmarks: self.landmarks.map(|points| points.map(|p| placement.stored_point(p))),
+            ellipse: self.ellipse.map(|e| {
+                let [dx, dy] = placement.stored_direction([e.angle.cos(), e.angle.sin()]);
+                Ellipse { center: placement.stored_point(e.center), angle: dy.atan2(dx), ..e }
+            }),
+        }
     }
 
     /// Its box and score.

@@ -29,6 +29,9 @@ pub struct GroupSamplingConfig {
 /// Dilations of the head in figure 5, a scale each.
 const DILATIONS: [usize; 4] = [1, 2, 4, 8];
 
+/// Most scales.
+const MAX_SCALES: usize = 16;
+
 impl GroupSamplingConfig {
     /// The paper's on a backbone: scales 16 to 128; channels 256, or 128 on ResNet-18 and 34, where the multiply-adds of
     /// table 10 ask for them.
@@ -67,7 +70,7 @@ impl GroupSamplingConfig {
         if !(sane(self.channels, 1024) && self.backbone.is_sane()) {
             return bad("channels 1..1024, backbone.width 1..256, backbone.blocks 1..100 each");
         }
-        if !(sane(self.scales.len(), 16) && self.scales.iter().all(|s| s.is_finite() && *s > 0.0)) {
+        if !(sane(self.scales.len(), MAX_SCALES) && self.scales.iter().all(|s| s.is_finite() && *s > 0.0)) {
             return bad("1 to 16 scales above 0");
         }
         let several = matches!(self.tiling, Tiling::Fpn | Tiling::FpnFinestStride);
@@ -99,17 +102,17 @@ impl GroupSamplingConfig {
     }
 
     /// Stride and anchors of every pair of outputs.
-    pub fn levels(&self) -> Vec<(usize, &[f32])> {
-        let stride = match self.tiling {
-            Tiling::Fpn | Tiling::FpnFinestStride => {
-                return self.scales.chunks(1).enumerate().map(|(i, scale)| (4 << i, scale)).collect()
-            }
-            Tiling::Rpn => 16,
-            Tiling::FpnFinest => 4,
-            Tiling::FpnSingle(level) => 1 << level,
+    pub fn levels(&self) -> impl Iterator<Item = (usize, &[f32])> + '_ {
+        let (finest, several) = match self.tiling {
+            Tiling::Fpn | Tiling::FpnFinestStride => (4, true),
+            Tiling::FpnFinest => (4, false),
+            Tiling::FpnSingle(level) => (1 << level, false),
+            Tiling::Rpn => (16, false),
         };
-        let together = if self.dilations.is_empty() { self.scales.len() } else { 1 };
-        self.scales.chunks(together).map(|scales| (stride, scales)).collect()
+        let alone = several || !self.dilations.is_empty();
+        let together = if alone { 1 } else { self.scales.len() };
+        let stride = move |i: usize| if several { finest << i } else { finest };
+        self.scales.chunks(together).enumerate().map(move |(i, scales)| (stride(i), scales))
     }
 }
 
@@ -131,8 +134,9 @@ impl Detector for GroupSamplingConfig {
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
         for (maps, (stride, scales)) in maps.chunks_exact(2).zip(self.levels()) {
-            let sizes: Vec<[f32; 2]> = scales.iter().map(|&s| [s, s]).collect();
-            let anchors = LevelAnchors { stride, sizes: &sizes, variances: [1.0; 2] };
+            let mut sizes = [[0.0; 2]; MAX_SCALES];
+            sizes.iter_mut().zip(scales).for_each(|(size, &s)| *size = [s, s]);
+            let anchors = LevelAnchors { stride, sizes: &sizes[..scales.len()], variances: [1.0; 2] };
             decode_level([&maps[0], &maps[1]], &anchors, window, threshold, sink);
         }
     }

@@ -23,6 +23,7 @@ pub mod face;
 pub mod group_sampling;
 pub mod hambox;
 pub mod hr;
+mod input;
 pub mod model;
 mod names;
 pub mod nms;

@@ -91,6 +91,11 @@ impl Model {
         &self.0.normalization
     }
 
+    /// Whether a map is enlarged bilinearly to the size of another.
+    pub(crate) fn interpolates(&self) -> bool {
+        self.0.graph.interpolates()
+    }
+
     /// Receptive field and largest stride of the network.
     pub fn reach(&self) -> Reach {
         self.0.reach

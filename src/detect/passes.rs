@@ -12,6 +12,8 @@ use crate::shape::Shape;
 /// One level of a picture.
 pub(super) struct Pass {
     pub level: Level,
+    /// Size that the network sees, tiles together: the level's, or that with zeros to the right and below.
+    pub padded: Size,
     pub grid: TileGrid,
 }
 
@@ -37,7 +39,8 @@ pub(super) fn passes(model: &Model, options: &Options, size: Size, budget: u64) 
     let levels = levels(model, options, size)?;
     let mut passes = Vec::with_capacity(levels.len());
     for level in levels {
-        passes.push(Pass { level, grid: grid(model, options, level.size, budget)? });
+        let padded = padded(model, level.size);
+        passes.push(Pass { level, padded, grid: grid(model, options, padded, budget)? });
     }
     Ok(passes)
 }
@@ -93,6 +96,16 @@ fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
         keep_for_faces(&mut levels, faces, detectable)?;
     }
     Ok(levels)
+}
+
+/// Bilinear enlargement to the size of another map is by 2 all over a map only where that has whole strides: else it
+/// drifts, and a tile would not show what the whole does. Networks that have it see whole strides.
+fn padded(model: &Model, level: Size) -> Size {
+    if !model.interpolates() {
+        return level;
+    }
+    let [y, x] = model.reach().stride;
+    Size::new(level.width.next_multiple_of(x), level.height.next_multiple_of(y))
 }
 
 /// How a level is cut: not at all where it fits the budget and the tile size.

@@ -168,6 +168,7 @@ impl Detector for PyramidConfig {
 
 #[cfg(test)]
 mod tests {
+    use super::super::detector::Span;
     use super::*;
     use crate::cpu::View;
     use crate::detect::config::{DetectorConfig, METADATA_KEY};
@@ -261,7 +262,8 @@ mod tests {
         // Stride 16.
         assert!(decoded(1, [3, 4], 0, -0.01, &Window::whole()).is_empty());
         assert!(decoded(1, [3, 4], 0, f32::NAN, &Window::whole()).is_empty());
-        let right = Window { owned_x: 72.5..f32::INFINITY, ..Window::whole() };
+        let owned_x = Span { owned: 72.5..f32::INFINITY, ..Span::WHOLE };
+        let right = Window { owned_x, ..Window::whole() };
         assert!(decoded(1, [3, 4], 0, 3.0, &right).is_empty());
         assert_eq!(decoded(1, [3, 5], 0, 3.0, &right).len(), 1);
     }

@@ -36,6 +36,9 @@ pub struct RefineFaceConfig {
     pub first_step_score: f32,
 }
 
+/// Most anchors a cell.
+const MAX_SCALES: usize = 16;
+
 impl RefineFaceConfig {
     /// The baseline of table 1: RetinaNet with the anchors of section 3.6.
     pub fn baseline(backbone: ResNet) -> Self {
@@ -94,16 +97,16 @@ impl RefineFaceConfig {
             );
         }
         let sizes = self.scales.iter().chain([&self.aspect]).all(|v| v.is_finite() && *v > 0.0);
-        if !(sane(self.scales.len(), 16) && sizes && (0.0..=1.0).contains(&self.first_step_score)) {
+        if !(sane(self.scales.len(), MAX_SCALES) && sizes && (0.0..=1.0).contains(&self.first_step_score)) {
             return bad("1 to 16 scales above 0, aspect above 0, first_step_score from 0 to 1");
         }
         Ok(())
     }
 
     /// Width and height of the anchors on a level of this stride, pixels.
-    pub fn anchors(&self, stride: usize) -> Vec<[f32; 2]> {
+    pub fn anchors(&self, stride: usize) -> impl Iterator<Item = [f32; 2]> + '_ {
         let root = self.aspect.sqrt();
-        self.scales.iter().map(|s| s * stride as f32).map(|side| [side / root, side * root]).collect()
+        self.scales.iter().map(move |s| s * stride as f32).map(move |side| [side / root, side * root])
     }
 
     /// Least logit of the first step with which an anchor is seen by the second.
@@ -183,10 +186,11 @@ impl Detector for RefineFaceConfig {
             let filter = before.filter(|_| step == Some(FirstStep::Classes));
             let mover = before.filter(|_| step == Some(FirstStep::Boxes));
             let stride = 1 << level;
-            let anchors = self.anchors(stride);
+            let mut sizes = [[0.0; 2]; MAX_SCALES];
+            sizes.iter_mut().zip(self.anchors(stride)).for_each(|(size, anchor)| *size = anchor);
             for y in owned_cells(&window.owned_y, stride, class.height()) {
                 for x in owned_cells(&window.owned_x, stride, class.width()) {
-                    for (a, (&logit, &size)) in class.pixel(y, x).iter().zip(&anchors).enumerate() {
+                    for (a, (&logit, &size)) in class.pixel(y, x).iter().zip(&sizes).enumerate() {
                         // False for a NaN too.
                         let face = logit > least && filter.is_none_or(|map| map.pixel(y, x)[a] > survives);
                         if !face {

@@ -6,17 +6,17 @@
 
 use super::candidates::Candidates;
 use super::detector::{Map, Window};
-use super::face::{Ellipse, Face};
+use super::face::Face;
+use super::input::{fill_input, scratch_widths};
 use super::model::Model;
 use super::nms::{Convention, Nms, Rule};
-use super::options::{Options, MAX_THREADS};
+use super::options::Options;
 use super::passes::{input_shape, passes, Pass};
-use super::{BBox, Detection};
-use crate::cpu::{Arena, Pool, View};
+use super::Detection;
+use crate::cpu::{Arena, Pool};
 use crate::error::{Error, Result};
 use crate::graph::Plan;
-use crate::pixels::{fill, DstRows, ImageView, Placement, Rect, Scratch, Size};
-use std::ops::Range;
+use crate::pixels::{ImageView, Rect, Scratch, Size};
 use std::time::{Duration, Instant};
 
 /// Picture sizes whose preparation is kept.
@@ -233,7 +233,7 @@ impl Session {
                 let maps: [Map; MAX_OUTPUTS] =
                     std::array::from_fn(|i| Map::new(floats, outputs[i.min(outputs.len() - 1)]));
                 let scale = pass.level.scale as f32;
-                let window = owned(tile.window, tile.owned, pass.level.size, scale);
+                let window = Window::of(&tile, pass.padded, pass.level.size, scale);
                 let offset = [tile.window.x as f32, tile.window.y as f32];
                 let limits = (self.options.min_face_px, self.options.max_face_px);
                 let candidates = &mut self.candidates;
@@ -242,7 +242,7 @@ impl Session {
                     if face.score >= candidates.floor() {
                         let face = face.placed(offset, to_upright);
                         let face = if *mirrored { face.mirrored(size.width as f32) } else { face };
-                        if wanted(&face, limits) {
+                        if face.is_wanted(limits) {
                             candidates.push(face);
                         }
                     }
@@ -255,7 +255,7 @@ impl Session {
         self.faces.clear();
         let candidate = |i: usize| sorted[i].face.detection();
         self.nms.run(sorted.len(), candidate, &rule, |i, Detection { bbox, score }| {
-            self.faces.push(stored(&Face { bbox, score, ..sorted[i].face }, &placement));
+            self.faces.push(Face { bbox, score, ..sorted[i].face }.stored(&placement));
         });
         lap(&mut timings.merge);
         if measured {
@@ -401,103 +401,4 @@ fn plan_for(plans: &[(Size, Plan)], window: Rect) -> Result<&Plan> {
     let size = Size::new(window.width, window.height);
     let found = plans.iter().find(|(s, _)| *s == size);
     found.map(|(_, p)| p).ok_or_else(|| Error::Internal("a tile without a plan".into()))
-}
-
-/// (upright width, level width, window width) of every pass, for the conversion's row buffers.
-fn scratch_widths(size: Size, passes: &[Pass]) -> impl Iterator<Item = [usize; 3]> + '_ {
-    passes.iter().flat_map(move |p| p.windows().map(move |w| [size.width, p.level.size.width, w.width]))
-}
-
-/// The tile's own cells: to infinity where the window ends at the level's border.
-fn owned(window: Rect, owned: Rect, level: Size, scale: f32) -> Window {
-    let axis = |from: usize, length: usize, start: usize, level: usize| -> Range<f32> {
-        let low = if from == 0 { f32::NEG_INFINITY } else { (from - start) as f32 };
-        let high = if from + length == level { f32::INFINITY } else { (from + length - start) as f32 };
-        low..high
-    };
-    Window {
-        scale,
-        owned_x: axis(owned.x, owned.width, window.x, level.width),
-        owned_y: axis(owned.y, owned.height, window.y, level.height),
-    }
-}
-
-/// Whether a face is of a size asked for, and a face at all: weights can be anything, and so can
-/// what they make of a picture.
-fn wanted(face: &Face, (min, max): (f32, f32)) -> bool {
-    let b = face.bbox;
-    let finite = |values: &[f32]| values.iter().all(|v| v.is_finite());
-    let sane = finite(&[b.x1, b.y1, b.width(), b.height()])
-        && b.width() > 0.0
-        && b.height() > 0.0
-        && face.landmarks.is_none_or(|points| finite(points.as_flattened()))
-        && face
-            .ellipse
-            .is_none_or(|e| finite(&[e.center[0], e.center[1], e.half_axes[0], e.half_axes[1], e.angle]));
-    let size = face.size();
-    sane && size >= min && (max == 0.0 || size <= max)
-}
-
-/// The face in pixels of the picture as stored.
-fn stored(face: &Face, placement: &Placement) -> Face {
-    let b = face.bbox;
-    let [x, y, w, h] = placement.stored_box([b.x1, b.y1, b.width(), b.height()]);
-    // Untouched corners where nothing turns, so that no rounding creeps in.
-    let plain = !placement.transposed() && !placement.flip_x() && !placement.flip_y();
-    let (dx, dy) = (placement.roi().x as f32, placement.roi().y as f32);
-    let bbox = if plain {
-        BBox::new(b.x1 + dx, b.y1 + dy, b.x2 + dx, b.y2 + dy)
-    } else {
-        BBox::from_xywh(x, y, w, h)
-    };
-    Face {
-        bbox,
-        score: face.score,
-        landmarks: face.landmarks.map(|points| points.map(|p| placement.stored_point(p))),
-        ellipse: face.ellipse.map(|e| {
-            let [dx, dy] = placement.stored_direction([e.angle.cos(), e.angle.sin()]);
-            Ellipse { center: placement.stored_point(e.center), angle: dy.atan2(dx), ..e }
-        }),
-    }
-}
-
-/// Writes the window of the level into the network's input, rows shared between the threads.
-fn fill_input(
-    image: &ImageView<'_>,
-    level: Size,
-    window: Rect,
-    norm: &crate::pixels::Normalization,
-    (arena, input): (&mut Arena, &View),
-    pool: &mut Pool,
-    scratch: &mut [Scratch],
-) -> Result<()> {
-    struct Share<'a> {
-        rows: Range<usize>,
-        data: &'a mut [f32],
-        scratch: Option<&'a mut Scratch>,
-        result: Result<()>,
-    }
-    let threads = pool.threads();
-    let height = window.height;
-    let mut rest = &mut arena.floats_mut()[input.offset..];
-    let mut scratches = scratch.iter_mut();
-    let mut done = 0;
-    // On the stack; the entries past the threads stay empty.
-    let mut shares: [Share; MAX_THREADS] = std::array::from_fn(|i| {
-        let end = height * (i + 1).min(threads) / threads;
-        let rows = std::mem::replace(&mut done, end)..end;
-        let floats = (rows.len() * input.row).min(rest.len());
-        let (data, others) = std::mem::take(&mut rest).split_at_mut(floats);
-        rest = others;
-        Share { rows, data, scratch: scratches.next(), result: Ok(()) }
-    });
-    pool.run_each(&mut shares, |_, share| {
-        let Some(scratch) = share.scratch.as_deref_mut() else {
-            share.result = Err(Error::Internal("a thread without row buffers".into()));
-            return;
-        };
-        let mut dst = DstRows::new(share.data, input.row, input.pixel);
-        share.result = fill(image, level, window, share.rows.clone(), norm, &mut dst, scratch);
-    });
-    shares.into_iter().try_for_each(|share| share.result)
 }

@@ -65,6 +65,14 @@ impl Axis {
 }
 
 impl Graph {
+    /// Whether a map is enlarged bilinearly to the size of another: where it lies on it then depends on both sizes.
+    pub fn interpolates(&self) -> bool {
+        self.nodes.iter().any(|node| match node.layer() {
+            Some(Layer::Upsample(u)) => u.mode == Interpolation::Bilinear && u.to == UpsampleTo::SizeOfSecond,
+            _ => false,
+        })
+    }
+
     /// How far an output value sees, over all outputs, and the largest stride, per axis (rows,
     /// columns). Maps that are joined, or interpolated to the size of another, are taken to lie over
     /// one another, as they do in every pyramid of "same"-padded convolutions.

@@ -5,6 +5,7 @@
 pub mod c;
 pub mod capi;
 pub mod model;
+pub mod narrow;
 mod shared;
 
 pub use shared::shared;

@@ -208,7 +208,7 @@ fn group_sampling_levels(detector: &GroupSamplingConfig) -> Vec<Level> {
         let anchors = scales.iter().map(|&s| [s, s]).collect();
         Level { stride, anchors, layout: Layout::Apart { logits: 2 } }
     };
-    detector.levels().into_iter().map(level).collect()
+    detector.levels().map(level).collect()
 }
 
 fn hambox_levels(detector: &HamBoxConfig) -> Vec<Level> {
@@ -233,7 +233,7 @@ fn hr_levels(detector: &HrConfig) -> Vec<Level> {
 fn refineface_levels(detector: &RefineFaceConfig) -> Vec<(Level, Option<FirstStep>)> {
     let level = |level: usize| {
         let (stride, layout) = (1 << level, Layout::Apart { logits: 1 });
-        (Level { stride, anchors: detector.anchors(stride), layout }, detector.first_step(level))
+        (Level { stride, anchors: detector.anchors(stride).collect(), layout }, detector.first_step(level))
     };
     LEVELS.map(level).collect()
 }
