@@ -331,7 +331,8 @@ typedef uint32_t farface_suppression;
 
 /**
  * The best box is kept, and the score of what overlaps it by more than `nms_iou` is multiplied
- * with 1 - IoU; then the next best (soft-NMS, Bodla et al. 2017).
+ * with 1 - IoU; then the next best (soft-NMS, Bodla et al. 2017). What falls below
+ * `score_threshold` is dropped.
  */
 #define FARFACE_SUPPRESSION_SOFT_LINEAR 2
 

@@ -77,8 +77,8 @@ pub enum Pyramid {
         /// Step, above 0.
         step: f32,
     },
-    /// These scales (Group Sampling, section 5.2, trains at 0.25 n for n = 1 to 8); levels that cannot hold a face between
-    /// `min_face_px` and `max_face_px` are left out.
+    /// These scales (Group Sampling, Ming et al. 2019, section 5, trains at 0.25 n for n = 1 to 8);
+    /// levels that cannot hold a face between `min_face_px` and `max_face_px` are left out.
     Scales(Scales),
 }
 
