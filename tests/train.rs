@@ -514,6 +514,20 @@ fn the_tiny_recipes_learn_twenty_pictures_by_heart() {
     assert!(tiny > 0, "no tiny recipe");
 }
 
+/// The other detectors of Group Sampling, by the same recipe.
+#[test]
+#[ignore = "takes minutes"]
+fn the_tiny_recipe_of_group_sampling_is_good_for_every_tiling() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/fpn-finest-r18-tiny.toml");
+    let text = std::fs::read_to_string(path).unwrap();
+    for name in ["rpn", "fpn", "fpn-finest-stride", "fpn-p3", "fpn-p4", "fpn-finest-dc"] {
+        let dir = tempfile::tempdir().unwrap();
+        faces::draw(dir.path(), 20, 160, 11);
+        let ap = learnt(&text.replace("\"fpn-finest-r18\"", &format!("\"{name}-r18\"")), dir.path());
+        assert!(ap > 0.9, "{name}: AP {ap}");
+    }
+}
+
 #[test]
 #[ignore = "takes minutes"]
 fn farface_nano_learns_drawn_pictures_from_any_seed() {
