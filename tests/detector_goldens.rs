@@ -6,18 +6,21 @@ mod goldens;
 
 use farface::cpu::View;
 use farface::detect::config::DetectorConfig;
+use farface::detect::config::InputConfig;
 use farface::detect::detector::{Map, Window};
-use farface::detect::group_sampling::GroupSamplingConfig;
+use farface::detect::group_sampling::{GroupSamplingConfig, SecondStageConfig};
 use farface::detect::hambox::HamBoxConfig;
 use farface::detect::refineface::RefineFaceConfig;
-use farface::detect::{Model, ModelConfig};
+use farface::detect::{Model, ModelConfig, Options, Session};
 use farface::graph::{run_reference, Weights};
 use farface::nets::resnet::ResNet;
+use farface::pixels::{ImageView, PixelFormat};
 use farface::shape::{Shape, Tensor};
-use goldens::{drawn, goldens, hold_outputs, SEED};
+use goldens::{drawn, golden, goldens, hold_outputs, SEED};
 
 const WIDTH: usize = 8;
 const CHANNELS: usize = 16;
+const SECOND_WIDTH: usize = 24;
 /// Scores that faces pass, and anchors in a first step.
 const THRESHOLD: f32 = 0.3;
 const FIRST: f32 = 0.5;
@@ -29,6 +32,7 @@ fn narrow(name: &str) -> ModelConfig {
         DetectorConfig::GroupSampling(d) => DetectorConfig::GroupSampling(GroupSamplingConfig {
             backbone: ResNet { width: WIDTH, ..d.backbone },
             channels: CHANNELS,
+            second_stage: d.second_stage.map(|second| SecondStageConfig { width: SECOND_WIDTH, ..second }),
             ..d
         }),
         DetectorConfig::Hambox(d) => DetectorConfig::Hambox(HamBoxConfig {
@@ -58,6 +62,7 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         ("fpn-p3-r18", [54, 70]),
         ("fpn-p4-r18", [54, 70]),
         ("fpn-finest-dc-r50", [48, 64]),
+        ("fpn-finest-rcnn-r18", [54, 70]),
         ("hambox-baseline-r18", [101, 131]),
         ("hambox-fpn-r18", [101, 131]),
         ("hambox-r50", [128, 160]),
@@ -68,12 +73,23 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         ("refineface-r50", [128, 160]),
     ] {
         let config = narrow(name);
-        let graph = config.detector.detector().graph();
-        let weights = Weights::random(&graph, SEED);
+        let detector = config.detector.detector();
+        let graph = detector.graph();
+        let mut weights = Weights::random(&graph, SEED);
+        let second = detector.second_stage();
+        if let Some(second) = &second {
+            weights.tensors.extend(Weights::random(&second.graph, SEED).tensors);
+        }
         let shape = Shape::new(1, 3, h, w);
-        let picture = Tensor::from_nchw(shape, &drawn(&format!("{name}.image"), shape.len()));
-        hold_outputs(&all, &format!("{name}/"), &graph, &weights, &picture);
-        hold_faces(&all, name, &config, &run_reference(&graph, &weights, &[picture]).unwrap());
+        let pictures = [Tensor::from_nchw(shape, &drawn(&format!("{name}.image"), shape.len()))];
+        let [picture] = &pictures;
+        hold_outputs(&all, &format!("{name}/"), &graph, &weights, picture);
+        hold_faces(&all, name, &config, &run_reference(&graph, &weights, &pictures).unwrap());
+        if let Some(second) = &second {
+            let rois = golden(&all, &format!("{name}/rois"));
+            hold_outputs(&all, &format!("{name}/"), &second.graph, &weights, &rois);
+            hold_refined(&all, name, &config, weights.clone(), picture);
+        }
         // The configuration survives the file.
         let mut file = weights;
         file.metadata.insert("farface".into(), config.to_json().unwrap());
@@ -117,6 +133,45 @@ fn hold_faces(all: &Weights, name: &str, config: &ModelConfig, outputs: &[Tensor
     }
 }
 
+/// Holds what a session of both stages finds to PyTorch's: proposals, their features, scores and boxes.
+fn hold_refined(all: &Weights, name: &str, config: &ModelConfig, mut weights: Weights, picture: &Tensor) {
+    let map = |t: &str| &all.tensors.get(&format!("{name}/{t}")).unwrap_or_else(|| panic!("{name}/{t}")).data;
+    let config = ModelConfig {
+        // The picture's values as pixels, which lie between 0 and 255.
+        input: InputConfig { order: "rgb".into(), mean: [128.0; 3], scale: [0.1; 3] },
+        ..config.clone()
+    };
+    weights.metadata.insert("farface".into(), config.to_json().unwrap());
+    for (part, scale) in [("head.box.", map("scale")[0]), ("second.box.", map("second_scale")[0])] {
+        let tensors = weights.tensors.iter_mut().filter(|(name, _)| name.starts_with(part));
+        tensors.flat_map(|(_, t)| &mut t.data).for_each(|v| *v *= scale);
+    }
+    let model = Model::from_weights(&weights).unwrap();
+    let s = picture.shape;
+    let planes: Vec<f32> = (0..3)
+        .flat_map(|c| (0..s.h * s.w).map(move |i| (c, i)))
+        .map(|(c, i)| 128.0 + 10.0 * picture.data[i * 3 + c])
+        .collect();
+    let bytes: Vec<u8> = planes.iter().flat_map(|v| v.to_ne_bytes()).collect();
+    let image = ImageView::packed(s.w, s.h, PixelFormat::RgbPlanarF32, &bytes).unwrap();
+    let options =
+        Options { score_threshold: THRESHOLD, nms_iou: 1.0, threads: 2, ..Options::for_model(&config) };
+    let mut session = Session::with_options(&model, options).unwrap();
+    let faces = session.detect(&image).unwrap();
+    let [count, proposals] = map("refined_count")[..] else { panic!("{name}: two counts") };
+    assert!(count > 30.0 && proposals > count + 20.0, "{name}: {count} faces of {proposals} proposals");
+    assert_eq!(faces.len() as f32, count, "{name}: faces");
+    for expected in map("refined").chunks_exact(5) {
+        let size = expected[..4].iter().fold(1.0f32, |m, v| m.max(v.abs()));
+        let near = |f: &&farface::detect::Face| {
+            let b = f.bbox;
+            let got = [b.x1, b.y1, b.x2, b.y2, f.score];
+            got.iter().zip(expected).all(|(g, e)| (g - e).abs() < 1e-4 * size)
+        };
+        assert!(faces.iter().any(|f| near(&f)), "{name}: {expected:?} of PyTorch is not found");
+    }
+}
+
 #[test]
 fn names_of_no_detector_are_none() {
     for name in [
@@ -125,6 +180,9 @@ fn names_of_no_detector_are_none() {
         "fpn-r19",
         "fpn-dc-r18",
         "fpn-finest-stride-dc-r50",
+        "rpn-rcnn-r18",
+        "fpn-p3-rcnn-r18",
+        "fpn-finest-rcnn-dc-r18",
         "-r50",
         "fpn-p5-r50",
         "refineface",

@@ -11,6 +11,11 @@ fn model() -> Model {
     Model::from_weights(&common::model::weights(7)).unwrap()
 }
 
+/// Likewise one that looks twice.
+fn two_stages() -> Model {
+    Model::from_weights(&common::model::two_stages(7)).unwrap()
+}
+
 /// Everything the network says: no suppression, no threshold, room for all.
 fn all(model: &Model) -> Options {
     Options {
@@ -42,16 +47,28 @@ fn detect(model: &Model, options: Options, image: &ImageView<'_>) -> Vec<Face> {
 
 #[test]
 fn tiles_give_what_the_whole_picture_gives() {
-    let model = model();
+    // Neither side a multiple of the stride.
+    hold_tiles(&model(), [13, 5]);
+}
+
+/// A proposal on a tile's last own cell looks as far into what other tiles own as it may reach. The sides are multiples of the
+/// stride: where they are not, a pyramid that is enlarged bilinearly to the finer level's size interpolates the whole picture by
+/// another ratio than its tiles, in one stage as in two.
+#[test]
+fn tiles_of_a_detector_of_two_stages_give_what_the_whole_picture_gives() {
+    hold_tiles(&two_stages(), [0, 0]);
+}
+
+/// On three tiles across, two down, and so many pixels more.
+fn hold_tiles(model: &Model, more: [usize; 2]) {
     let reach = model.reach();
     let align = reach.stride[0].max(reach.stride[1]);
     let halo = reach.pixels[0].max(reach.pixels[1]).next_multiple_of(align);
     let tile = 2 * halo + 3 * align;
-    // Neither side a multiple of the stride; three tiles across, two down.
-    let (width, height) = (tile + 4 * align + 13, tile + align + 5);
+    let (width, height) = (tile + 4 * align + more[0], tile + align + more[1]);
     let pixels = picture(width, height);
-    let whole = detect(&model, all(&model), &rgb(&pixels, width, height));
-    let tiled = detect(&model, Options { tile_px: tile, ..all(&model) }, &rgb(&pixels, width, height));
+    let whole = detect(model, all(model), &rgb(&pixels, width, height));
+    let tiled = detect(model, Options { tile_px: tile, ..all(model) }, &rgb(&pixels, width, height));
     assert!(whole.len() > 1000, "the network says something: {}", whole.len());
     assert_eq!(whole.len(), tiled.len());
     // Tiles come in another order: find each box's partner by place.
@@ -75,11 +92,26 @@ fn tiles_give_what_the_whole_picture_gives() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let model = model();
-    let pixels = picture(333, 257);
-    let one = detect(&model, all(&model), &rgb(&pixels, 333, 257));
-    for threads in [2, 3, 5] {
-        assert_eq!(one, detect(&model, Options { threads, ..all(&model) }, &rgb(&pixels, 333, 257)));
+    for model in [model(), two_stages()] {
+        let pixels = picture(333, 257);
+        let one = detect(&model, all(&model), &rgb(&pixels, 333, 257));
+        for threads in [2, 3, 5] {
+            assert_eq!(one, detect(&model, Options { threads, ..all(&model) }, &rgb(&pixels, 333, 257)));
+        }
+    }
+}
+
+/// A threshold drops what is below it and nothing else, though proposals need a first-stage score of their own.
+#[test]
+fn a_threshold_drops_faces_by_their_score_in_the_end() {
+    let model = two_stages();
+    let pixels = picture(160, 120);
+    let every = detect(&model, all(&model), &rgb(&pixels, 160, 120));
+    assert!(every.len() > 500, "{}", every.len());
+    for score_threshold in [0.3, 0.5, 0.62, 0.9] {
+        let options = Options { score_threshold, ..all(&model) };
+        let expected: Vec<Face> = every.iter().filter(|f| f.score > score_threshold).copied().collect();
+        assert_eq!(detect(&model, options, &rgb(&pixels, 160, 120)), expected, "{score_threshold}");
     }
 }
 

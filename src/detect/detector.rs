@@ -1,6 +1,7 @@
 //! What every detector gives the session: a network, and the way from its outputs to candidates.
 
 use super::face::Face;
+use super::second_stage::SecondStage;
 use crate::cpu::View;
 use crate::graph::Graph;
 use std::ops::Range;
@@ -62,7 +63,7 @@ pub(super) fn face_probability(logits: &[f32]) -> f32 {
     1.0 / (1.0 + (logits[0] - logits[1]).exp())
 }
 
-/// A single-stage detector.
+/// A detector: a network and what its outputs mean, and maybe a second stage that looks at these boxes again.
 pub trait Detector: Send + Sync {
     /// The network.
     fn graph(&self) -> Graph;
@@ -70,4 +71,10 @@ pub trait Detector: Send + Sync {
     /// Gives `sink` every candidate with a score above `threshold` whose cell is owned, in network
     /// pixels of the window, in a fixed order. `maps` are the graph's outputs in order.
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face));
+
+    /// The second stage, where there is one: then the last output of [`graph`](Self::graph) is the map that it looks at, and what
+    /// [`decode`](Self::decode) finds are proposals.
+    fn second_stage(&self) -> Option<SecondStage> {
+        None
+    }
 }

@@ -133,7 +133,7 @@ impl Detector for HamBoxConfig {
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
         for (maps, (stride, side)) in maps.chunks_exact(2).zip(self.levels()) {
-            let anchors = LevelAnchors { stride, sizes: &[[side, side]], variances: [1.0; 2] };
+            let anchors = LevelAnchors { stride, sizes: &[[side, side]], variances: [1.0; 2], reach: None };
             decode_level([&maps[0], &maps[1]], &anchors, window, threshold, sink);
         }
     }

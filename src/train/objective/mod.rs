@@ -4,6 +4,7 @@
 mod head;
 mod pictures;
 mod pyramid_anchors;
+pub mod second_look;
 mod two_step;
 
 use super::data::Annotated;
@@ -24,6 +25,7 @@ use crate::shape::{Shape, Tensor};
 use head::{GroupChannels, Head, Place};
 use pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted};
 pub use pyramid_anchors::PyramidAnchors;
+pub use second_look::SecondLook;
 pub use two_step::TwoStep;
 
 /// The anchors of a level, on every cell of its maps.
@@ -99,7 +101,7 @@ pub struct Objective {
 /// Losses of a batch, and how many anchors they come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Losses {
-    /// Classification; in a training with that of pyramid anchors.
+    /// Classification; in a training with that of pyramid anchors and of a second look.
     pub class: f64,
     /// Boxes, before their weight; likewise.
     pub boxes: f64,
