@@ -109,17 +109,43 @@ fn cases(base: farface_session_options) -> Vec<(&'static str, farface_session_op
     ]
 }
 
+/// Likewise for a detector of two stages.
+fn two_stage_cases(
+    base: farface_session_options,
+) -> Vec<(&'static str, farface_session_options, usize, usize)> {
+    let base = farface_session_options { max_faces: 1000, ..base };
+    let octaves = farface_session_options {
+        pyramid: FARFACE_PYRAMID_OCTAVES,
+        pyramid_min: -1.0,
+        pyramid_max: 1.0,
+        pyramid_step: 1.0,
+        ..base
+    };
+    vec![
+        ("two stages", base, 320, 240),
+        ("two stages, pyramid, two threads", farface_session_options { threads: 2, ..octaves }, 131, 90),
+    ]
+}
+
 fn main() {
-    sessions_take_what_they_say_and_detection_takes_nothing();
+    let one = capi::model(3);
+    sessions_take_what_they_say_and_detection_takes_nothing(&one, cases);
+    let folder = tempfile::tempdir().unwrap();
+    let two = common::model::saved(folder.path(), &common::model::two_stages(3), 3);
+    let two = capi::load(&two).unwrap_or_else(|status| panic!("{status:?}: {}", capi::message()));
+    sessions_take_what_they_say_and_detection_takes_nothing(&two, two_stage_cases);
+    drop((one, two, folder));
     every_detector_detects_without_the_allocator();
     everything_is_given_back();
     #[cfg(target_os = "linux")]
     threads_sleep_between_calls();
 }
 
-fn sessions_take_what_they_say_and_detection_takes_nothing() {
-    let model = capi::model(3);
-    let mut base = capi::options(&model);
+/// Settings by name, for pictures of a size, made from a model's own.
+type Cases = fn(farface_session_options) -> Vec<(&'static str, farface_session_options, usize, usize)>;
+
+fn sessions_take_what_they_say_and_detection_takes_nothing(model: &capi::Model, cases: Cases) {
+    let mut base = capi::options(model);
     base.score_threshold = 0.3;
     base.memory_cap = 256 << 20;
     let mut worst: f64 = 0.0;
@@ -134,7 +160,7 @@ fn sessions_take_what_they_say_and_detection_takes_nothing() {
 
         let before = HELD.load(SeqCst);
         PEAK.store(before, SeqCst);
-        let session = capi::session(&model, &options);
+        let session = capi::session(model, &options);
         let mut stated = 0;
         // SAFETY: live handles and places here and below.
         unsafe {

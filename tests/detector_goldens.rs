@@ -8,11 +8,13 @@ mod narrow;
 
 use farface::cpu::{isa, View};
 use farface::detect::config::DetectorConfig;
+use farface::detect::config::InputConfig;
 use farface::detect::detector::{Map, Window};
-use farface::detect::{Model, ModelConfig};
+use farface::detect::{Model, ModelConfig, Options, Session};
 use farface::graph::{run_reference, Graph, Weights};
+use farface::pixels::{ImageView, PixelFormat};
 use farface::shape::{Shape, Tensor};
-use goldens::{compiled_outputs, drawn, goldens, hold, hold_outputs, SEED};
+use goldens::{compiled_outputs, drawn, golden, goldens, hold, hold_outputs, SEED};
 use narrow::{narrow, FIRST};
 
 /// Scores that faces pass.
@@ -37,6 +39,7 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         ("fpn-p3-r18", [54, 70]),
         ("fpn-p4-r18", [54, 70]),
         ("fpn-finest-dc-r50", [48, 64]),
+        ("fpn-finest-rcnn-r18", [54, 70]),
         ("hambox-baseline-r18", [101, 131]),
         ("hambox-fpn-r18", [101, 131]),
         ("hambox-r50", [128, 160]),
@@ -53,9 +56,19 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         ("farface-crowd-r50", [128, 160]),
     ] {
         let config = narrow(name);
-        let (graph, weights, picture) = drawn_case(name, &config, size);
+        let (graph, mut weights, picture) = drawn_case(name, &config, size);
+        let second = config.detector.detector().second_stage();
+        if let Some(second) = &second {
+            weights.tensors.extend(Weights::random(&second.graph, SEED).tensors);
+        }
         hold_outputs(&all, &format!("{name}/"), &graph, &weights, &picture);
-        hold_faces(&all, name, &config, &run_reference(&graph, &weights, &[picture]).unwrap());
+        let pictures = std::slice::from_ref(&picture);
+        hold_faces(&all, name, &config, &run_reference(&graph, &weights, pictures).unwrap());
+        if let Some(second) = &second {
+            let rois = golden(&all, &format!("{name}/rois"));
+            hold_outputs(&all, &format!("{name}/"), &second.graph, &weights, &rois);
+            hold_refined(&all, name, &config, weights.clone(), &picture);
+        }
         // The configuration survives the file.
         let mut file = weights;
         file.metadata.insert("farface".into(), config.to_json().unwrap());
@@ -129,6 +142,45 @@ fn hold_faces(all: &Weights, name: &str, config: &ModelConfig, outputs: &[Tensor
     }
 }
 
+/// Holds what a session of both stages finds to PyTorch's: proposals, their features, scores and boxes.
+fn hold_refined(all: &Weights, name: &str, config: &ModelConfig, mut weights: Weights, picture: &Tensor) {
+    let map = |t: &str| &all.tensors.get(&format!("{name}/{t}")).unwrap_or_else(|| panic!("{name}/{t}")).data;
+    let config = ModelConfig {
+        // The picture's values as pixels, which lie between 0 and 255.
+        input: InputConfig { order: "rgb".into(), mean: [128.0; 3], scale: [0.1; 3] },
+        ..config.clone()
+    };
+    weights.metadata.insert("farface".into(), config.to_json().unwrap());
+    for (part, scale) in [("head.box.", map("scale")[0]), ("second.box.", map("second_scale")[0])] {
+        let tensors = weights.tensors.iter_mut().filter(|(name, _)| name.starts_with(part));
+        tensors.flat_map(|(_, t)| &mut t.data).for_each(|v| *v *= scale);
+    }
+    let model = Model::from_weights(&weights).unwrap();
+    let s = picture.shape;
+    let planes: Vec<f32> = (0..3)
+        .flat_map(|c| (0..s.h * s.w).map(move |i| (c, i)))
+        .map(|(c, i)| 128.0 + 10.0 * picture.data[i * 3 + c])
+        .collect();
+    let bytes: Vec<u8> = planes.iter().flat_map(|v| v.to_ne_bytes()).collect();
+    let image = ImageView::packed(s.w, s.h, PixelFormat::RgbPlanarF32, &bytes).unwrap();
+    let options =
+        Options { score_threshold: THRESHOLD, nms_iou: 1.0, threads: 2, ..Options::for_model(&config) };
+    let mut session = Session::with_options(&model, options).unwrap();
+    let faces = session.detect(&image).unwrap();
+    let [count, proposals] = map("refined_count")[..] else { panic!("{name}: two counts") };
+    assert!(count > 30.0 && proposals > count + 20.0, "{name}: {count} faces of {proposals} proposals");
+    assert_eq!(faces.len() as f32, count, "{name}: faces");
+    for expected in map("refined").chunks_exact(5) {
+        let size = expected[..4].iter().fold(1.0f32, |m, v| m.max(v.abs()));
+        let near = |f: &&farface::detect::Face| {
+            let b = f.bbox;
+            let got = [b.x1, b.y1, b.x2, b.y2, f.score];
+            got.iter().zip(expected).all(|(g, e)| (g - e).abs() < 1e-4 * size)
+        };
+        assert!(faces.iter().any(|f| near(&f)), "{name}: {expected:?} of PyTorch is not found");
+    }
+}
+
 #[test]
 fn names_of_no_detector_are_none() {
     for name in [
@@ -137,6 +189,9 @@ fn names_of_no_detector_are_none() {
         "fpn-r19",
         "fpn-dc-r18",
         "fpn-finest-stride-dc-r50",
+        "rpn-rcnn-r18",
+        "fpn-p3-rcnn-r18",
+        "fpn-finest-rcnn-dc-r18",
         "-r50",
         "fpn-p5-r50",
         "refineface",

@@ -10,6 +10,11 @@ fn model() -> Model {
     Model::from_weights(&common::model::weights(7)).unwrap()
 }
 
+/// Likewise one that looks twice.
+fn two_stages() -> Model {
+    Model::from_weights(&common::model::two_stages(7)).unwrap()
+}
+
 /// Everything the network says: no suppression, no threshold, room for all.
 fn all(model: &Model) -> Options {
     Options {
@@ -41,11 +46,26 @@ fn detect(model: &Model, options: Options, image: &ImageView<'_>) -> Vec<Face> {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let model = model();
-    let pixels = picture(333, 257);
-    let one = detect(&model, all(&model), &rgb(&pixels, 333, 257));
-    for threads in [2, 3, 5] {
-        assert_eq!(one, detect(&model, Options { threads, ..all(&model) }, &rgb(&pixels, 333, 257)));
+    for model in [model(), two_stages()] {
+        let pixels = picture(333, 257);
+        let one = detect(&model, all(&model), &rgb(&pixels, 333, 257));
+        for threads in [2, 3, 5] {
+            assert_eq!(one, detect(&model, Options { threads, ..all(&model) }, &rgb(&pixels, 333, 257)));
+        }
+    }
+}
+
+/// A threshold drops what is below it and nothing else, though proposals need a first-stage score of their own.
+#[test]
+fn a_threshold_drops_faces_by_their_score_in_the_end() {
+    let model = two_stages();
+    let pixels = picture(160, 120);
+    let every = detect(&model, all(&model), &rgb(&pixels, 160, 120));
+    assert!(every.len() > 500, "{}", every.len());
+    for score_threshold in [0.3, 0.5, 0.62, 0.9] {
+        let options = Options { score_threshold, ..all(&model) };
+        let expected: Vec<Face> = every.iter().filter(|f| f.score > score_threshold).copied().collect();
+        assert_eq!(detect(&model, options, &rgb(&pixels, 160, 120)), expected, "{score_threshold}");
     }
 }
 

@@ -3,7 +3,7 @@
 mod common;
 
 use common::narrow;
-use farface::detect::{Face, Model, Options, Session};
+use farface::detect::{Face, Model, Options, Pyramid, Session};
 use farface::pixels::{ImageView, PixelFormat};
 use std::collections::HashMap;
 
@@ -98,6 +98,12 @@ fn tiles_of_hr_give_what_the_whole_picture_gives() {
     for name in ["hr-r18", "hr-vgg16"] {
         hold(name, &narrow::model(name, 3), 45);
     }
+}
+
+/// A proposal on a tile's last own cell looks as far into what other tiles own as it may reach.
+#[test]
+fn tiles_of_a_detector_of_two_stages_give_what_the_whole_picture_gives() {
+    hold("two stages", &Model::from_weights(&common::model::two_stages(7)).unwrap(), 45);
 }
 
 #[test]

@@ -113,6 +113,32 @@ fn a_resumed_training_ends_with_the_same_bits_on_any_number_of_threads_and_worke
     }
 }
 
+/// Boxes are chosen by the outputs, and some of them by chance.
+#[test]
+fn trainings_that_look_at_boxes_go_on_with_the_same_bits() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+    for name in ["refineface-r18-tiny.toml", "fpn-finest-rcnn-r18-tiny.toml"] {
+        let text = std::fs::read_to_string(folder.join(name)).unwrap();
+        let text = text
+            .replace("size = 10", "size = 3")
+            .replace("side = 160", "side = 96")
+            .replace("length = 200", "length = 6")
+            .replace("warm-up = { length = 20 }", "warm-up = { length = 2 }");
+        let dir = tempfile::tempdir().unwrap();
+        faces::draw(dir.path(), 5, 100, 1);
+        let mut whole = trainer(&text, dir.path(), 1);
+        let reports = steps(&mut whole, 6);
+        let expected = state(&mut whole, dir.path());
+        let path = dir.path().join("cut.checkpoint");
+        let mut first = trainer(&text, dir.path(), 3);
+        assert_eq!(steps(&mut first, 3), reports[..3], "{name}");
+        first.save(&path).unwrap();
+        let mut second = Trainer::from_checkpoint(&text, dir.path(), resources(2), &path).unwrap();
+        assert_eq!(steps(&mut second, 3), reports[3..], "{name}");
+        assert!(state(&mut second, dir.path()) == expected, "{name}");
+    }
+}
+
 #[test]
 fn another_seed_is_another_training() {
     let dir = tempfile::tempdir().unwrap();
@@ -447,8 +473,10 @@ fn learnt(text: &str, dir: &Path) -> f64 {
     println!("AP {:.4} after {:.1} s", score.all, started.elapsed().as_secs_f64());
     // The model has its detector's parameters and no others.
     let model = Weights::load(dir.join("best.safetensors")).unwrap();
-    let graph = ModelConfig::of(&model).unwrap().detector.detector().graph();
-    let expected: BTreeSet<&String> = graph.params.iter().map(|p| &p.name).collect();
+    let detector = ModelConfig::of(&model).unwrap().detector.detector();
+    let graphs = [Some(detector.graph()), detector.second_stage().map(|s| s.graph)];
+    let expected: BTreeSet<&String> =
+        graphs.iter().flatten().flat_map(|g| &g.params).map(|p| &p.name).collect();
     assert_eq!(model.tensors.keys().collect::<BTreeSet<_>>(), expected);
     score.all
 }
@@ -464,6 +492,15 @@ fn what_a_detector_has_no_use_for_is_refused_by_name() {
     let with = |table: &str| format!("{RECIPE}{table}\n");
     assert!(refused(with("[pyramid-anchors]")).starts_with("invalid argument: pyramid-anchors: farface-nano"));
     assert!(refused(with("[first-matching]\nkind = \"thresholds\"")).contains("first-matching: farface-nano"));
+    assert!(refused(with("[feature-supervision]")).contains("feature-supervision: farface-nano"));
+    assert!(refused(with("[feature-supervision]\nnms = 2.0")).contains("feature-supervision: nms"));
+    assert!(refused(with("[second-stage]")).contains("second-stage: farface-nano"));
+    assert!(refused(with("[second-stage]\nproposals = 0")).contains("second-stage: nms"));
+    let one_stage = RECIPE
+        .replace("farface-nano", "fpn-finest-r18")
+        .replace("regression-aware-focal", "softmax")
+        .replace("[mining]\noverlap = 0.5\n", "");
+    assert!(refused(format!("{one_stage}[second-stage]\n")).contains("detectors with -rcnn in their name"));
     for bad in ["count = 4", "count = 0", "weight = 0.0", "weight = 1.5"] {
         assert!(
             refused(with(&format!("[pyramid-anchors]\n{bad}"))).contains("count must be from 1 to 3"),

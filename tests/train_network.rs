@@ -5,7 +5,7 @@ use farface::cpu::dense::{bf16_supported, Element};
 use farface::graph::build::NodeKind;
 use farface::graph::init::Rng;
 use farface::graph::{exec, Builder, Graph, Weights};
-use farface::layers::{Activation, Conv2d, Interpolation, Layer, MaxPool};
+use farface::layers::{Activation, Conv2d, Interpolation, Layer, MaxPool, RoiAlign};
 use farface::shape::{Shape, Tensor};
 use farface::train::network::{Frozen, Network};
 
@@ -19,7 +19,7 @@ struct Step {
 fn plain_step(
     graph: &Graph,
     weights: &Weights,
-    input: &Tensor<f64>,
+    inputs: &[Tensor<f64>],
     d_outputs: &[Tensor<f64>],
     frozen: bool,
 ) -> Step {
@@ -30,10 +30,11 @@ fn plain_step(
         .collect();
     let mut values: Vec<Tensor<f64>> = Vec::new();
     let mut stats = Vec::new();
+    let mut fed = inputs.iter();
     for node in &graph.nodes {
         let mut kept = None;
         let value = match &node.kind {
-            NodeKind::Input { .. } => input.clone(),
+            NodeKind::Input { .. } => fed.next().unwrap().clone(),
             NodeKind::Layer(Layer::BatchNorm(l)) if !frozen => {
                 let [s, b, m, v] = [0, 1, 2, 3].map(|i| node.params[i].0);
                 let (scale, shift) = (params[s].clone(), params[b].clone());
@@ -143,13 +144,14 @@ fn check<T: Element>(seed: u64, threads: usize, frozen: bool, tolerance: f64) ->
     // Fewer images than parts of a batch, and more.
     let images = [1, 2, 3, 10][rng.below(4)];
     let shape = Shape::new(images, 3, 20 + rng.below(30), 20 + rng.below(30));
-    check_graph::<T>(graph, shape, rng, seed, threads, frozen, tolerance)
+    check_graph::<T>(graph, shape, &[], rng, seed, threads, frozen, tolerance)
 }
 
-/// One step of `graph` on random values of `shape` against the plain loops.
+/// One step of `graph` on random values of `shape`, and on `boxes` in its second phase, against the plain loops.
 fn check_graph<T: Element>(
     graph: Graph,
     shape: Shape,
+    boxes: &[Tensor],
     mut rng: Rng,
     seed: u64,
     threads: usize,
@@ -158,7 +160,8 @@ fn check_graph<T: Element>(
 ) -> Vec<Vec<f32>> {
     let weights = Weights::random(&graph, seed);
     let values: Vec<f32> = (0..shape.len()).map(|_| half::bf16::from_f32(rng.normal()).to_f32()).collect();
-    let shapes = graph.shapes(&[shape]).unwrap();
+    let all: Vec<Shape> = [shape].into_iter().chain(boxes.iter().map(|b| b.shape)).collect();
+    let shapes = graph.shapes(&all).unwrap();
     let d_outputs: Vec<Tensor> = graph
         .outputs
         .iter()
@@ -168,8 +171,10 @@ fn check_graph<T: Element>(
         })
         .collect();
     let wide = |t: &Tensor| Tensor::from_vec(t.shape, t.data.iter().map(|&v| v.into()).collect());
-    let input = Tensor::from_vec(shape, values.iter().map(|&v| f64::from(v)).collect());
-    let plain = plain_step(&graph, &weights, &input, &d_outputs.iter().map(wide).collect::<Vec<_>>(), frozen);
+    let mut inputs = vec![Tensor::from_vec(shape, values.iter().map(|&v| f64::from(v)).collect())];
+    inputs.extend(boxes.iter().map(wide));
+    let plain =
+        plain_step(&graph, &weights, &inputs, &d_outputs.iter().map(wide).collect::<Vec<_>>(), frozen);
 
     let still = Frozen { statistics: if frozen { vec![String::new()] } else { vec![] }, ..Frozen::default() };
     let mut net = Network::<T>::new(graph.clone(), &weights, &still, threads).unwrap();
@@ -178,6 +183,10 @@ fn check_graph<T: Element>(
         z.iter_mut().zip(&values[n * image..]).for_each(|(z, &v)| *z = T::of(v));
     })
     .unwrap();
+    if !boxes.is_empty() {
+        assert!(net.backward(&d_outputs).is_err(), "the second phase comes first");
+        net.forward_boxes(boxes.to_vec()).unwrap();
+    }
     for (i, want) in plain.outputs.iter().enumerate() {
         let e = worst(&net.output(i).data, &want.data);
         assert!(e < tolerance, "seed {seed}, {}: output {i} off by {e}", T::NAME);
@@ -238,8 +247,100 @@ fn strided_depthwise_convolutions_leave_what_they_skip_without_gradient() {
         let y = b.conv("depthwise", y, conv);
         b.output("y", y);
         let shape = Shape::new(2, 3, side, side + 1);
-        check_graph::<f32>(b.finish(), shape, Rng::new(i as u64), i as u64, 2, false, 2e-5);
+        check_graph::<f32>(b.finish(), shape, &[], Rng::new(i as u64), i as u64, 2, false, 2e-5);
     }
+}
+
+/// Two levels that a second phase looks at: through a normalisation and a rectifier, and as they are; a fully connected layer on
+/// the bins, and one behind a normalisation; convolutions that both levels share.
+fn two_phases(rng: &mut Rng) -> Graph {
+    let [c1, c2, wide] = [1 + rng.below(20), 1 + rng.below(24), 1 + rng.below(30)];
+    let mut b = Builder::new();
+    let x = b.input("image", 3);
+    let fine = b.conv("fine", x, Conv2d::new(3, c1, 3).stride(2));
+    let fine = b.batchnorm("fine_bn", fine, c1);
+    let fine = b.relu(fine);
+    let coarse = b.conv("coarse", fine, Conv2d::new(c1, c2, 3).stride(2).bias());
+    let class = b.conv("class", coarse, Conv2d::new(c2, 2, 1).bias());
+    b.output("class", class);
+    let align = |output, scale| RoiAlign { output, spatial_scale: scale, sampling_ratio: 2, aligned: true };
+    let boxes = b.input("boxes", 5);
+    let rois = b.roi_align(fine, boxes, align([3, 4], 0.5));
+    let y = b.conv("connected", rois, Conv2d::rect(c1, wide, 3, 4).padding([0; 4]).bias());
+    let y = b.relu(y);
+    let again = b.conv("again", y, Conv2d::new(wide, 3, 1).bias());
+    b.output("again", again);
+    let y = b.conv("inner", rois, Conv2d::new(c1, 5, 3));
+    let y = b.batchnorm("inner_bn", y, 5);
+    let y = b.conv("normal", y, Conv2d::rect(5, 2, 3, 4).padding([0; 4]));
+    b.output("normal", y);
+    let others = b.input("others", 5);
+    let rois = b.roi_align(coarse, others, align([5, 5], 0.25));
+    let y = b.conv("shared", rois, Conv2d::new(c2, c2, 3).bias());
+    let y = b.conv("shared", y, Conv2d::new(c2, c2, 3).bias());
+    let y = b.global_avg_pool(y);
+    b.output("mean", y);
+    b.finish()
+}
+
+/// Boxes on `images` pictures of 40 pixels: inside, across the border, beyond it, of no size; pictures without any.
+fn boxes(images: usize, count: usize, rng: &mut Rng) -> Tensor {
+    let mut data = Vec::new();
+    for i in 0..count {
+        let [x, y, w, h] = [-12.0, -12.0, 0.0, 0.0].map(|least| rng.range(least, 36.0));
+        let x = if i % 7 == 6 { 60.0 } else { x };
+        data.extend([
+            rng.below(images.div_ceil(2)) as f32,
+            x,
+            y,
+            x + w,
+            y + if i % 5 == 4 { 0.0 } else { h },
+        ]);
+    }
+    Tensor { shape: Shape::new(count, 5, 1, 1), data }
+}
+
+fn check_two_phases<T: Element>(seed: u64, threads: usize, tolerance: f64) -> Vec<Vec<f32>> {
+    let mut rng = Rng::new(seed);
+    let graph = two_phases(&mut rng);
+    let images = 1 + rng.below(9);
+    // Fewer than parts of a batch, and more.
+    let boxes = [2 + rng.below(40), 1].map(|count| boxes(images, count, &mut rng));
+    let shape = Shape::new(images, 3, 40, 36);
+    check_graph::<T>(graph, shape, &boxes, rng, seed, threads, false, tolerance)
+}
+
+#[test]
+fn a_second_phase_looks_at_boxes_and_its_gradients_reach_the_first() {
+    for seed in 0..8 {
+        let grads = check_two_phases::<f32>(seed, 1 + seed as usize % 3, 2e-5);
+        if seed == 3 {
+            for threads in [2, 3, 7] {
+                assert_eq!(check_two_phases::<f32>(seed, threads, 2e-5), grads, "{threads} threads");
+            }
+        }
+        if bf16_supported() {
+            check_two_phases::<half::bf16>(seed, 2, 0.03);
+        }
+    }
+}
+
+#[test]
+fn boxes_that_name_no_picture_or_are_no_numbers_are_refused() {
+    let mut rng = Rng::new(1);
+    let graph = two_phases(&mut rng);
+    let weights = Weights::random(&graph, 1);
+    let mut net = Network::<f32>::new(graph, &weights, &Frozen::default(), 1).unwrap();
+    net.forward(&[Shape::new(2, 3, 40, 36)], &|_, _, z| z.fill(0.5)).unwrap();
+    let good = boxes(2, 3, &mut rng);
+    for (at, value) in [(5, 2.0), (0, 0.5), (5, -1.0), (7, f32::NAN), (13, f32::INFINITY)] {
+        let mut bad = good.clone();
+        bad.data[at] = value;
+        let error = net.forward_boxes(vec![good.clone(), bad]).unwrap_err().to_string();
+        assert!(error.contains("roi_align box"), "{error}");
+    }
+    assert!(net.forward_boxes(vec![good.clone()]).is_err(), "one input of two");
+    assert!(net.forward_boxes(vec![good.clone(), good]).is_ok());
 }
 
 #[test]

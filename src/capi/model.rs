@@ -184,7 +184,7 @@ pub unsafe extern "C" fn farface_model_parameter_count(
     guard(|| {
         // SAFETY: the caller's promise about both pointers.
         let (model, count) = unsafe { (input(model, "model")?, Out::new(count, "count")?) };
-        count.set(model.model.graph().param_count() as u64);
+        count.set(model.model.param_count() as u64);
         Ok(())
     })
 }

@@ -151,8 +151,14 @@ impl ConvOp {
         let lanes = self.kernels.lanes;
         let all = panels(co, lanes);
         let depth = self.group_weights / (self.group_bias.max(1));
+        // Images of one pixel each, as a fully connected layer has them, are the pixels of one row: then the kernel takes
+        // several of them at a time through the weights.
+        let one = (output.shape.h, output.shape.w) == (1, 1)
+            && add.is_none_or(|a| (a.shape.h, a.shape.w) == (1, 1));
+        let (images, width) = if one { (1, output.shape.n) } else { (output.shape.n, output.shape.w) };
+        let pixel = |v: &View| if one { v.image } else { v.pixel };
         let height = output.shape.h;
-        let rows = output.shape.n * height;
+        let rows = images * height;
         // Few rows and many channels: share the panels instead of the rows.
         let by_panel = rows < 2 * team.threads && all >= team.threads;
         let (rows, mine) = if by_panel { (0..rows, team.share(all)) } else { (team.share(rows), 0..all) };
@@ -166,21 +172,21 @@ impl ConvOp {
                     let args = ConvArgs {
                         input: base.add(self.window.first(input) + n * input.image + g * ci),
                         in_row: self.window.stride[0] * input.row,
-                        in_pixel: self.window.stride[1] * input.pixel,
+                        in_pixel: if one { input.image } else { self.window.stride[1] * input.pixel },
                         taps: &tables.taps,
                         run: tables.run,
                         weights: self.weights.floats().as_ptr().add(g * self.group_weights),
                         bias: self.bias.floats().as_ptr().add(g * self.group_bias),
                         output: base.add(output.at(n, 0, 0) + g * co),
                         out_row: output.row,
-                        out_pixel: output.pixel,
-                        width: output.shape.w,
+                        out_pixel: pixel(output),
+                        width,
                         channels: co,
                         slope: self.slope,
                         residual: if add.is_some() { self.residual } else { Residual::None },
                         add: first_add,
                         add_row: add.map_or(0, |v| v.row),
-                        add_pixel: add.map_or(0, |v| v.pixel),
+                        add_pixel: add.map_or(0, pixel),
                         add_rows: &tables.add_rows,
                         add_columns: &tables.add_columns,
                     };

@@ -292,51 +292,80 @@ pub(crate) struct RoiAlignOp {
 /// Samples a bin may take along one axis: boxes are data, and data must not make the work unbounded.
 const MAX_SAMPLES: usize = 256;
 
+/// The bins of one box, in cells of the map.
+pub(crate) struct Bins {
+    /// Top left corner: y, x.
+    start: [f32; 2],
+    /// Height and width of a bin.
+    bin: [f32; 2],
+    samples: [usize; 2],
+}
+
 impl RoiAlignOp {
+    /// The bins of the box with these corners, pixels.
+    pub fn bins(&self, corners: [f32; 4]) -> Bins {
+        let offset = if self.aligned { 0.5 } else { 0.0 };
+        let [x1, y1, x2, y2] = corners.map(|v| v * self.spatial_scale - offset);
+        // Without `aligned`, a box is at least one cell wide and high; with it, a box may be inside out.
+        let size = [y2 - y1, x2 - x1].map(|v| if self.aligned { v } else { v.max(1.0) });
+        let bin: [f32; 2] = std::array::from_fn(|a| size[a] / self.output[a] as f32);
+        let samples = bin.map(|bin| match self.sampling_ratio {
+            0 => (bin.ceil() as usize).min(MAX_SAMPLES),
+            ratio => ratio,
+        });
+        Bins { start: [y1, x1], bin, samples }
+    }
+
     /// Computes this thread's share of the boxes. A box naming an image that is not there gives zeros.
     ///
     /// # Safety
     /// As [`PoolOp::run`]; `boxes` is R x 5 x 1 x 1.
     pub unsafe fn run(&self, base: *mut f32, input: &View, boxes: &View, output: &View, team: &Team) {
-        let offset = if self.aligned { 0.5 } else { 0.0 };
         let c = input.shape.c;
         for r in team.share(boxes.shape.n) {
             // SAFETY: the caller's contract; one box.
             let b = unsafe { std::slice::from_raw_parts(base.add(boxes.at(r, 0, 0)), 5) };
             let n = b[0] as usize;
-            let [x1, y1, x2, y2] = [b[1], b[2], b[3], b[4]].map(|v| v * self.spatial_scale - offset);
-            // Without `aligned`, a box is at least one cell wide and high; with it, a box may be inside out.
-            let size = [y2 - y1, x2 - x1].map(|v| if self.aligned { v } else { v.max(1.0) });
-            let bin: [f32; 2] = std::array::from_fn(|a| size[a] / self.output[a] as f32);
-            let samples: [usize; 2] = std::array::from_fn(|a| match self.sampling_ratio {
-                0 => (bin[a].ceil() as usize).min(MAX_SAMPLES),
-                ratio => ratio,
-            });
-            let count = (samples[0] * samples[1]).max(1) as f32;
+            let bins = self.bins([b[1], b[2], b[3], b[4]]);
             for py in 0..self.output[0] {
                 for px in 0..self.output[1] {
                     // SAFETY: the caller's contract; one output pixel.
                     let out = unsafe { std::slice::from_raw_parts_mut(base.add(output.at(r, py, px)), c) };
-                    out.fill(0.0);
                     if !(b[0] >= 0.0 && n < input.shape.n) {
+                        out.fill(0.0);
                         continue;
                     }
-                    for iy in 0..samples[0] {
-                        let y = y1 + (py as f32 + (iy as f32 + 0.5) / samples[0] as f32) * bin[0];
-                        for ix in 0..samples[1] {
-                            let x = x1 + (px as f32 + (ix as f32 + 0.5) / samples[1] as f32) * bin[1];
-                            for (yi, xi, weight) in corners(y, x, input.shape.h, input.shape.w) {
-                                // SAFETY: corners are clamped to the map.
-                                let pixel =
-                                    unsafe { std::slice::from_raw_parts(base.add(input.at(n, yi, xi)), c) };
-                                out.iter_mut().zip(pixel).for_each(|(o, v)| *o += weight * v);
-                            }
-                        }
-                    }
-                    out.iter_mut().for_each(|v| *v /= count);
+                    // SAFETY: the cells of a mean lie on the map.
+                    let pixel = |y, x| unsafe { std::slice::from_raw_parts(base.add(input.at(n, y, x)), c) };
+                    bins.mean([py, px], [input.shape.h, input.shape.w], pixel, out);
                 }
             }
         }
+    }
+}
+
+impl Bins {
+    /// Mean over the samples of bin (`py`, `px`) on a map of `h` x `w` cells, whose channels `pixel(y, x)` shows.
+    pub fn mean<'a>(
+        &self,
+        [py, px]: [usize; 2],
+        [h, w]: [usize; 2],
+        pixel: impl Fn(usize, usize) -> &'a [f32],
+        out: &mut [f32],
+    ) {
+        let Self { start: [y1, x1], bin, samples } = self;
+        let count = (samples[0] * samples[1]).max(1) as f32;
+        out.fill(0.0);
+        for iy in 0..samples[0] {
+            let y = y1 + (py as f32 + (iy as f32 + 0.5) / samples[0] as f32) * bin[0];
+            for ix in 0..samples[1] {
+                let x = x1 + (px as f32 + (ix as f32 + 0.5) / samples[1] as f32) * bin[1];
+                for (yi, xi, weight) in corners(y, x, h, w) {
+                    out.iter_mut().zip(pixel(yi, xi)).for_each(|(o, v)| *o += weight * v);
+                }
+            }
+        }
+        out.iter_mut().for_each(|v| *v /= count);
     }
 }
 

@@ -26,6 +26,11 @@ impl Anchor {
         Self { center: [at(x), at(y)], size }
     }
 
+    /// The anchor that a box is.
+    pub fn of(b: &BBox) -> Self {
+        Self { center: [(b.x1 + b.x2) / 2.0, (b.y1 + b.y2) / 2.0], size: [b.width(), b.height()] }
+    }
+
     /// The box that offsets `t` = tx, ty, tw, th mean on this anchor:
     /// centre + t * variance * size; size * exp(t * variance) (SSD's code; variances 1 give
     /// tx = (xc - xa) / wa, tw = ln(w / wa)).
@@ -44,8 +49,7 @@ impl Anchor {
 
     /// The anchor on the box that offsets `t` mean, as [`decode`](Self::decode): where a first step moves it for a second.
     pub fn moved(&self, t: &[f32], variances: [f32; 2]) -> Self {
-        let b = self.decode(t, variances);
-        Self { center: [(b.x1 + b.x2) / 2.0, (b.y1 + b.y2) / 2.0], size: [b.width(), b.height()] }
+        Self::of(&self.decode(t, variances))
     }
 
     /// The point that offsets `t` = tx, ty mean: centre + t * variance * size.
@@ -74,6 +78,8 @@ pub(super) struct LevelAnchors<'a> {
     pub sizes: &'a [[f32; 2]],
     /// Of centre and size in the box code.
     pub variances: [f32; 2],
+    /// How far from its cell's centre a box may reach, along an axis; it is cut there. None: anywhere.
+    pub reach: Option<f32>,
 }
 
 /// Gives `sink` what a level with maps of its own for classes and boxes finds in its owned cells, in their order. Of classes
@@ -86,7 +92,7 @@ pub(super) fn decode_level(
     sink: &mut dyn FnMut(Face),
 ) {
     let least = logit(threshold);
-    let &LevelAnchors { stride, sizes, variances } = anchors;
+    let &LevelAnchors { stride, sizes, variances, reach } = anchors;
     for y in owned_cells(&window.owned_y, stride, class.height()) {
         for x in owned_cells(&window.owned_x, stride, class.width()) {
             let cell = class.pixel(y, x);
@@ -100,8 +106,11 @@ pub(super) fn decode_level(
                 if !face {
                     continue;
                 }
-                let bbox =
-                    Anchor::on_cell(y, x, stride, sizes[a]).decode(&boxes.pixel(y, x)[4 * a..], variances);
+                let anchor = Anchor::on_cell(y, x, stride, sizes[a]);
+                let mut bbox = anchor.decode(&boxes.pixel(y, x)[4 * a..], variances);
+                if let Some(reach) = reach {
+                    bbox = bbox.within(&Anchor { size: [2.0 * reach; 2], ..anchor }.bbox());
+                }
                 sink(Face { bbox, score: sigmoid(logit), ..Face::default() });
             }
         }

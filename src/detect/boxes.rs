@@ -39,6 +39,16 @@ impl BBox {
         self.width().max(0.0) * self.height().max(0.0)
     }
 
+    /// The part in `other`; inverted where there is none.
+    pub fn within(&self, other: &Self) -> Self {
+        Self {
+            x1: self.x1.max(other.x1),
+            y1: self.y1.max(other.y1),
+            x2: self.x2.min(other.x2),
+            y2: self.y2.min(other.y2),
+        }
+    }
+
     /// Area that two boxes share.
     fn intersection(&self, other: &Self) -> f32 {
         let w = (self.x2.min(other.x2) - self.x1.max(other.x1)).max(0.0);

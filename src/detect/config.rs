@@ -160,7 +160,7 @@ pub enum DetectorConfig {
     Retinaface(RetinaFaceConfig),
     /// Our own pyramid, `farface-nano` and `farface-small`.
     Pyramid(PyramidConfig),
-    /// Group Sampling (Ming et al. 2019): the proposal network's head on a pyramid of a ResNet.
+    /// Group Sampling (Ming et al. 2019): the proposal network's head on a pyramid of a ResNet, maybe with a second stage.
     GroupSampling(GroupSamplingConfig),
     /// HAMBox (Liu et al. 2020): RetinaNet's heads, one anchor a cell.
     Hambox(HamBoxConfig),
@@ -357,8 +357,8 @@ impl ModelConfig {
 
     /// What [`ModelConfig::named`] knows, to be read by people.
     pub const NAMES: &'static str = "farface-nano, farface-small, retinaface-mobile025, retinaface-r50, or one of Group Sampling's: rpn, fpn, \
-         fpn-finest, fpn-finest-stride, fpn-p3 or fpn-p4, then -dc for the dilated head or nothing, then -r18, -r34, -r50, -r101 or \
-         -r152 (fpn-finest-dc-r50); or hambox, then nothing, -baseline or some of -sms -dh -ssh in this order, then -fpn or nothing, \
+         fpn-finest, fpn-finest-stride, fpn-p3 or fpn-p4, then -dc for the dilated head or nothing, then -rcnn for a second stage \
+         (on fpn, fpn-finest and fpn-finest-stride) or nothing, then -r18, -r34, -r50, -r101 or -r152 (fpn-finest-dc-r50); or hambox, then nothing, -baseline or some of -sms -dh -ssh in this order, then -fpn or nothing, \
          then the backbone as before (hambox-r50); or refineface, then nothing, -baseline or some of -str -stc -rfe in this order, then \
          the backbone (refineface-r50), or farface-crowd and the backbone; or hr, then -full or nothing, then some of -res2 -res3 -res4 -res5 in this order or nothing \
          (res3 and res4), then the backbone or -vgg16 (hr-r101)";

@@ -1,6 +1,7 @@
 //! What every detector gives the session: a network, and the way from its outputs to candidates.
 
 use super::face::Face;
+use super::second_stage::SecondStage;
 use crate::cpu::View;
 use crate::graph::Graph;
 use crate::pixels::{Size, Tile};
@@ -96,7 +97,7 @@ pub(super) fn face_probability(logits: &[f32]) -> f32 {
     sigmoid(logits[1] - logits[0])
 }
 
-/// A single-stage detector.
+/// A detector: a network and what its outputs mean, and maybe a second stage that looks at these boxes again.
 pub trait Detector: Send + Sync {
     /// The network.
     fn graph(&self) -> Graph;
@@ -104,4 +105,10 @@ pub trait Detector: Send + Sync {
     /// Gives `sink` every candidate with a score above `threshold` whose cell is owned, in network
     /// pixels of the window, in a fixed order. `maps` are the graph's outputs in order.
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face));
+
+    /// The second stage, where there is one: then the last output of [`graph`](Self::graph) is the map that it looks at, and what
+    /// [`decode`](Self::decode) finds are proposals.
+    fn second_stage(&self) -> Option<SecondStage> {
+        None
+    }
 }

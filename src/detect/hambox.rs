@@ -84,7 +84,7 @@ impl HamBoxConfig {
     /// Starts new predictions as RetinaNet does (Lin et al. 2017, section 4.1): weights with a deviation of 0.01, logits that
     /// say `probability`. The convolutions before them keep He's deviation. `is_new` tells by name which tensors do not come from a start.
     #[cfg(feature = "train")]
-    pub fn set_prior(
+    pub fn start_new(
         &self,
         weights: &mut crate::graph::Weights,
         probability: f32,
@@ -133,7 +133,7 @@ impl Detector for HamBoxConfig {
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
         for (maps, (stride, side)) in maps.chunks_exact(2).zip(self.levels()) {
-            let anchors = LevelAnchors { stride, sizes: &[[side, side]], variances: [1.0; 2] };
+            let anchors = LevelAnchors { stride, sizes: &[[side, side]], variances: [1.0; 2], reach: None };
             decode_level([&maps[0], &maps[1]], &anchors, window, threshold, sink);
         }
     }

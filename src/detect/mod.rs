@@ -32,6 +32,7 @@ mod passes;
 pub mod pyramid;
 pub mod refineface;
 pub mod retinaface;
+pub mod second_stage;
 pub mod session;
 
 pub use boxes::{BBox, Detection};

@@ -2,6 +2,7 @@
 
 use super::config::ModelConfig;
 use super::detector::Detector;
+use super::second_stage::CompiledSecondStage;
 use crate::cpu::isa;
 use crate::error::{Error, Result};
 
@@ -21,6 +22,7 @@ struct Inner {
     network: Compiled,
     normalization: Normalization,
     reach: Reach,
+    second: Option<CompiledSecondStage>,
 }
 
 /// The model file within the library, where it was built with one.
@@ -64,8 +66,13 @@ impl Model {
         let graph = detector.graph();
         let network = Compiled::new(&graph, weights, isa::detected())?;
         let normalization = config.input.normalization()?;
-        let reach = graph.receptive_field();
-        Ok(Self(Arc::new(Inner { config, detector, graph, network, normalization, reach })))
+        let mut reach = graph.receptive_field();
+        let second =
+            detector.second_stage().map(|stage| CompiledSecondStage::new(stage, weights)).transpose()?;
+        if let Some(second) = &second {
+            reach.pixels = reach.pixels.map(|pixels| pixels.saturating_add(second.stage().reach));
+        }
+        Ok(Self(Arc::new(Inner { config, detector, graph, network, normalization, reach, second })))
     }
 
     /// What the file says about the model.
@@ -73,9 +80,23 @@ impl Model {
         &self.0.config
     }
 
-    /// The network as built, before folding and fusing.
+    /// The network as built, before folding and fusing; of two stages the first.
     pub fn graph(&self) -> &Graph {
         &self.0.graph
+    }
+
+    /// The network of the second stage, which looks at boxes, where there is one.
+    pub fn second_graph(&self) -> Option<&Graph> {
+        self.0.second.as_ref().map(|second| &second.stage().graph)
+    }
+
+    /// Trained values, of both stages.
+    pub fn param_count(&self) -> usize {
+        self.graph().param_count() + self.second_graph().map_or(0, Graph::param_count)
+    }
+
+    pub(super) fn second_stage(&self) -> Option<&CompiledSecondStage> {
+        self.0.second.as_ref()
     }
 
     /// The compiled network.
@@ -96,7 +117,7 @@ impl Model {
         self.0.graph.interpolates()
     }
 
-    /// Receptive field and largest stride of the network.
+    /// Receptive field and largest stride of the network; a second stage sees as much more as its boxes reach.
     pub fn reach(&self) -> Reach {
         self.0.reach
     }

@@ -93,7 +93,7 @@ impl PyramidConfig {
     /// al. 2017, section 4.1), so that the many background anchors do not swamp the first steps. `is_new` tells by name
     /// which tensors do not come from a start.
     #[cfg(feature = "train")]
-    pub fn set_prior(
+    pub fn start_new(
         &self,
         weights: &mut crate::graph::Weights,
         probability: f32,

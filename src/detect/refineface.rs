@@ -7,7 +7,9 @@ use super::detector::{logit, sigmoid, Detector, Map, Window};
 use super::face::Face;
 use super::names::switches;
 use crate::error::{Error, Result};
-use crate::graph::{Builder, Graph};
+use crate::graph::{Builder, Graph, NodeId};
+#[cfg(feature = "train")]
+use crate::nets::refineface::feature_supervision;
 use crate::nets::refineface::{first_step, refineface, FirstStep, RefineFace, LEVELS};
 use crate::nets::resnet::ResNet;
 use serde::{Deserialize, Serialize};
@@ -118,14 +120,15 @@ impl RefineFaceConfig {
     /// a deviation of sqrt(2 / (f + g))), and logits that say `probability` (Lin et al. 2017, section 4.1). `is_new` tells by
     /// name which tensors do not come from a start.
     #[cfg(feature = "train")]
-    pub fn set_prior(
+    pub fn start_new(
         &self,
         weights: &mut crate::graph::Weights,
         probability: f32,
         is_new: impl Fn(&str) -> bool,
     ) {
         for (name, w) in &mut weights.tensors {
-            let own = ["first.", "fpn.", "class.", "box."].iter().any(|part| name.starts_with(part));
+            let own =
+                ["first.", "fpn.", "class.", "box.", "supervised."].iter().any(|part| name.starts_with(part));
             if !(own && is_new(name)) {
                 continue;
             }
@@ -133,22 +136,23 @@ impl RefineFaceConfig {
                 // They have He's deviation, sqrt(2 / f).
                 let xavier = (inputs as f32 / (inputs + outputs) as f32).sqrt();
                 w.data.iter_mut().for_each(|v| *v *= xavier);
-            } else if name == "class.predict.bias" {
+            } else if name == "class.predict.bias" || name == "supervised.predict.bias" {
                 w.data.fill(logit(probability));
             }
         }
     }
 
-    /// What the first step says of a level.
-    pub(crate) fn first_step(&self, level: usize) -> Option<FirstStep> {
-        first_step(level, self.two_step_classification, self.two_step_regression)
+    /// The network as it is trained with the feature supervision module: further inputs and outputs, behind those of
+    /// [`graph`](Detector::graph).
+    #[cfg(feature = "train")]
+    pub fn training_graph(&self) -> Graph {
+        let (mut b, pyramid) = self.network();
+        feature_supervision(&mut b, &pyramid, self.channels);
+        b.finish()
     }
-}
 
-impl Detector for RefineFaceConfig {
-    /// From level 2 of stride 4 to 7 of stride 128: of the first step `class{l}.1` (two-step classification) or `box{l}.1`
-    /// (two-step regression), then `class{l}`, a logit an anchor, and `box{l}`, four offsets.
-    fn graph(&self) -> Graph {
+    /// The network, and its pyramid's levels.
+    fn network(&self) -> (Builder, Vec<NodeId>) {
         let mut b = Builder::new();
         let image = b.input("image", 3);
         let &Self {
@@ -170,8 +174,21 @@ impl Detector for RefineFaceConfig {
             receptive_field,
             context,
         };
-        refineface(&mut b, image, &net);
-        b.finish()
+        let pyramid = refineface(&mut b, image, &net);
+        (b, pyramid)
+    }
+
+    /// What the first step says of a level.
+    pub(crate) fn first_step(&self, level: usize) -> Option<FirstStep> {
+        first_step(level, self.two_step_classification, self.two_step_regression)
+    }
+}
+
+impl Detector for RefineFaceConfig {
+    /// From level 2 of stride 4 to 7 of stride 128: of the first step `class{l}.1` (two-step classification) or `box{l}.1`
+    /// (two-step regression), then `class{l}`, a logit an anchor, and `box{l}`, four offsets.
+    fn graph(&self) -> Graph {
+        self.network().0.finish()
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {

@@ -81,7 +81,7 @@ impl RetinaFaceConfig {
     /// Starts the predictions of new weights with a deviation of 0.01, so that the first boxes are near their anchors. `is_new`
     /// tells by name which tensors do not come from a start.
     #[cfg(feature = "train")]
-    pub fn set_prior(&self, weights: &mut crate::graph::Weights, is_new: impl Fn(&str) -> bool) {
+    pub fn start_new(&self, weights: &mut crate::graph::Weights, is_new: impl Fn(&str) -> bool) {
         let he = (2.0 / self.channels as f32).sqrt();
         for (name, w) in &mut weights.tensors {
             let predicts = name.contains("Head.") && name.ends_with(".weight");

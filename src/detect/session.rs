@@ -12,6 +12,7 @@ use super::model::Model;
 use super::nms::{Convention, Nms, Rule};
 use super::options::Options;
 use super::passes::{input_shape, passes, Pass};
+use super::second_stage::Refiner;
 use super::Detection;
 use crate::cpu::{Arena, Pool};
 use crate::error::{Error, Result};
@@ -71,6 +72,8 @@ pub struct Session {
     prepared: Vec<Prepared>,
     candidates: Candidates,
     nms: Nms,
+    /// Of the second stage, where the model has one.
+    refiner: Option<Refiner>,
     faces: Vec<Face>,
     calls: u64,
     timings: Option<Timings>,
@@ -99,6 +102,7 @@ impl Session {
             prepared: Vec::new(),
             candidates: Candidates::default(),
             nms: Nms::default(),
+            refiner: model.second_stage().map(Refiner::new).transpose()?,
             faces: Vec::new(),
             calls: 0,
             timings: None,
@@ -165,6 +169,9 @@ impl Session {
         for pass in passes {
             let plan = plan_for(plans, pass.grid.get(0).window)?;
             plan.run(&mut self.arena, &mut self.pool);
+        }
+        if let Some(refiner) = &mut self.refiner {
+            refiner.warmup(&mut self.pool);
         }
         Ok(())
     }
@@ -238,7 +245,8 @@ impl Session {
                 let limits = (self.options.min_face_px, self.options.max_face_px);
                 let candidates = &mut self.candidates;
                 let maps = &maps[..outputs.len()];
-                detector.decode(maps, &window, self.options.score_threshold, &mut |face| {
+                let threshold = self.options.score_threshold;
+                let mut sink = |face: Face| {
                     if face.score >= candidates.floor() {
                         let face = face.placed(offset, to_upright);
                         let face = if *mirrored { face.mirrored(size.width as f32) } else { face };
@@ -246,8 +254,18 @@ impl Session {
                             candidates.push(face);
                         }
                     }
-                });
+                };
+                let (Some(second), Some(refiner)) = (self.model.second_stage(), &mut self.refiner) else {
+                    detector.decode(maps, &window, threshold, &mut sink);
+                    lap(&mut timings.decode);
+                    continue;
+                };
+                refiner.clear();
+                let proposed = second.proposal_threshold(threshold);
+                detector.decode(maps, &window, proposed, &mut |face| refiner.propose(face));
                 lap(&mut timings.decode);
+                refiner.refine(second, &maps[maps.len() - 1], &mut self.pool, threshold, &mut sink);
+                lap(&mut timings.network);
             }
         }
         let (sorted, rule) = (self.candidates.sorted(), rule(&self.model, &self.options));
@@ -367,6 +385,7 @@ impl Session {
             + self.pool.threads() * (rows + size_of::<Scratch>())
             + Candidates::bytes_for(self.options.max_candidates)
             + Nms::bytes_for(self.options.max_candidates, self.options.suppression)
+            + self.refiner.as_ref().map_or(0, Refiner::bytes)
             + self.face_capacity() * size_of::<Face>()
             + KEPT_SIZES * size_of::<Prepared>();
         held as u64

@@ -101,6 +101,14 @@ impl Node {
         }
     }
 
+    /// Channels of a network input; None for a layer.
+    pub fn channels(&self) -> Option<usize> {
+        match self.kind {
+            NodeKind::Input { channels } => Some(channels),
+            NodeKind::Layer(_) => None,
+        }
+    }
+
     /// Inputs whose values are read; the size reference of an upsampling or crop is not.
     pub fn value_inputs(&self) -> &[NodeId] {
         match self.layer() {

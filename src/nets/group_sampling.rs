@@ -11,12 +11,18 @@
 //! Figure 1 and section 3.2. The sums of the pyramid go straight into the head's 3x3 convolution: so the multiply-adds that
 //! the paper reports are met (81.33 billion of FPN-finest on ResNet-50 at 800x800, 88.92 of FPN), which further convolutions
 //! behind the sums would exceed by far.
+//!
+//! The second stage (Grouped Fast R-CNN, section 4.2) looks at boxes on P2:
+//!
+//! ```text
+//! RoIAlign, 7x7 bins -> fully connected, ReLU, twice -> class, box
+//! ```
 
 use super::conv_relu;
 use super::fpn::fpn_sums;
 use super::resnet::{resnet_to, ResNet};
 use crate::graph::{Builder, NodeId};
-use crate::layers::{Conv2d, Interpolation, MaxPool};
+use crate::layers::{Conv2d, Interpolation, MaxPool, RoiAlign};
 use serde::{Deserialize, Serialize};
 
 /// Where the anchors of the four scales stand.
@@ -53,8 +59,8 @@ pub struct GroupSampling {
 
 /// The network on `image` (3 channels). Outputs, for each [`Tiling`]'s map or branch `i` from fine to coarse: `class{i}`, two
 /// logits (background, face) for each of its anchors, and `box{i}`, four offsets for each. The backbone's parameters
-/// have torchvision's names, those of the others begin with `fpn.` and `head.`.
-pub fn group_sampling(b: &mut Builder, image: NodeId, net: &GroupSampling) {
+/// have torchvision's names, those of the others begin with `fpn.` and `head.`. Returns the finest map that a head is on.
+pub fn group_sampling(b: &mut Builder, image: NodeId, net: &GroupSampling) -> NodeId {
     let last = if net.tiling == Tiling::Rpn { 3 } else { 4 };
     let features = resnet_to(b, image, &net.backbone, last);
     let from = net.backbone.channels();
@@ -88,6 +94,27 @@ pub fn group_sampling(b: &mut Builder, image: NodeId, net: &GroupSampling) {
                 let conv = Conv2d::new(channels, net.channels, 3).dilation(d).padding([d; 4]);
                 b.scope(&format!("branch{i}"), |b| branch(b, maps[0], conv, 1, i));
             }
+        }
+    });
+    maps[0]
+}
+
+/// RoIAlign of the second stage, on P2: two samples a bin along each axis.
+pub const SECOND_STAGE_ALIGN: RoiAlign =
+    RoiAlign { output: [7; 2], spatial_scale: 0.25, sampling_ratio: 2, aligned: true };
+
+/// The second stage on the features `rois` of boxes, R x `channels` x 7 x 7, `width` wide. Outputs `second.class`, two logits a
+/// box (background, face), and `second.box`, four offsets; its parameters' names begin with `second.`. A fully connected layer on
+/// bins is a convolution as large as these.
+pub fn fast_rcnn(b: &mut Builder, rois: NodeId, channels: usize, width: usize) {
+    let [h, w] = SECOND_STAGE_ALIGN.output;
+    b.scope("second", |b| {
+        let all = Conv2d::rect(channels, width, h, w).padding([0; 4]);
+        let x = conv_relu(b, "fc1", rois, all);
+        let x = conv_relu(b, "fc2", x, Conv2d::new(width, width, 1));
+        for (name, values) in [("class", 2), ("box", 4)] {
+            let out = b.conv(name, x, Conv2d::new(width, values, 1).bias());
+            b.output(&format!("second.{name}"), out);
         }
     });
 }

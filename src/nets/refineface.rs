@@ -10,13 +10,20 @@
 //! subnet:  3x3, ReLU -> RFE -> 3x3, ReLU -> 1x1           (without RFE: two 3x3, ReLU in its place)
 //! RFE:     x + 1x1(1x5 | 5x1 | 1x3 | 3x1)                 (section 3.5, each between 1x1, all with ReLU)
 //! ```
+//!
+//! While it is trained it may have the feature supervision module, too (FSM, section 3.4): RoIAlign on the levels of the pyramid,
+//! and on each box's features
+//!
+//! ```text
+//! FSM:     3x3, ReLU, three times -> 3x3 -> mean over the bins
+//! ```
 
 use super::conv_relu;
 use super::fpn::fpn_sums;
 use super::resnet::{resnet, Block, ResNet};
 use super::ssh::ssh;
 use crate::graph::{Builder, NodeId};
-use crate::layers::{Activation, Conv2d, Interpolation};
+use crate::layers::{Activation, Conv2d, Interpolation, RoiAlign};
 use std::ops::RangeInclusive;
 
 /// Levels; level `l` has stride 2^l.
@@ -63,10 +70,17 @@ pub struct RefineFace {
     pub context: bool,
 }
 
+/// Bins of the feature supervision module, down and across (section 3.4, table 7).
+const SUPERVISED_BINS: usize = 5;
+/// Its convolutions in front of the prediction.
+const SUPERVISED_DEPTH: usize = 3;
+
 /// The network on `image` (3 channels). Outputs, from level 2 to 7: of the first step `class{l}.1`, a logit an anchor (STC), or
 /// `box{l}.1`, four offsets (STR); then of the second `class{l}` and `box{l}` of every level. The backbone's parameters have
 /// torchvision's names; those of the others begin with `first.`, `fpn.`, `context{2..7}.`, `class.` and `box.`.
-pub fn refineface(b: &mut Builder, image: NodeId, net: &RefineFace) {
+///
+/// Returns the pyramid's levels.
+pub fn refineface(b: &mut Builder, image: NodeId, net: &RefineFace) -> Vec<NodeId> {
     let features = resnet(b, image, &net.backbone);
     let c = net.channels;
     if net.two_step_classification || net.two_step_regression {
@@ -99,11 +113,37 @@ pub fn refineface(b: &mut Builder, image: NodeId, net: &RefineFace) {
         }
     };
     let pyramid: Vec<NodeId> = LEVELS.zip(pyramid).map(with_context).collect();
-    for (level, p) in LEVELS.zip(pyramid) {
+    for (level, &p) in LEVELS.zip(&pyramid) {
         for (output, values) in [("class", 1), ("box", 4)] {
             let out = subnet(b, output, p, net, values);
             b.output(&format!("{output}{level}"), out);
         }
+    }
+    pyramid
+}
+
+/// The feature supervision module on the levels of the `pyramid`, of so many channels: inputs `boxes{l}`, as RoIAlign takes
+/// them, and outputs `supervised{l}`, a logit a box. Its parameters' names begin with `supervised.`; all levels share them. The
+/// text counts four 3x3 convolutions in one place and three and a prediction in another: so the prediction is the fourth.
+pub fn feature_supervision(b: &mut Builder, pyramid: &[NodeId], channels: usize) {
+    for (level, &p) in LEVELS.zip(pyramid) {
+        let boxes = b.input(&format!("boxes{level}"), 5);
+        let align = RoiAlign {
+            output: [SUPERVISED_BINS; 2],
+            spatial_scale: 1.0 / (1 << level) as f32,
+            sampling_ratio: 2,
+            aligned: true,
+        };
+        let mut x = b.roi_align(p, boxes, align);
+        let three = Conv2d::new(channels, channels, 3);
+        let logits = b.scope("supervised", |b| {
+            for i in 0..SUPERVISED_DEPTH {
+                x = conv_relu(b, &format!("conv{i}"), x, three);
+            }
+            b.conv("predict", x, Conv2d::new(channels, 1, 3).bias())
+        });
+        let out = b.global_avg_pool(logits);
+        b.output(&format!("supervised{level}"), out);
     }
 }
 

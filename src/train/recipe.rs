@@ -4,6 +4,7 @@ use super::augment::Augment;
 use super::data::Source;
 use super::losses::LossRecipe;
 use super::matching::{AnchorMining, MatchingRecipe};
+use super::objective::second_look::{FastRcnnRecipe, FeatureSupervisionRecipe};
 use super::optim::{EmaRecipe, OptimizerRecipe, ScheduleRecipe};
 use super::sampler::SamplerRecipe;
 use crate::error::{Error, Result};
@@ -42,6 +43,12 @@ pub struct Recipe {
     /// Pyramid anchors, for HAMBox; none without this table.
     #[serde(default)]
     pub pyramid_anchors: Option<PyramidAnchorsRecipe>,
+    /// The feature supervision module, for RefineFace; none without this table.
+    #[serde(default)]
+    pub feature_supervision: Option<FeatureSupervisionRecipe>,
+    /// How the second stage is trained, for detectors that have one; its defaults without this table.
+    #[serde(default)]
+    pub second_stage: Option<FastRcnnRecipe>,
     /// Update rule.
     #[serde(default)]
     pub optimizer: OptimizerRecipe,
@@ -64,7 +71,7 @@ pub struct ModelRecipe {
     /// Channels of the backbone's first convolution instead of the detector's.
     #[serde(default)]
     pub width: Option<usize>,
-    /// Channels of pyramid and head instead of the detector's.
+    /// Channels of pyramid and head instead of the detector's; a second stage is made four times as wide.
     #[serde(default)]
     pub channels: Option<usize>,
     /// For HR, templates of one's own: a table as `farface cluster` writes it.
@@ -263,6 +270,12 @@ impl Recipe {
             .is_some_and(|p| !((1..=3).contains(&p.count) && p.weight > 0.0 && p.weight <= 1.0))
         {
             return bad("pyramid-anchors: count must be from 1 to 3, weight above 0 and up to 1");
+        }
+        if let Some(supervision) = &self.feature_supervision {
+            supervision.check()?;
+        }
+        if let Some(second) = &self.second_stage {
+            second.check()?;
         }
         if let Some(sampler) = &self.sampler {
             if self.loss.classification.takes_all() {

@@ -1,15 +1,19 @@
 //! A network as the trainer runs it: every operation with the batch normalisation and activation behind it is one
 //! unit, so that the map between them is all that is stored.
 
-use crate::graph::build::{NodeKind, ParamId};
+use crate::graph::build::{Node, NodeKind, ParamId};
 use crate::graph::{Graph, NodeId};
-use crate::layers::{Activation, Conv2d, Interpolation, Layer, MaxPool};
+use crate::layers::{Activation, Conv2d, Interpolation, Layer, MaxPool, RoiAlign};
 
 /// What a unit computes before its normalisation and activation.
 #[derive(Clone, Debug)]
 pub(super) enum Op {
     /// A network input, by its place among them.
     Input(usize),
+    /// A network input that RoIAlign reads its boxes from, by its place among these. It has no map: boxes stay in f32.
+    Boxes(usize),
+    /// RoIAlign on the boxes of this place.
+    RoiAlign { roi: RoiAlign, boxes: usize },
     /// Convolution without groups.
     Conv { conv: Conv2d, weight: ParamId, bias: Option<ParamId> },
     /// One filter a channel.
@@ -86,7 +90,12 @@ pub(super) fn units(graph: &Graph) -> (Vec<Unit>, Vec<Option<usize>>) {
     let mut unit_of: Vec<Option<usize>> = vec![None; graph.nodes.len()];
     // Enlargements that the sum reading them takes over: the unit they enlarge.
     let mut enlarged: Vec<Option<usize>> = vec![None; graph.nodes.len()];
-    let mut inputs_seen = 0;
+    let (mut inputs_seen, mut boxes_seen) = (0, 0);
+    let are_boxes = |i: usize| {
+        let mut readers = graph.nodes.iter().filter(|n| n.inputs.contains(&NodeId(i))).peekable();
+        let aligns = |n: &Node| matches!(n.layer(), Some(Layer::RoiAlign(_))) && n.inputs[0].0 != i;
+        readers.peek().is_some() && readers.all(aligns)
+    };
     for (i, node) in graph.nodes.iter().enumerate() {
         let unit = |id: &NodeId| unit_of[id.0].expect("a value that is read is shown by a unit");
         let new = |op: Op, inputs: Vec<usize>| Unit {
@@ -100,8 +109,10 @@ pub(super) fn units(graph: &Graph) -> (Vec<Unit>, Vec<Option<usize>>) {
         };
         let layer = match &node.kind {
             NodeKind::Input { .. } => {
-                made.push(new(Op::Input(inputs_seen), Vec::new()));
-                inputs_seen += 1;
+                let (op, seen): (fn(usize) -> Op, _) =
+                    if are_boxes(i) { (Op::Boxes, &mut boxes_seen) } else { (Op::Input, &mut inputs_seen) };
+                made.push(new(op(*seen), Vec::new()));
+                *seen += 1;
                 unit_of[i] = Some(made.len() - 1);
                 continue;
             }
@@ -178,6 +189,13 @@ pub(super) fn units(graph: &Graph) -> (Vec<Unit>, Vec<Option<usize>>) {
             Layer::Concat(_) => new(Op::Concat, node.inputs.iter().map(unit).collect()),
             Layer::MaxPool(pool) => new(Op::MaxPool(*pool), vec![unit(&x)]),
             Layer::Upsample(_) => new(Op::Bilinear, vec![unit(&x)]),
+            Layer::RoiAlign(roi) => match made[unit(&node.inputs[1])].op {
+                Op::Boxes(boxes) => new(Op::RoiAlign { roi: *roi, boxes }, vec![unit(&x)]),
+                _ => new(
+                    Op::Plain { layer: layer.clone(), params: Vec::new() },
+                    node.inputs.iter().map(unit).collect(),
+                ),
+            },
             other => {
                 let inputs = match other {
                     // Its second input gives a size alone.

@@ -1,9 +1,11 @@
 //! A small model of random weights, the same at every run, so that tests need no trained one.
 
 use farface::detect::config::{DetectorConfig, METADATA_KEY};
+use farface::detect::group_sampling::{GroupSamplingConfig, SecondStageConfig};
 use farface::detect::{detector::Detector, ModelConfig};
 use farface::graph::build::{Param, ParamRole};
 use farface::graph::weights::{WeightTensor, Weights};
+use farface::nets::resnet::ResNet;
 use std::path::{Path, PathBuf};
 
 /// Deterministic values in -1..1 (xorshift64*).
@@ -60,10 +62,46 @@ pub fn weights(seed: u64) -> Weights {
     Weights { tensors, metadata }
 }
 
+/// A detector of two stages with random weights, narrow, one anchor a cell.
+pub fn two_stages(seed: u64) -> Weights {
+    let config = ModelConfig::named("fpn-finest-rcnn-r18").unwrap();
+    let DetectorConfig::GroupSampling(detector) = config.detector else { unreachable!("named above") };
+    let detector = GroupSamplingConfig {
+        // Shallow, so that it does not see far.
+        backbone: ResNet { width: 4, blocks: [1; 4], ..detector.backbone },
+        channels: 8,
+        scales: vec![16.0],
+        second_stage: Some(SecondStageConfig {
+            width: 16,
+            max_proposals: 50_000,
+            ..SecondStageConfig::default()
+        }),
+        ..detector
+    };
+    let mut weights = Weights::random(&detector.graph(), seed);
+    weights.tensors.extend(Weights::random(&detector.second_stage().unwrap().graph, seed).tensors);
+    // Scores between 0 and 1, boxes near their anchors and proposals.
+    let outputs =
+        weights.tensors.iter_mut().filter(|(name, _)| name.contains(".class.") || name.contains(".box."));
+    outputs.flat_map(|(_, t)| &mut t.data).for_each(|v| *v *= 0.03);
+    let config = ModelConfig {
+        name: format!("two-stages-{seed}"),
+        detector: DetectorConfig::GroupSampling(detector),
+        ..config
+    };
+    weights.metadata.insert(METADATA_KEY.to_string(), config.to_json().unwrap());
+    weights
+}
+
 /// The model file of [`weights`] in `folder`.
 pub fn file(folder: &Path, seed: u64) -> PathBuf {
+    saved(folder, &weights(seed), seed)
+}
+
+/// A model file of these weights in `folder`.
+pub fn saved(folder: &Path, weights: &Weights, seed: u64) -> PathBuf {
     let path = folder.join(format!("random-{seed}.safetensors"));
-    weights(seed).save(&path).unwrap();
+    weights.save(&path).unwrap();
     path
 }
 

@@ -3,7 +3,7 @@
 #![allow(dead_code)]
 
 use farface::detect::config::{DetectorConfig, METADATA_KEY};
-use farface::detect::group_sampling::GroupSamplingConfig;
+use farface::detect::group_sampling::{GroupSamplingConfig, SecondStageConfig};
 use farface::detect::hambox::HamBoxConfig;
 use farface::detect::hr::HrConfig;
 use farface::detect::refineface::RefineFaceConfig;
@@ -18,6 +18,7 @@ use farface::shape::{Shape, Tensor};
 
 const WIDTH: usize = 8;
 const CHANNELS: usize = 16;
+const SECOND_WIDTH: usize = 24;
 /// Scores that anchors pass in a first step.
 pub const FIRST: f32 = 0.5;
 
@@ -28,6 +29,7 @@ pub fn narrow(name: &str) -> ModelConfig {
         DetectorConfig::GroupSampling(d) => DetectorConfig::GroupSampling(GroupSamplingConfig {
             backbone: ResNet { width: WIDTH, ..d.backbone },
             channels: CHANNELS,
+            second_stage: d.second_stage.map(|second| SecondStageConfig { width: SECOND_WIDTH, ..second }),
             ..d
         }),
         DetectorConfig::Hambox(d) => DetectorConfig::Hambox(HamBoxConfig {

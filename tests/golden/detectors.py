@@ -5,7 +5,9 @@
 
 The networks are written out here on the ResNet of resnet.py (which is held to torchvision's). Weights and pictures are
 drawn as there, bit for bit as the tests draw them. Tensors are named `case/output`; `case/faces` are some of the
-`case/count` boxes that the outputs mean, those numbered `case/rows`, the offsets of each output times its `case/scale`. tests/detector_goldens.rs holds the same cases by name.
+`case/count` boxes that the outputs mean, those numbered `case/rows`, the offsets of each output times its `case/scale`. Of a
+detector of two stages `case/refined` are some of the `case/refined_count` faces in the end, the second stage's offsets times
+`case/second_scale`. tests/detector_goldens.rs holds the same cases by name.
 """
 
 import sys
@@ -16,16 +18,23 @@ import torch.nn.functional as F
 from resnet import ResNet, draw, normal
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.ops import roi_align
 
 R18, R50 = ((2, 2, 2, 2), False), ((3, 4, 6, 3), True)
-WIDTH, CHANNELS = 8, 16
+WIDTH, CHANNELS, SECOND_WIDTH = 8, 16, 24
 
 
 class GroupSampling(ResNet):
     """Ming et al. 2019, Fig. 1 and, with dilations, Fig. 5: `fpn.lateral*`, `head.*` behind the backbone's own names."""
 
-    def __init__(self, blocks, bottleneck, tiling, dilations=()):
+    def __init__(self, blocks, bottleneck, tiling, dilations=(), second=False):
         super().__init__(blocks, bottleneck, WIDTH)
+        # How far proposals reach from their cells: 1.25 of the largest anchor.
+        self.reach = 1.25 * 128 if second else None
+        if second:
+            self.second = nn.ModuleDict({"fc1": nn.Conv2d(CHANNELS, SECOND_WIDTH, 7),
+                                         "fc2": nn.Conv2d(SECOND_WIDTH, SECOND_WIDTH, 1),
+                                         "class": nn.Conv2d(SECOND_WIDTH, 2, 1), "box": nn.Conv2d(SECOND_WIDTH, 4, 1)})
         inputs = [(4 if bottleneck else 1) * WIDTH << i for i in range(4)]
         self.tiling = tiling
         self.finest = {"rpn": None, "fpn-p3": 3, "fpn-p4": 4}.get(tiling, 2)
@@ -63,7 +72,15 @@ class GroupSampling(ResNet):
         for i, (m, head) in enumerate(pairs):
             y = head["conv"](m).relu()
             outputs[f"class{i}"], outputs[f"box{i}"] = head["class"](y), head["box"](y)
+        if self.reach:
+            outputs["features"] = maps[0]
         return outputs
+
+    def look_again(self, rois):
+        """The second stage, fully connected: R x C x 7 x 7 to two logits and four offsets."""
+        connected = lambda name, x: F.linear(x, self.second[name].weight.flatten(1), self.second[name].bias)
+        y = connected("fc2", connected("fc1", rois.flatten(1)).relu()).relu()
+        return connected("class", y), connected("box", y)
 
     def faces(self, outputs):
         scales = [16.0, 32.0, 64.0, 128.0]
@@ -352,6 +369,11 @@ def decoded(net, outputs, threshold, first):
             anchor = code(anchor, cells(before, 4))
         box = code(anchor, cells(outputs[f"box{i}"], 4))
         corners = torch.cat([box[..., :2] - box[..., 2:] / 2, box[..., :2] + box[..., 2:] / 2], -1)
+        reach = getattr(net, "reach", None)
+        if reach:
+            center = anchor[..., :2]
+            corners = torch.cat([torch.maximum(corners[..., :2], center - reach),
+                                 torch.minimum(corners[..., 2:], center + reach)], -1)
         levels.append(torch.cat([corners, logit.sigmoid()[..., None]], -1)[kept])
     return levels
 
@@ -386,12 +408,37 @@ def case(name, net, size, every=True):
         golden[f"{name}/scale"] = scale
         golden[f"{name}/size"] = torch.tensor([float(v) for v in size])
         golden[f"{name}/count"] = torch.tensor([float(len(found))])
+        if getattr(net, "reach", None):
+            refined(name, net, outputs)
+
+
+def refined(name, net, outputs):
+    """Both stages: proposals above 0.05, the mean of the scores, boxes moved with variances 0.1 and 0.2."""
+    proposals = torch.cat(decoded(net, outputs, 0.05, FIRST))
+    boxes, first = proposals[:, :4], proposals[:, 4]
+    boxes, first = [v[(boxes[:, 2:] > boxes[:, :2]).all(1)] for v in (boxes, first)]
+    rois = roi_align(outputs["features"], [boxes], 7, spatial_scale=0.25, sampling_ratio=2, aligned=True)
+    logits, offsets = net.look_again(rois)
+    for key, value in (("rois", rois), ("second.class", logits), ("second.box", offsets)):
+        golden[f"{name}/{key}"] = value[:40].reshape(len(value[:40]), value.shape[1], *(value.shape[2:] or (1, 1)))
+    scale = 1 / offsets.abs().max()
+    anchor = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], -1)
+    box = code(anchor, offsets * scale * torch.tensor([0.1, 0.1, 0.2, 0.2]))
+    score = (first + logits.softmax(1)[:, 1]) / 2
+    if ((score - THRESHOLD).abs() < 1e-5).any():
+        raise SystemExit(f"{name}: a score at the threshold")
+    found = torch.cat([box[:, :2] - box[:, 2:] / 2, box[:, :2] + box[:, 2:] / 2, score[:, None]], -1)[score > THRESHOLD]
+    found = found[found[:, 4].argsort(descending=True)]
+    golden[f"{name}/refined"] = found[:: max(1, len(found) // 24)]
+    golden[f"{name}/refined_count"] = torch.tensor([float(len(found)), float(len(proposals))])
+    golden[f"{name}/second_scale"] = scale[None]
 
 
 def narrow():
     for tiling in ("rpn", "fpn", "fpn-finest", "fpn-finest-stride", "fpn-p3", "fpn-p4"):
         case(f"{tiling}-r18", GroupSampling(*R18, tiling), (54, 70))
     case("fpn-finest-dc-r50", GroupSampling(*R50, "fpn-finest", (1, 2, 4, 8)), (48, 64))
+    case("fpn-finest-rcnn-r18", GroupSampling(*R18, "fpn-finest", second=True), (54, 70))
     case("hambox-baseline-r18", HamBox(*R18, False, False, 5), (101, 131))
     case("hambox-fpn-r18", HamBox(*R18, True, True, 7), (101, 131))
     case("hambox-r50", HamBox(*R50, True, True, 5), (128, 160))

@@ -81,7 +81,9 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     weights.metadata.insert(METADATA_KEY.into(), config.to_json()?);
     // A model that cannot run is not written.
     let model = Model::from_weights(&weights).with_context(in_file)?;
-    let used: HashSet<&str> = model.graph().params.iter().map(|p| p.name.as_str()).collect();
+    let graphs = [Some(model.graph()), model.second_graph()];
+    let params = graphs.into_iter().flatten().flat_map(|g| &g.params);
+    let used: HashSet<&str> = params.map(|p| p.name.as_str()).collect();
     weights.tensors.retain(|name, _| used.contains(name.as_str()));
 
     let mut write = |path: &Path, bytes: &[u8]| -> Result<()> {
@@ -94,6 +96,12 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
         write(path, &serialise(&weights, args.f16).with_context(in_file)?)?;
     }
     if let Some(path) = &args.onnx {
+        if model.second_graph().is_some() {
+            bail!(
+                "{} has two stages, of which ONNX would hold the first alone: no ONNX is written",
+                config.name
+            );
+        }
         let size = args.size.map(|s| [s.height, s.width]);
         write(path, &to_onnx(model.graph(), &weights, size).with_context(in_file)?)?;
     }

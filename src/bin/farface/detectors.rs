@@ -14,7 +14,8 @@ use std::time::Instant;
 /// List the detectors by name, with what they cost
 ///
 /// Parameters, multiply-adds at a picture size and, where asked for, the time of the network with random weights on this
-/// machine. The names are those of `convert --detector` and of recipes; given names are listed instead of the usual ones.
+/// machine. A detector of two stages has both stages' parameters; multiply-adds and time are the first network's, and those of
+/// the second stage for each proposal stand behind. The names are those of `convert --detector` and of recipes; given names are listed instead of the usual ones.
 #[derive(clap::Args)]
 #[command(after_help = format!("Names: {}
 
@@ -40,11 +41,12 @@ pub struct Args {
 }
 
 /// Families that stand on a ResNet.
-const FAMILIES: [&str; 12] = [
+const FAMILIES: [&str; 13] = [
     "rpn",
     "fpn",
     "fpn-finest",
     "fpn-finest-stride",
+    "fpn-finest-rcnn",
     "fpn-p3",
     "hambox",
     "hambox-baseline",
@@ -64,6 +66,8 @@ struct Detector {
     parameters: usize,
     multiply_adds: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
+    multiply_adds_a_proposal: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     milliseconds: Option<f64>,
 }
 
@@ -81,14 +85,20 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     }
     let mut detectors = Vec::new();
     for config in configs {
-        let graph = config.detector.detector().graph();
+        let detector = config.detector.detector();
+        let (graph, second) = (detector.graph(), detector.second_stage());
         let milliseconds = if args.time { Some(time(&graph, shape, args.threads as usize)?) } else { None };
-        let (parameters, multiply_adds) = (graph.param_count(), graph.macs(&[shape])?);
-        let d = Detector { name: config.name, parameters, multiply_adds, milliseconds };
+        let parameters = graph.param_count() + second.as_ref().map_or(0, |s| s.graph.param_count());
+        let multiply_adds_a_proposal = second.map(|s| s.macs_a_proposal()).transpose()?;
+        let multiply_adds = graph.macs(&[shape])?;
+        let d =
+            Detector { name: config.name, parameters, multiply_adds, multiply_adds_a_proposal, milliseconds };
         if !args.json {
             let (params, macs) = (d.parameters as f64 / 1e6, d.multiply_adds as f64 / 1e9);
             let time = d.milliseconds.map_or(String::new(), |ms| format!("  {ms:>10.1}"));
-            writeln!(out, "{:<28}  {params:>13.2}  {macs:>10.2}{time}", d.name)?;
+            let second = d.multiply_adds_a_proposal;
+            let second = second.map_or(String::new(), |n| format!("  + {:.4} a proposal", n as f64 / 1e9));
+            writeln!(out, "{:<28}  {params:>13.2}  {macs:>10.2}{time}{second}", d.name)?;
             out.flush()?;
         }
         detectors.push(d);

@@ -134,7 +134,7 @@ fn to_text(
             ),
         ),
         ("largest stride", format!("{} rows, {} columns", reach.stride[0], reach.stride[1])),
-        ("parameters", group(model.graph().param_count() as u64)),
+        ("parameters", group(model.param_count() as u64)),
         ("multiply-adds", format!("{} at {}", group(layers.iter().map(|l| l.macs).sum()), args.size)),
         ("memory", format!("{} bytes of feature maps at {}", group(arena as u64), args.size)),
         (
@@ -241,7 +241,7 @@ fn json<'a>(
         config: model.config(),
         width: args.size.width,
         height: args.size.height,
-        parameters: model.graph().param_count(),
+        parameters: model.param_count(),
         multiply_adds: layers.iter().map(|l| l.macs).sum(),
         arena_bytes: arena,
         weight_bytes: steps.iter().map(|s| s.weight_bytes).sum(),

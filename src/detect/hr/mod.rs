@@ -122,7 +122,7 @@ impl HrConfig {
     /// which the paper models its losses), the enlarging kernels bilinear whatever they were. `is_new` tells by name which
     /// tensors do not come from a start.
     #[cfg(feature = "train")]
-    pub fn set_prior(&self, weights: &mut crate::graph::Weights, is_new: impl Fn(&str) -> bool) {
+    pub fn start_new(&self, weights: &mut crate::graph::Weights, is_new: impl Fn(&str) -> bool) {
         use crate::nets::hr::{enlarges, BILINEAR};
         for (name, w) in &mut weights.tensors {
             if enlarges(name) {

@@ -68,7 +68,7 @@ impl RoiAlign {
     }
 
     /// Output shape, where every box is finite and names an image of the batch.
-    fn check<T: Real>(&self, x: Shape, rois: &Tensor<T>) -> Result<Shape> {
+    pub(crate) fn check<T: Real>(&self, x: Shape, rois: &Tensor<T>) -> Result<Shape> {
         let out = self.out_shape(&[x, rois.shape])?;
         for roi in rois.data.chunks_exact(5) {
             let image = roi[0].to_f64();
@@ -84,7 +84,7 @@ impl RoiAlign {
     }
 
     /// Where the bins of a box `[image, x1, y1, x2, y2]` lie on the feature map.
-    fn grid<T: Real>(&self, roi: &[T]) -> Grid<T> {
+    pub(crate) fn grid<T: Real>(&self, roi: &[T]) -> Grid<T> {
         let scale = T::of(self.spatial_scale.into());
         let offset = T::of(if self.aligned { 0.5 } else { 0.0 });
         let [x1, y1, x2, y2] = [1, 2, 3, 4].map(|i| roi[i] * scale - offset);
@@ -101,24 +101,24 @@ impl RoiAlign {
 }
 
 /// The bins of one box, in feature cells; vertical before horizontal.
-struct Grid<T> {
-    image: usize,
+pub(crate) struct Grid<T> {
+    pub image: usize,
     start: [T; 2],
     bin: [T; 2],
     samples: [usize; 2],
 }
 
 /// A feature cell that takes part in a bin's mean.
-struct Corner<T> {
-    y: usize,
-    x: usize,
-    weight: T,
+pub(crate) struct Corner<T> {
+    pub y: usize,
+    pub x: usize,
+    pub weight: T,
 }
 
 impl<T: Real> Grid<T> {
     /// The cells under bin (`py`, `px`): four for every sample on the map, each with its bilinear
     /// weight over the number of samples. A sample outside the map counts as zero.
-    fn corners(&self, py: usize, px: usize, map: Shape) -> impl Iterator<Item = Corner<T>> + use<'_, T> {
+    pub fn corners(&self, py: usize, px: usize, map: Shape) -> impl Iterator<Item = Corner<T>> + use<'_, T> {
         let [rows, cols] = self.samples;
         let share = T::of(1.0) / T::of((rows * cols) as f64);
         (0..rows).filter_map(move |i| self.sample(0, py, i, map.h)).flat_map(move |(ys, wy)| {

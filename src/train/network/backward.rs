@@ -11,6 +11,9 @@ impl<T: Element> Network<T> {
     /// Adds to all gradients what follows from those of the outputs, `d_outputs` in the graph's order (as
     /// [`Network::output`]).
     pub fn backward(&mut self, d_outputs: &[Tensor]) -> Result<()> {
+        if self.boxes.is_empty() && self.second_phase < self.units.len() {
+            return Err(Error::Internal("a backward pass before the second phase".into()));
+        }
         // What an earlier call left that failed.
         self.maps.iter_mut().filter_map(|m| m.dy.take()).for_each(|dy| self.spare.give(dy));
         self.maps.iter_mut().for_each(|m| m.gradient_sums = None);
@@ -52,6 +55,7 @@ impl<T: Element> Network<T> {
             units: &self.units,
             maps: &self.maps,
             shapes: &self.shapes,
+            boxes: &self.boxes,
             params: &self.params,
         };
         pass.run(&mut Written { inputs: &mut inputs, grads: &mut self.grads, workers: &mut self.workers })?;

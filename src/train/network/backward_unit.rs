@@ -1,14 +1,15 @@
 //! The backward pass of one unit, an operation a function.
 
 use super::batch::{Buffer, Part, Thread, Workers};
+use super::roi_align::roi_align_backward;
 use super::sum::sum_backward;
-use super::{geometry, resampling, shown, with_size, Map};
+use super::{geometry, resampling, shown, with_size, FullyConnected, Map};
 use crate::cpu::dense::{conv, depthwise, maps, Element, Gradient, Source, Target};
 use crate::cpu::Isa;
 use crate::error::Result;
 use crate::graph::build::ParamId;
 use crate::graph::{exec, Graph};
-use crate::layers::{Conv2d, Layer};
+use crate::layers::{Conv2d, Layer, RoiAlign};
 use crate::shape::{Shape, Tensor};
 use crate::train::units::{Op, Unit};
 use std::ops::Range;
@@ -29,6 +30,7 @@ pub(super) struct UnitPass<'a, T> {
     pub units: &'a [Unit],
     pub maps: &'a [Map<T>],
     pub shapes: &'a [Shape],
+    pub boxes: &'a [Tensor],
     pub params: &'a [Vec<f32>],
 }
 
@@ -57,13 +59,14 @@ impl<T: Element> UnitPass<'_, T> {
     /// Runs the unit's operation backwards.
     pub(super) fn run(&self, to: &mut Written<'_, T>) -> Result<()> {
         match &self.unit.op {
-            Op::Input(_) => {}
+            Op::Input(_) | Op::Boxes(_) => {}
             Op::Conv { conv, weight, bias } | Op::Depthwise { conv, weight, bias } => {
                 self.backward_conv(conv, *weight, *bias, to);
             }
             Op::Sum { enlarged } => self.backward_sum(enlarged, to),
             Op::Concat => self.backward_concat(to),
             Op::MaxPool(_) | Op::Bilinear => self.backward_resampled(to),
+            Op::RoiAlign { roi, boxes } => self.backward_roi_align(roi, &self.boxes[*boxes], to),
             Op::Plain { layer, params } => self.backward_plain(layer, params, to)?,
         }
         Ok(())
@@ -73,6 +76,7 @@ impl<T: Element> UnitPass<'_, T> {
         let (isa, x) = (self.isa, self.unit.inputs[0]);
         let (from, c) = (self.size(x), self.shape.c);
         let g = geometry(conv, from, self.shape);
+        let connected = FullyConnected::of(&g, &self.units[x], &self.maps[x]);
         let dense = matches!(self.unit.op, Op::Conv { .. });
         let weight_sums = if dense { g.weight_sums() } else { conv.kernel[0] * conv.kernel[1] * c };
         to.workers.clear_sums(from.c);
@@ -88,16 +92,19 @@ impl<T: Element> UnitPass<'_, T> {
         let (add, whole) = input.as_ref().map_or((false, false), |input| (input.add, input.whole));
         let dx = input.as_mut().map(|input| &mut input.dx[..]);
         to.workers.on_maybe_parts(dx, per_image(from), self.shape.n, &|range, dx, part, t| {
-            let (x, d) = (self.source(x, range), self.gradient(range));
+            let (mut g, mut x, d) = (&g, self.source(x, range), self.gradient(range));
+            if let Some(c) = connected.as_ref().filter(|_| dense) {
+                (g, x) = (&c.geometry, c.source(x));
+            }
             let (Thread { scratch, .. }, Part { sums, dw, db }) = (t, part);
             dw.resize(weight_sums, 0.0);
             db.resize(c, 0.0);
             let dx = dx.map(|dx| Target::new(dx, add, whole.then_some(&mut sums[..])));
             let db = bias.is_some().then_some(&mut db[..]);
             if let Some(transposed) = &transposed {
-                conv::backward(isa, &g, x, d, transposed, dx, dw, db, scratch);
+                conv::backward(isa, g, x, d, transposed, dx, dw, db, scratch);
             } else if let Some([weights, turned]) = &turned {
-                depthwise::backward(isa, &g, x, d, [weights, turned], dx, dw, db, scratch);
+                depthwise::backward(isa, g, x, d, [weights, turned], dx, dw, db, scratch);
             }
         });
         if let Some(input) = input {
@@ -165,6 +172,19 @@ impl<T: Element> UnitPass<'_, T> {
         to.workers.on_parts(&mut input.dx, per_image(from), self.shape.n, &|range, dx, _, t| {
             r.backward(self.isa, self.source(x, range), self.gradient(range), dx, add, &mut t.scratch);
         });
+    }
+
+    fn backward_roi_align(&self, roi: &RoiAlign, boxes: &Tensor, to: &mut Written<'_, T>) {
+        let Some(input) = &mut to.inputs[0] else { return };
+        let (x, add, whole) = (self.unit.inputs[0], input.add, input.whole);
+        let from = self.size(x);
+        let all = (self.gradient(&(0..self.shape.n)), &boxes.data[..]);
+        to.workers.clear_sums(from.c);
+        to.workers.on_parts(&mut input.dx, per_image(from), from.n, &|range, dx, part, t| {
+            let target = Target::new(dx, add, whole.then_some(&mut part.sums[..]));
+            roi_align_backward(self.isa, roi, all, (self.source(x, range), from), range, target, &mut t.rows);
+        });
+        input.sums = whole.then(|| to.workers.total(from.c));
     }
 
     /// By the layer's plain loops, in f32, on this thread.

@@ -16,9 +16,11 @@ pub trait Engine: Send {
     fn params(&mut self) -> &mut [Vec<f32>];
     /// Parameters to change, and their gradients.
     fn params_and_grads(&mut self) -> (&mut [Vec<f32>], &mut [Vec<f32>]);
-    /// Outputs for a batch of `shape`, of pixels N x H x W x 3 in RGB. `table` gives the network's value of each pixel value
-    /// by input channel, and which channel of the pixel each is.
+    /// Outputs for a batch of `shape`, of pixels N x H x W x 3 in RGB; those behind boxes are not among them. `table` gives the
+    /// network's value of each pixel value by input channel, and which channel of the pixel each is.
     fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>>;
+    /// The other outputs, for `boxes` on that batch, R x 5 x 1 x 1 for each of the network's inputs of boxes.
+    fn forward_boxes(&mut self, boxes: Vec<Tensor>) -> Result<Vec<Tensor>>;
     /// Clears the gradients and sets them from those of the outputs.
     fn backward(&mut self, d_outputs: &[Tensor]) -> Result<()>;
     /// Threads it runs on.
@@ -62,7 +64,11 @@ impl<T: Element> Engine for Network<T> {
                 z[2] = v2[usize::from(p[b])];
             }
         })?;
-        Ok((0..self.graph.outputs.len()).map(|i| self.output(i)).collect())
+        Ok((0..self.first_outputs()).map(|i| self.output(i)).collect())
+    }
+    fn forward_boxes(&mut self, boxes: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        Network::forward_boxes(self, boxes)?;
+        Ok((self.first_outputs()..self.graph.outputs.len()).map(|i| self.output(i)).collect())
     }
     fn backward(&mut self, d_outputs: &[Tensor]) -> Result<()> {
         self.clear_gradients();

@@ -1,8 +1,9 @@
 //! The forward pass of a batch, and what readers of each map apply.
 
 use super::batch::Job;
+use super::roi_align::roi_align_forward;
 use super::sum::sum_forward;
-use super::{geometry, resampling, shown, with_size, Network};
+use super::{geometry, resampling, shown, with_size, FullyConnected, Network};
 use crate::cpu::dense::{conv, depthwise, maps, pages, Element};
 use crate::error::{Error, Result};
 use crate::graph::build::ParamId;
@@ -14,32 +15,46 @@ use std::ops::Range;
 impl<T: Element> Network<T> {
     /// Runs the network on a batch with the batch's statistics, which move the running ones. `inputs` in the graph's
     /// order, N x H x W x C; every input's values are written by `fill(input, image, values)`, image by image, on the
-    /// threads.
+    /// threads. Where the network looks at boxes, this is its first phase.
     pub fn forward(
         &mut self,
         inputs: &[Shape],
         fill: &(dyn Fn(usize, usize, &mut [T]) + Sync),
     ) -> Result<()> {
-        self.shapes = self.graph.shapes(inputs)?;
+        // How many boxes there are is not known yet; nothing of the first phase depends on it.
+        let boxes = self.units.iter().filter(|u| matches!(u.op, Op::Boxes(_))).count();
+        let all: Vec<Shape> = inputs.iter().copied().chain(vec![Shape::new(1, 5, 1, 1); boxes]).collect();
+        self.shapes = self.graph.shapes(&all)?;
+        self.boxes.clear();
         let images = inputs.first().map_or(0, |s| s.n);
         if inputs.iter().any(|s| s.n != images) {
             return Err(Error::InvalidArgument("inputs of different batch sizes".into()));
         }
-        for u in 0..self.units.len() {
-            self.forward_unit(u, images, fill)?;
-        }
-        Ok(())
+        (0..self.second_phase).try_for_each(|u| self.forward_unit(u, fill))
     }
 
-    fn forward_unit(
-        &mut self,
-        u: usize,
-        images: usize,
-        fill: &(dyn Fn(usize, usize, &mut [T]) + Sync),
-    ) -> Result<()> {
+    /// Runs the network's second phase on the batch whose first was run last: `boxes`, for each input of boxes, R x 5 x 1 x 1,
+    /// image in the batch and corners in pixels, as [`RoiAlign`](crate::layers::RoiAlign) takes them.
+    pub fn forward_boxes(&mut self, boxes: Vec<Tensor>) -> Result<()> {
+        let images = self.graph.inputs.iter().filter_map(|node| {
+            let u = self.shown_by[node.0]?;
+            matches!(self.units[u].op, Op::Input(_)).then(|| self.shapes.get(node.0).copied())?
+        });
+        let inputs: Vec<Shape> = images.chain(boxes.iter().map(|b| b.shape)).collect();
+        let shapes = self.graph.shapes(&inputs)?;
+        for unit in &self.units {
+            if let Op::RoiAlign { roi, boxes: place } = &unit.op {
+                roi.check(shapes[self.units[unit.inputs[0]].node], &boxes[*place])?;
+            }
+        }
+        (self.shapes, self.boxes) = (shapes, boxes);
+        (self.second_phase..self.units.len()).try_for_each(|u| self.forward_unit(u, &|_, _, _| {}))
+    }
+
+    fn forward_unit(&mut self, u: usize, fill: &(dyn Fn(usize, usize, &mut [T]) + Sync)) -> Result<()> {
         let unit = &self.units[u];
         let shape = self.shapes[unit.node];
-        let (c, per_image) = (shape.c, shape.c * shape.h * shape.w);
+        let (images, c, per_image) = (shape.n, shape.c, shape.c * shape.h * shape.w);
         let mut z = std::mem::take(&mut self.maps[u].z);
         if z.capacity() < shape.len() {
             z = pages::buffer(shape.len());
@@ -66,9 +81,14 @@ impl<T: Element> Network<T> {
                 let g = geometry(conv, size(unit.inputs[0]), shape);
                 let packed = g.pack::<T>(isa, &params[weight.0]);
                 let bias = bias_of(*bias);
+                let x = unit.inputs[0];
+                let connected = FullyConnected::of(&g, &self.units[x], &maps[x]);
                 run(&|range, z, part, t| {
-                    let x = source(unit.inputs[0], range);
-                    conv::forward(isa, &g, x, &packed, bias, z, &mut part.sums, &mut t.scratch);
+                    let (mut g, mut x) = (&g, source(x, range));
+                    if let Some(c) = &connected {
+                        (g, x) = (&c.geometry, c.source(x));
+                    }
+                    conv::forward(isa, g, x, &packed, bias, z, &mut part.sums, &mut t.scratch);
                 });
             }
             Op::Depthwise { conv, weight, bias } => {
@@ -107,6 +127,16 @@ impl<T: Element> Network<T> {
                     r.forward(isa, source(unit.inputs[0], range), z, &mut part.sums, &mut t.scratch);
                 });
             }
+            Op::RoiAlign { roi, boxes } => {
+                let (boxes, x) = (&self.boxes[*boxes].data, unit.inputs[0]);
+                let from = size(x);
+                let map = source(x, &(0..from.n));
+                run(&|range, z, part, t| {
+                    let boxes = &boxes[range.start * 5..range.end * 5];
+                    roi_align_forward(isa, roi, (map, from), boxes, z, &mut part.sums, &mut t.rows);
+                });
+            }
+            Op::Boxes(_) => return Ok(()),
             Op::Plain { layer, params: ids } => {
                 let inputs: Vec<Tensor> =
                     unit.inputs.iter().map(|&i| shown(isa, &maps[i], size(i))).collect();

@@ -2,12 +2,16 @@
 //!
 //! The batch is cut by images into parts, which the threads take as they come; sums over a batch (statistics, parameter
 //! gradients) are added up in the parts' order, so that a step gives the same bits on any number of threads.
+//!
+//! A network may look at boxes that are chosen by its outputs (RoIAlign): then its forward pass has two phases, and whoever runs
+//! it gives the boxes between them. Its backward pass is one.
 
 mod backward;
 mod backward_unit;
 mod batch;
 mod engine;
 mod forward;
+mod roi_align;
 mod sum;
 
 use super::units::{units, Op, Unit};
@@ -47,6 +51,10 @@ pub struct Network<T: Element> {
     maps: Vec<Map<T>>,
     spare: Spare<T>,
     shapes: Vec<Shape>,
+    /// Where the second phase begins: the first unit that boxes are fed to, or the number of units.
+    second_phase: usize,
+    /// What it was given for the batch, R x 5 x 1 x 1 for each of these inputs; empty before.
+    boxes: Vec<Tensor>,
 }
 
 /// A unit's map of the batch.
@@ -120,6 +128,10 @@ impl<T: Element> Network<T> {
         let grads = params.iter().map(|p: &Vec<f32>| vec![0.0; p.len()]).collect();
         let workers = Workers::new(threads).map_err(|e| Error::Unsupported(format!("threads: {e}")))?;
         let maps = units.iter().map(|_| Map::default()).collect();
+        let second_phase = units.iter().position(|u| matches!(u.op, Op::Boxes(_))).unwrap_or(units.len());
+        if units[second_phase..].iter().any(|u| matches!(u.op, Op::Input(_))) {
+            return Err(Error::Internal("a network's boxes come behind its other inputs".into()));
+        }
         Ok(Self {
             graph,
             units,
@@ -135,6 +147,8 @@ impl<T: Element> Network<T> {
             maps,
             spare: Spare::default(),
             shapes: Vec::new(),
+            second_phase,
+            boxes: Vec::new(),
         })
     }
 
@@ -167,6 +181,12 @@ impl<T: Element> Network<T> {
         self.grads.iter_mut().for_each(|g| g.fill(0.0));
     }
 
+    /// Outputs of the first phase: all of them, but for those behind boxes.
+    fn first_outputs(&self) -> usize {
+        let first = |u: Option<usize>| u.is_some_and(|u| u < self.second_phase);
+        self.graph.outputs.iter().filter(|(_, node)| first(self.shown_by[node.0])).count()
+    }
+
     /// The graph's output `index` of the last batch, N x H x W x C.
     pub fn output(&self, index: usize) -> Tensor {
         let node = self.graph.outputs[index].1;
@@ -184,6 +204,41 @@ fn geometry(conv: &Conv2d, x: Shape, out: Shape) -> Geometry {
         stride: conv.stride,
         dilation: conv.dilation,
         padding: conv.padding,
+    }
+}
+
+/// A convolution as a product over pixels where its window is the whole map: a fully connected layer. Its windows have the
+/// weights' order as they lie in memory, so that images are pixels of one long row.
+struct FullyConnected {
+    /// The window's values as the channels of a 1x1 convolution.
+    geometry: Geometry,
+    /// What readers of the map apply, for each of these channels.
+    scale: Vec<f32>,
+    shift: Vec<f32>,
+}
+
+impl FullyConnected {
+    /// None for other convolutions, and behind a normalisation, whose sums are taken by its own channels.
+    fn of<T>(g: &Geometry, unit: &Unit, map: &Map<T>) -> Option<Self> {
+        let whole = g.kernel == g.input && g.out == [1; 2] && g.padding == [0; 4] && g.dilation == [1; 2];
+        let area = g.kernel[0] * g.kernel[1];
+        let geometry = Geometry {
+            input: [1; 2],
+            kernel: [1; 2],
+            stride: [1; 2],
+            channels: [g.window_values(), g.channels[1]],
+            ..*g
+        };
+        (whole && area > 1 && unit.norm.is_none()).then(|| Self {
+            geometry,
+            scale: map.scale.repeat(area),
+            shift: map.shift.repeat(area),
+        })
+    }
+
+    /// The map as it is read.
+    fn source<'a, T>(&'a self, map: Source<'a, T>) -> Source<'a, T> {
+        Source { scale: &self.scale, shift: &self.shift, ..map }
     }
 }
 

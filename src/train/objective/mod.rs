@@ -5,6 +5,7 @@ mod head;
 mod pictures;
 mod pyramid_anchors;
 mod sampled;
+pub mod second_look;
 mod two_step;
 
 use super::data::Annotated;
@@ -27,6 +28,7 @@ pub use pictures::Losses;
 use pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted};
 pub use pyramid_anchors::PyramidAnchors;
 use sampled::Sampled;
+pub use second_look::SecondLook;
 pub use two_step::TwoStep;
 
 /// How a batch is judged.

@@ -1,8 +1,9 @@
 //! The objective of detectors that look twice: RefineFace's selective two-step classification and regression.
 
-use super::head::{box_loss, Channels, GroupChannels, Head, Layout, Level};
+use super::head::{box_loss, Channels, GroupChannels, Head, Layout, Level, Place};
 use super::pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted, Losses};
 use super::sampled::Sampled;
+use super::second_look::Proposal;
 use crate::detect::anchors::Anchor;
 use crate::detect::BBox;
 use crate::error::{Error, Result};
@@ -67,6 +68,15 @@ struct Assigned {
     /// Anchors of the second step.
     anchors: Vec<Anchor>,
     positives: Positives,
+}
+
+/// What the first step makes of a picture's anchors.
+struct AfterFirst {
+    anchors: Vec<Anchor>,
+    /// Whether the second step sees each.
+    seen: Vec<bool>,
+    /// Whether it moved any.
+    moved: bool,
 }
 
 /// Where the first step has what it says of an anchor group.
@@ -194,21 +204,35 @@ impl TwoStep {
         Ok(gathered(&shapes, judged))
     }
 
-    fn assign(&self, heads: &Heads<'_>, maps: &[&[f32]], faces: &[Annotated]) -> Assigned {
-        let faces = face_boxes(faces);
+    /// What the second step finds in picture `n`: the box of every anchor that it sees, its logit and its level's number.
+    pub(super) fn found(&self, outputs: &[Tensor], n: usize) -> Vec<Proposal> {
+        let shapes: Vec<Shape> = outputs.iter().map(|o| o.shape).collect();
+        let (grid, first, second) = self.grid(&shapes);
+        let heads = Heads { first: &first, second: Head { grid: &grid, groups: &second } };
+        let maps = picture_maps(outputs, n);
+        let AfterFirst { anchors, seen, .. } = self.after_first(&heads, &maps);
+        let anchors_of = |level: &Level| level.anchors.len();
+        let levels = self.levels.iter().enumerate();
+        let level_of: Vec<usize> = levels.flat_map(|(i, (l, _))| vec![i; anchors_of(l)]).collect();
+        let found = |(i, place): (usize, Place)| Proposal {
+            bbox: anchors[i].decode(&place.boxes.read(&maps), VARIANCES),
+            score: maps[place.class.0][place.class.1],
+            level: level_of[grid.group_of(i)],
+        };
+        heads.second.places().enumerate().filter(|(i, _)| seen[*i]).map(found).collect()
+    }
+
+    /// The anchors as the first step leaves them to the second.
+    fn after_first(&self, heads: &Heads<'_>, maps: &[&[f32]]) -> AfterFirst {
         let grid = heads.second.grid;
-        let of_grid = match_anchors(grid, &faces, &self.first);
         let mut anchors = Vec::with_capacity(grid.len);
         let mut seen = vec![true; grid.len];
         let mut moved = false;
-        let mut positives = Positives::default();
         for (group, first) in grid.groups.iter().zip(heads.first) {
-            let matched = || group.range().filter(|&i| of_grid.face(i).is_some()).count();
             let cells = (0..group.len()).map(|cell| (cell, group.anchor(cell)));
             match first {
                 FirstChannels::None => anchors.extend(cells.map(|(_, anchor)| anchor)),
                 FirstChannels::Classes(channels) => {
-                    positives.first_class += matched();
                     for (cell, anchor) in cells {
                         let (output, at) = channels.at(cell);
                         // False for a NaN too.
@@ -217,13 +241,29 @@ impl TwoStep {
                     }
                 }
                 FirstChannels::Boxes(channels) => {
-                    positives.first_boxes += matched();
                     moved = true;
                     anchors.extend(cells.map(|(cell, anchor)| {
                         let (output, at) = channels.at(cell);
                         anchor.moved(&maps[output][at..at + 4], VARIANCES)
                     }));
                 }
+            }
+        }
+        AfterFirst { anchors, seen, moved }
+    }
+
+    fn assign(&self, heads: &Heads<'_>, maps: &[&[f32]], faces: &[Annotated]) -> Assigned {
+        let faces = face_boxes(faces);
+        let grid = heads.second.grid;
+        let of_grid = match_anchors(grid, &faces, &self.first);
+        let AfterFirst { anchors, seen, moved } = self.after_first(heads, maps);
+        let mut positives = Positives::default();
+        for (group, first) in grid.groups.iter().zip(heads.first) {
+            let matched = group.range().filter(|&i| of_grid.face(i).is_some()).count();
+            match first {
+                FirstChannels::None => {}
+                FirstChannels::Classes(_) => positives.first_class += matched,
+                FirstChannels::Boxes(_) => positives.first_boxes += matched,
             }
         }
         let mut of_second = if moved {

@@ -20,7 +20,10 @@ use crate::train::checkpoint::{AVERAGE, PARAM};
 use crate::train::data::Dataset;
 use crate::train::matching::MatchingRecipe;
 use crate::train::network::{Engine, Frozen, InputTable, Network};
-use crate::train::objective::{DetectorObjective, Layout, Level, Objective, PyramidAnchors, TwoStep};
+use crate::train::objective::second_look::{FeatureSupervision, GroupedFastRcnn};
+use crate::train::objective::{
+    DetectorObjective, Layout, Level, Objective, PyramidAnchors, SecondLook, TwoStep,
+};
 use crate::train::optim::{Ema, Optimizer, ParamOptions};
 use crate::train::recipe::{ModelRecipe, Precision, Recipe};
 use crate::train::sampler::SamplerRecipe;
@@ -44,21 +47,24 @@ impl Trainer {
         })?;
         resize(&mut config.detector, &recipe.model, base)?;
         let (objective, pyramid_anchors) = objective(&recipe, &config.detector)?;
-        let graph = match (&config.detector, pyramid_anchors.len()) {
-            (DetectorConfig::Hambox(d), count @ 1..) => d.training_graph(count),
-            (detector, _) => detector.detector().graph(),
+        let second_look = second_look(&recipe, &config.detector, &objective)?;
+        let graph = match &config.detector {
+            DetectorConfig::Hambox(d) => d.training_graph(pyramid_anchors.len()),
+            DetectorConfig::Refineface(d) if second_look.is_some() => d.training_graph(),
+            DetectorConfig::GroupSampling(d) => d.training_graph(),
+            detector => detector.detector().graph(),
         };
         let (start, notes) =
             if from_start { start_weights(&recipe.model, base, &graph)? } else { Default::default() };
         let mut weights = start.completed(&graph, recipe.run.seed);
         let is_new = |name: &str| !start.tensors.contains_key(name);
         match &config.detector {
-            DetectorConfig::Pyramid(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
-            DetectorConfig::GroupSampling(detector) => detector.set_prior(&mut weights, is_new),
-            DetectorConfig::Hambox(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
-            DetectorConfig::Refineface(detector) => detector.set_prior(&mut weights, PRIOR, is_new),
-            DetectorConfig::Hr(detector) => detector.set_prior(&mut weights, is_new),
-            DetectorConfig::Retinaface(detector) => detector.set_prior(&mut weights, is_new),
+            DetectorConfig::Pyramid(detector) => detector.start_new(&mut weights, PRIOR, is_new),
+            DetectorConfig::GroupSampling(detector) => detector.start_new(&mut weights, is_new),
+            DetectorConfig::Hambox(detector) => detector.start_new(&mut weights, PRIOR, is_new),
+            DetectorConfig::Refineface(detector) => detector.start_new(&mut weights, PRIOR, is_new),
+            DetectorConfig::Hr(detector) => detector.start_new(&mut weights, is_new),
+            DetectorConfig::Retinaface(detector) => detector.start_new(&mut weights, is_new),
         }
         let mut engine = engine(&recipe, graph, &weights, resources.threads.max(1))?;
         let optimizer = Optimizer::new(recipe.optimizer, options(&recipe, &*engine)?)?;
@@ -73,6 +79,7 @@ impl Trainer {
             engine,
             objective,
             pyramid_anchors,
+            second_look,
             optimizer,
             schedule,
             ema,
@@ -142,6 +149,39 @@ fn objective(recipe: &Recipe, detector: &DetectorConfig) -> Result<(DetectorObje
     Ok((DetectorObjective::OneStep(objective), pyramid_anchors))
 }
 
+/// Who looks again at boxes of this detector. Errors where the recipe has tables for what it does not do.
+fn second_look(
+    recipe: &Recipe,
+    detector: &DetectorConfig,
+    objective: &DetectorObjective,
+) -> Result<Option<SecondLook>> {
+    let refuse = |key: &str, why: &str| {
+        Err(Error::InvalidArgument(format!("{key}: {} has no use for it: {why}", recipe.model.detector)))
+    };
+    let rcnn = match detector {
+        DetectorConfig::GroupSampling(d) if d.second_stage.is_some() => Some(d),
+        _ => None,
+    };
+    if recipe.second_stage.is_some() && rcnn.is_none() {
+        return refuse("second-stage", "it has one stage; detectors with -rcnn in their name have two");
+    }
+    match (recipe.feature_supervision, objective) {
+        (Some(settings), DetectorObjective::TwoStep(detector)) => {
+            let focal = recipe.loss.classification.focal().unwrap_or_default();
+            let (detector, recipe) = (detector.clone(), settings);
+            Ok(Some(SecondLook::FeatureSupervision(FeatureSupervision { detector, recipe, focal })))
+        }
+        (Some(_), DetectorObjective::OneStep(_)) => refuse("feature-supervision", "it is RefineFace's"),
+        (None, _) => Ok(rcnn.map(|detector| {
+            SecondLook::FastRcnn(GroupedFastRcnn {
+                detector: detector.clone(),
+                recipe: recipe.second_stage.unwrap_or_default(),
+                loss: recipe.loss,
+            })
+        })),
+    }
+}
+
 /// Makes a detector as the recipe's `[model]` says, whose relative paths start at `base`.
 fn resize(detector: &mut DetectorConfig, model: &ModelRecipe, base: &Path) -> Result<()> {
     if let DetectorConfig::Hr(d) = detector {
@@ -168,6 +208,10 @@ fn resize(detector: &mut DetectorConfig, model: &ModelRecipe, base: &Path) -> Re
     if let Some((width, channels)) = sizes {
         *width = model.width.unwrap_or(*width);
         *channels = model.channels.unwrap_or(*channels);
+    }
+    if let (DetectorConfig::GroupSampling(d), Some(channels)) = (&mut *detector, model.channels) {
+        // As in the usual proportion, 1,024 on 256 channels.
+        d.second_stage.iter_mut().for_each(|second| second.width = 4 * channels);
     }
     detector.check()
 }

@@ -8,7 +8,7 @@ use super::dev::{Dev, DevScore};
 use super::loader::{Batch, Loader, LoaderConfig, Sides};
 use super::losses::ClassLoss;
 use super::network::{Engine, InputTable};
-use super::objective::{DetectorObjective, Losses, PyramidAnchors};
+use super::objective::{DetectorObjective, Losses, PyramidAnchors, SecondLook};
 use super::optim::{clip_global_norm, first_non_finite, global_norm, Ema, Optimizer, Schedule};
 use super::recipe::Recipe;
 use crate::detect::config::METADATA_KEY;
@@ -40,6 +40,7 @@ pub struct Trainer {
     engine: Box<dyn Engine>,
     objective: DetectorObjective,
     pyramid_anchors: Vec<PyramidAnchors>,
+    second_look: Option<SecondLook>,
     optimizer: Optimizer,
     schedule: Schedule,
     ema: Option<Ema>,
@@ -114,10 +115,13 @@ impl Trainer {
         self.dataset.samples.len() as f64 / self.recipe.batch.size as f64
     }
 
-    /// Trained values and multiply-adds at 640x480 of what it makes, and precision of the maps.
+    /// Trained values and multiply-adds at 640x480 of what it makes (those of the first stage), and precision of the maps.
     pub fn describe(&self) -> Result<(usize, u64, &'static str)> {
-        let graph = self.config.detector.detector().graph();
-        Ok((graph.param_count(), graph.macs(&[Shape::new(1, 3, 480, 640)])?, self.engine.precision()))
+        let detector = self.config.detector.detector();
+        let graph = detector.graph();
+        let second = detector.second_stage().map_or(0, |s| s.graph.param_count());
+        let macs = graph.macs(&[Shape::new(1, 3, 480, 640)])?;
+        Ok((graph.param_count() + second, macs, self.engine.precision()))
     }
 
     /// One step.
@@ -176,6 +180,16 @@ impl Trainer {
             losses.boxes += more.boxes;
             d.extend(gradients);
         }
+        if let Some(second) = &self.second_look {
+            // As with pyramid anchors: numbers past the batch's.
+            let rng = |n: usize| rng(n + batch.faces.len());
+            let looks = second.choose(own, &batch.faces, rng, threads);
+            let outputs = self.engine.forward_boxes(looks.boxes())?;
+            let (more, gradients) = second.judge(&looks, &outputs)?;
+            losses.class += more.class;
+            losses.boxes += more.boxes;
+            d.extend(gradients);
+        }
         let stop = |what: &str| {
             Err(Error::InvalidData(format!(
                 "training stopped at step {step}: {what}. Checkpoints made before it are sound. The batch's pictures: {}",
@@ -215,8 +229,10 @@ impl Trainer {
             None => self.engine.params().to_vec(),
         };
         // What training alone needs is left out.
-        let graph = self.config.detector.detector().graph();
-        let kept: HashSet<&str> = graph.params.iter().map(|p| p.name.as_str()).collect();
+        let detector = self.config.detector.detector();
+        let graphs = [Some(detector.graph()), detector.second_stage().map(|s| s.graph)];
+        let params = graphs.iter().flatten().flat_map(|g| &g.params);
+        let kept: HashSet<&str> = params.map(|p| p.name.as_str()).collect();
         for (p, v) in self.engine.graph().params.iter().zip(values) {
             if kept.contains(p.name.as_str()) {
                 weights.insert(&p.name, &p.shape, v);
