@@ -208,7 +208,18 @@ fn sessions_take_what_they_say_and_detection_takes_nothing(model: &capi::Model, 
 }
 
 fn every_detector_detects_without_the_allocator() {
-    for name in ["rpn-r18", "fpn-r18", "fpn-finest-dc-r18", "hambox-r18", "refineface-r18"] {
+    for name in [
+        "rpn-r18",
+        "fpn-r18",
+        "fpn-finest-stride-r18",
+        "fpn-finest-dc-r18",
+        "hambox-r18",
+        "refineface-r18",
+        "farface-crowd-r18",
+        "hr-r18",
+        "hr-vgg16",
+        "retinaface-r18",
+    ] {
         let model = common::narrow::model(name, 3);
         let pixels = common::model::picture(130, 97, 1);
         let picture = ImageView::packed(130, 97, PixelFormat::Rgb8, &pixels).unwrap();

@@ -39,7 +39,7 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         ("fpn-p3-r18", [54, 70]),
         ("fpn-p4-r18", [54, 70]),
         ("fpn-finest-dc-r50", [48, 64]),
-        ("fpn-finest-rcnn-r18", [54, 70]),
+        ("fpn-finest-rcnn-r18", [64, 96]),
         ("hambox-baseline-r18", [101, 131]),
         ("hambox-fpn-r18", [101, 131]),
         ("hambox-r50", [128, 160]),

@@ -83,7 +83,7 @@ fn tiles_of_the_default_model_give_what_the_whole_picture_gives() {
 
 #[test]
 fn tiles_of_group_sampling_give_what_the_whole_picture_gives() {
-    for name in ["fpn-r18", "fpn-finest-r18", "fpn-finest-dc-r18"] {
+    for name in ["rpn-r18", "fpn-r18", "fpn-finest-r18", "fpn-finest-stride-r18", "fpn-finest-dc-r18"] {
         hold(name, &narrow::model(name, 3), 45);
     }
 }
@@ -108,7 +108,9 @@ fn tiles_of_a_detector_of_two_stages_give_what_the_whole_picture_gives() {
 
 #[test]
 fn tiles_of_refineface_give_what_the_whole_picture_gives() {
-    hold("refineface-r18", &narrow::model("refineface-r18", 3), 131);
+    for name in ["refineface-r18", "farface-crowd-r18"] {
+        hold(name, &narrow::model(name, 3), 131);
+    }
 }
 
 /// Searches the 2x level of a grey picture of `side` x `side` px in which copies of the sample picture stand at `places`, with this

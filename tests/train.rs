@@ -339,7 +339,6 @@ fn what_is_wrong_with_a_recipe_is_named() {
         ("\"regression-aware-focal\"", "\"softmax\"", "softmax"),
         ("[mining]\noverlap = 0.5\n", "", "[mining]"),
         ("\"farface-nano\"", "\"farface-micro\"", "farface-micro"),
-        ("\"farface-nano\"", "\"retinaface-mobile025\"", "retinaface-mobile025 cannot be trained"),
         ("\"farface-nano\"", "\"farface-nano\"\nfreeze = [\"spine\"]", "spine"),
         ("\"farface-nano\"", "\"farface-nano\"\nlearning-rate = { \"spine\" = 0.1 }", "spine"),
         ("[mining]", "[sampler]\n[mining]", "sampler"),

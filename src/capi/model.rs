@@ -150,9 +150,10 @@ pub unsafe extern "C" fn farface_model_training_data(
     unsafe { text(model, data, "data", |m| &m.data) }
 }
 
-/// Sizes of face that the network finds in a picture that is not resized: `*smallest` and
-/// `*largest`, longer side in pixels. Other sizes are found through `min_face_px` and
-/// `max_face_px` of the session's options, which resize the picture.
+/// Sizes of face that the network finds in a picture that is not resized (for models with scales of
+/// their own, in the pixels of one of these): `*smallest` and `*largest`, longer side in pixels.
+/// Other sizes are found through `min_face_px` and `max_face_px` of the session's options, which
+/// resize the picture.
 ///
 /// Threads: any.
 #[no_mangle]

@@ -20,8 +20,9 @@ use std::mem::offset_of;
 #[allow(non_camel_case_types)]
 pub type farface_pyramid = u32;
 
-/// The picture as it is; with `min_face_px` or `max_face_px`, the fewest and smallest levels on
-/// which all faces between them are found.
+/// The model's own scales where its file names some; else the picture as it is, and with
+/// `min_face_px` or `max_face_px` the fewest and smallest levels on which all faces between them
+/// are found.
 pub const FARFACE_PYRAMID_AUTO: farface_pyramid = 0;
 /// Levels at scales 2^e for e = `pyramid_max`, `pyramid_max - pyramid_step`, ... `pyramid_min`.
 /// Levels that cannot hold a face between `min_face_px` and `max_face_px` are left out.
@@ -86,7 +87,8 @@ pub struct farface_session_options {
     /// Most faces returned, best first; 0 = no limit, which is the init.
     pub max_faces: u32,
     /// Smallest face wanted, longer side in pixels of the picture; 0 = no limit, which is the init.
-    /// Faces too small for the network as it is cost enlarged levels.
+    /// Faces too small for the network as it is cost enlarged levels, but for models with scales of
+    /// their own, whose levels are only left out.
     pub min_face_px: f32,
     /// Largest face wanted, likewise. Who wants large faces alone gets smaller levels and saves time.
     pub max_face_px: f32,

@@ -108,7 +108,8 @@ pub(super) fn decode_level(
                 }
                 let anchor = Anchor::on_cell(y, x, stride, sizes[a]);
                 let mut bbox = anchor.decode(&boxes.pixel(y, x)[4 * a..], variances);
-                if let Some(reach) = reach {
+                // What is no number stays one.
+                if let Some(reach) = reach.filter(|_| bbox.width().is_finite() && bbox.height().is_finite()) {
                     bbox = bbox.within(&Anchor { size: [2.0 * reach; 2], ..anchor }.bbox());
                 }
                 sink(Face { bbox, score: sigmoid(logit), ..Face::default() });

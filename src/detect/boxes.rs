@@ -56,12 +56,6 @@ impl BBox {
         w * h
     }
 
-    /// The part of it within a square of side `side` at the origin; turned inside out where there is none.
-    #[cfg(feature = "train")]
-    pub fn clipped(&self, side: f32) -> Self {
-        Self { x1: self.x1.max(0.0), y1: self.y1.max(0.0), x2: self.x2.min(side), y2: self.y2.min(side) }
-    }
-
     /// Share of this box's area that lies in the other; NaN where it has none.
     #[cfg(feature = "train")]
     pub fn share_in(&self, other: &Self) -> f32 {

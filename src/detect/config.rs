@@ -6,7 +6,7 @@
 use super::detector::Detector;
 use super::group_sampling::GroupSamplingConfig;
 use super::hambox::HamBoxConfig;
-use super::hr::HrConfig;
+use super::hr::{HrConfig, TemplateChoice};
 use super::options::Pyramid;
 use super::pyramid::PyramidConfig;
 use super::refineface::RefineFaceConfig;
@@ -60,7 +60,8 @@ pub struct ModelConfig {
     /// Best candidates that reach the suppression.
     #[serde(default = "default_candidates")]
     pub max_candidates: usize,
-    /// Sizes of face that the network finds at scale 1: smallest and largest longer side, pixels.
+    /// Sizes of face that the network finds: smallest and largest longer side, pixels of the level that it sees; at scale 1, unless
+    /// the model has scales of its own.
     pub detectable_px: [f32; 2],
     /// Licence of the weights.
     #[serde(default)]
@@ -100,7 +101,8 @@ pub struct Octaves {
 impl Octaves {
     fn is_sane(&self) -> bool {
         let Self { min, max, step } = *self;
-        (-10.0..=4.0).contains(&min) && (min..=4.0).contains(&max) && (0.1..=14.0).contains(&step)
+        let range = (-8.0..=2.0).contains(&min) && (min..=2.0).contains(&max);
+        range && (0.1..=14.0).contains(&step) && (max - min) / step <= 24.0
     }
 }
 
@@ -336,15 +338,26 @@ impl ModelConfig {
     }
 
     /// HR, with the thresholds of its authors' demonstration, and in evaluations those of section 4.
-    fn hr(name: &str, detector: HrConfig) -> Self {
+    pub(crate) fn hr(name: &str, detector: HrConfig) -> Self {
         let [least, most] = detector.template_px();
         let largest = |side: fn(&[f32; 2]) -> f32| detector.anchors().iter().map(side).fold(0.0, f32::max);
+        let (pyramid, evaluated) = match detector.choice {
+            TemplateChoice::AAndB => {
+                let size = [largest(|a| a[0]), largest(|a| a[1])];
+                (OwnPyramid::LargestFace { size }, Octaves { min: -2.0, max: 1.0, step: 1.0 })
+            }
+            // The levels that templates are made for.
+            TemplateChoice::Full => {
+                let octaves = Octaves { min: -1.0, max: 1.0, step: 1.0 };
+                (OwnPyramid::Octaves(octaves), octaves)
+            }
+        };
         Self {
             name: name.into(),
             // From a template on, IoU 0.5 with a square.
             detectable_px: [least * 0.7, most * 1.5],
-            pyramid: Some(OwnPyramid::LargestFace { size: [largest(|a| a[0]), largest(|a| a[1])] }),
-            eval_pyramid: Some(Octaves { min: -2.0, max: 1.0, step: 1.0 }),
+            pyramid: Some(pyramid),
+            eval_pyramid: Some(evaluated),
             nms_iou: 0.1,
             eval_nms_iou: Some(0.3),
             eval_score_threshold: 0.03,
@@ -356,7 +369,7 @@ impl ModelConfig {
     }
 
     /// What [`ModelConfig::named`] knows, to be read by people.
-    pub const NAMES: &'static str = "farface-nano, farface-small, retinaface-mobile025, retinaface-r50, or one of Group Sampling's: rpn, fpn, \
+    pub const NAMES: &'static str = "farface-nano, farface-small, retinaface-mobile025, retinaface and a backbone (retinaface-r50), or one of Group Sampling's: rpn, fpn, \
          fpn-finest, fpn-finest-stride, fpn-p3 or fpn-p4, then -dc for the dilated head or nothing, then -rcnn for a second stage \
          (on fpn, fpn-finest and fpn-finest-stride) or nothing, then -r18, -r34, -r50, -r101 or -r152 (fpn-finest-dc-r50); or hambox, then nothing, -baseline or some of -sms -dh -ssh in this order, then -fpn or nothing, \
          then the backbone as before (hambox-r50); or refineface, then nothing, -baseline or some of -str -stc -rfe in this order, then \
@@ -439,7 +452,7 @@ impl ModelConfig {
         let scales =
             self.pyramid.is_none_or(|p| p.is_sane()) && self.eval_pyramid.is_none_or(|p| p.is_sane());
         if !scales {
-            return bad("pyramid: exponents from -10 to 4, steps from 0.1, sizes from 1 to 10000");
+            return bad("pyramid: exponents from -8 to 2, at most 25 of them, sizes from 1 to 10000");
         }
         // Work grows with their square where all boxes stay: a file must not ask for hours.
         if self.max_candidates == 0 || self.max_candidates > 50_000 {
@@ -477,7 +490,9 @@ mod tests {
     fn a_pyramid_out_of_range_is_refused() {
         let with = |pyramid| ModelConfig { pyramid: Some(pyramid), ..ModelConfig::farface_nano() }.check();
         with(OwnPyramid::Octaves(Octaves { min: 0.0, max: 1.0, step: 0.5 })).unwrap();
-        for [min, max, step] in [[0.0, 9.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [f32::NAN, 1.0, 1.0]] {
+        for [min, max, step] in
+            [[-8.0, 2.0, 0.1], [0.0, 9.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [f32::NAN, 1.0, 1.0]]
+        {
             assert!(with(OwnPyramid::Octaves(Octaves { min, max, step })).is_err(), "{min} {max} {step}");
         }
         assert!(with(OwnPyramid::LargestFace { size: [0.0, 10.0] }).is_err());

@@ -2,7 +2,7 @@
 //! voting, and soft.
 //!
 //! Boxes are hashed by size and place, and a candidate is compared with its neighbours alone; the
-//! result is that of comparing all pairs.
+//! result is that of comparing all pairs. Gaussian soft-NMS does compare all, as do thresholds below 0.1.
 
 mod neighbours;
 mod soft;
@@ -64,7 +64,7 @@ pub enum Suppression {
     Greedy,
     /// Greedy; then each box that is left becomes the mean of all candidates that overlap it by more
     /// than `iou`, itself included, weighted with their scores (Gidaris and Komodakis 2015, section 5). Score, landmarks and
-    /// ellipse stay its own.
+    /// ellipse stay its own; a mean may lie a little outside the sizes asked for.
     Voting {
         /// Overlap that the boxes that vote exceed, 0 to 1; [`VOTING_IOU`] in the paper.
         iou: f32,
@@ -72,7 +72,8 @@ pub enum Suppression {
     /// Soft-NMS (Bodla et al. 2017, section 3), linear: the best box is kept, and the score of what overlaps it by more
     /// than the NMS IoU is multiplied with 1 - IoU; then the next best.
     SoftLinear,
-    /// Soft-NMS with Gaussian decay: the factor is exp(-IoU^2 / `sigma`), and the NMS IoU does not matter.
+    /// Soft-NMS with Gaussian decay: the factor is exp(-IoU^2 / `sigma`), and the NMS IoU does not matter. Time grows with the
+    /// square of the candidates.
     SoftGaussian {
         /// Width of the decay, above 0; [`SOFT_SIGMA`] in the paper.
         sigma: f32,

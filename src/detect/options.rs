@@ -121,7 +121,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// The model's own settings, one thread, scale 1.
+    /// The model's own settings, one thread, the scales of [`Pyramid::Auto`].
     pub fn for_model(config: &ModelConfig) -> Self {
         Self {
             score_threshold: config.score_threshold,

@@ -134,7 +134,8 @@ fn clustered(all: &[Weighted], k: usize, rng: &mut Rng) -> Clustering {
             Cluster {
                 medoid: all[medoid].size,
                 boxes: boxes as usize,
-                distance: cost(all, members, medoid) / boxes,
+                // Of two sizes too close to tell apart one has all boxes.
+                distance: if boxes > 0.0 { cost(all, members, medoid) / boxes } else { 0.0 },
             }
         })
         .collect();

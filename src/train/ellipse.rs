@@ -39,13 +39,14 @@ pub fn ellipse_samples(
 ) -> Result<Vec<EllipseSample>> {
     let hr = hr_of(model)?;
     let options = Options::for_evaluation(model.config());
-    let policy = match options.pyramid {
-        Pyramid::Octaves { min, max, step } => {
+    let size = Size::new(picture.width, picture.height);
+    let policy = match (options.pyramid, model.config().pyramid) {
+        (Pyramid::Octaves { min, max, step }, _) => {
             PyramidPolicy::Octaves { min: min.into(), max: max.into(), step: step.into() }
         }
+        (_, Some(own)) => PyramidPolicy::Scales(own.scales([size.width as f64, size.height as f64])),
         _ => PyramidPolicy::Scales(vec![1.0]),
     };
-    let size = Size::new(picture.width, picture.height);
     let view = ImageView::packed(picture.width, picture.height, PixelFormat::Rgb8, &picture.pixels)?;
     let (mut arena, mut scratch) = (Arena::default(), Scratch::default());
     let mut pool = Pool::new(threads).map_err(|e| Error::Unsupported(format!("threads: {e}")))?;

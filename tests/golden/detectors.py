@@ -438,7 +438,7 @@ def narrow():
     for tiling in ("rpn", "fpn", "fpn-finest", "fpn-finest-stride", "fpn-p3", "fpn-p4"):
         case(f"{tiling}-r18", GroupSampling(*R18, tiling), (54, 70))
     case("fpn-finest-dc-r50", GroupSampling(*R50, "fpn-finest", (1, 2, 4, 8)), (48, 64))
-    case("fpn-finest-rcnn-r18", GroupSampling(*R18, "fpn-finest", second=True), (54, 70))
+    case("fpn-finest-rcnn-r18", GroupSampling(*R18, "fpn-finest", second=True), (64, 96))
     case("hambox-baseline-r18", HamBox(*R18, False, False, 5), (101, 131))
     case("hambox-fpn-r18", HamBox(*R18, True, True, 7), (101, 131))
     case("hambox-r50", HamBox(*R50, True, True, 5), (128, 160))

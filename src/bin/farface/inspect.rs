@@ -125,7 +125,15 @@ fn to_text(
                 config.max_candidates
             ),
         ),
-        ("face sizes", format!("{} to {} px at scale 1", config.detectable_px[0], config.detectable_px[1])),
+        (
+            "face sizes",
+            format!(
+                "{} to {} px {}",
+                config.detectable_px[0],
+                config.detectable_px[1],
+                if config.pyramid.is_some() { "of a scale searched" } else { "at scale 1" }
+            ),
+        ),
         (
             "receptive field",
             format!(

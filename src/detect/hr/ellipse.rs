@@ -182,7 +182,13 @@ impl EllipseRegressor {
         let of = |i: usize, value: usize| solution[i][value] as f32;
         let weights = (0..values).map(|v| std::array::from_fn(|i| of(i, v))).collect();
         let bias = |k: usize| (0..values).map(|v| of(INPUTS, v) + of(INPUTS + 1 + k, v)).collect();
-        Ok(Self { angle, weights, biases: (0..templates).map(bias).collect() })
+        let fitted = Self { angle, weights, biases: (0..templates).map(bias).collect() };
+        fitted.check(templates).map_err(|_| {
+            Error::InvalidData(
+                "the ellipses' values are not finite: cot has none at 0, take the double angle".into(),
+            )
+        })?;
+        Ok(fitted)
     }
 }
 
@@ -276,5 +282,10 @@ mod tests {
         let mean = (fitted.biases[0][0] + fitted.biases[1][0]) / 2.0;
         assert!((fitted.biases[2][0] - mean).abs() < 0.01, "{:?}", fitted.biases);
         assert!(EllipseRegressor::fit(&[], 3, AngleForm::DoubleAngle, 1e-3).is_err());
+        // cot 0 is not finite; the double angle bears it.
+        let mut lying = samples.clone();
+        lying[7].ellipse.angle = 0.0;
+        assert!(EllipseRegressor::fit(&lying, 3, AngleForm::Cotangent, 1e-3).is_err());
+        assert!(EllipseRegressor::fit(&lying, 3, AngleForm::DoubleAngle, 1e-3).is_ok());
     }
 }

@@ -97,6 +97,11 @@ impl HrConfig {
         {
             return bad("1 to 128 templates, sides from 1 to 10000 pixels, scales from 1/64 to 64");
         }
+        if !self.templates.iter().any(|t| self.choice.asks_somewhere(t)) {
+            return bad(
+                "types A and B ask no template: none is of scale 1, nor of scale 2 for faces under 20 px",
+            );
+        }
         if !(-64.0..=64.0).contains(&self.cell_center) {
             return bad("cell_center from -64 to 64");
         }

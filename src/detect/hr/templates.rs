@@ -20,9 +20,10 @@ pub struct Template {
 #[serde(rename_all = "kebab-case")]
 pub enum TemplateChoice {
     /// Section 3.3: type A (made for scale 1: faces of 40 to 140 px) on every level, type B (made for scale 2: faces under
-    /// 20 px) on enlarged levels; the others nowhere, as a smaller or larger level does their work.
+    /// 20 px) on enlarged levels, of which a single picture has one between 1 and 2, too; the others nowhere, as a smaller or
+    /// larger level does their work.
     AAndB,
-    /// Each template on the level it was made for.
+    /// Each template on the level it was made for; other levels ask nothing.
     Full,
 }
 

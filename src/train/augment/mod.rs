@@ -127,7 +127,7 @@ impl Augment {
         }
         let moved = |b: &BBox| box_in(&window, b, side as f32, flip, rotation);
         let boxes: Vec<BBox> = faces.iter().map(|face| moved(&face.bbox)).collect();
-        let inside = moved(&BBox::new(0.0, 0.0, size[0], size[1])).clipped(side as f32);
+        let inside = moved(&BBox::new(0.0, 0.0, size[0], size[1])).within(&frame(side as f32));
         let kept = self.kept(faces, &boxes, side as f32);
         if self.cover.probability > 0.0 {
             self.cover.draw(&kept, &boxes, side, rng, pixels);
@@ -153,7 +153,7 @@ impl Augment {
             if !(inside(b.x1, b.x2) && inside(b.y1, b.y2)) {
                 continue;
             }
-            let clipped = b.clipped(side);
+            let clipped = b.within(&frame(side));
             let visible = clipped.area() / b.area();
             let too_small = clipped.width().max(clipped.height()) < self.min_face_px;
             // A face of no size after rounding cannot be learnt from or ignored.
@@ -164,6 +164,11 @@ impl Augment {
         }
         kept
     }
+}
+
+/// The crop.
+fn frame(side: f32) -> BBox {
+    BBox::new(0.0, 0.0, side, side)
 }
 
 /// A whole box of the picture in pixels of the crop.

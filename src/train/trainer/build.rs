@@ -46,6 +46,10 @@ impl Trainer {
             ))
         })?;
         resize(&mut config.detector, &recipe.model, base)?;
+        if let DetectorConfig::Hr(detector) = &config.detector {
+            // Scales and sizes follow the templates.
+            config = ModelConfig::hr(&config.name, detector.clone());
+        }
         let (objective, pyramid_anchors) = objective(&recipe, &config.detector)?;
         let second_look = second_look(&recipe, &config.detector, &objective)?;
         let graph = match &config.detector {
@@ -139,6 +143,11 @@ fn objective(recipe: &Recipe, detector: &DetectorConfig) -> Result<(DetectorObje
         loss: recipe.loss,
     };
     objective.check()?;
+    if recipe.pyramid_anchors.is_some() && objective.sampler.as_ref().is_some_and(|s| s.within_picture) {
+        return Err(Error::InvalidArgument(
+            "sampler: within-picture does not go with pyramid-anchors, which reach beyond the picture".into(),
+        ));
+    }
     let pyramid_anchors = recipe.pyramid_anchors.map_or(Vec::new(), |p| {
         let of = |k: usize| {
             let levels = objective.levels[k..].to_vec();

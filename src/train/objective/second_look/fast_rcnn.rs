@@ -59,6 +59,9 @@ impl FastRcnnRecipe {
         if self.sampler.needs_losses() {
             return bad("the sampler's miner must be random or all: what is not chosen has no loss");
         }
+        if self.sampler.within_picture {
+            return bad("the sampler's within-picture is for anchors; proposals lie in the picture");
+        }
         self.matching.check()?;
         self.sampler.check()
     }
