@@ -218,7 +218,6 @@ fn every_detector_detects_without_the_allocator() {
         "farface-crowd-r18",
         "hr-r18",
         "hr-vgg16",
-        "retinaface-r18",
     ] {
         let model = common::narrow::model(name, 3);
         let pixels = common::model::picture(130, 97, 1);
