@@ -45,6 +45,13 @@ pub(super) fn passes(model: &Model, options: &Options, size: Size, budget: u64) 
     Ok(passes)
 }
 
+/// 2^exponent. Not inlined: the compiler would compute it before it is known whether there is an exponent, which memory checkers take
+/// for a read of uninitialised memory.
+#[inline(never)]
+fn scale_of(exponent: f64) -> f64 {
+    exponent.exp2()
+}
+
 fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
     let [min, max] = model.config().detectable_px.map(f64::from);
     let detectable = FaceRange { min, max };
@@ -67,13 +74,13 @@ fn levels(model: &Model, o: &Options, size: Size) -> Result<Vec<Level>> {
         (Pyramid::Auto, None) => (PyramidPolicy::Faces { faces, detectable }, min / faces.min),
         (Pyramid::Octaves { min, max, step }, _) => {
             let [min, mut max, step] = [min, max, step].map(f64::from);
-            while max.exp2() > most && max >= min && step > 0.0 {
+            while scale_of(max) > most && max >= min && step > 0.0 {
                 max -= step;
             }
             if max < min && limited {
                 return Ok(Vec::new());
             }
-            (PyramidPolicy::Octaves { min, max, step }, max.exp2())
+            (PyramidPolicy::Octaves { min, max, step }, scale_of(max))
         }
         (Pyramid::Scales(scales), _) => {
             let wanted = scales.as_slice().iter().map(|&s| f64::from(s));
