@@ -241,9 +241,10 @@ farface_status farface_model_licence(const farface_model *model, const char **li
 farface_status farface_model_training_data(const farface_model *model, const char **data);
 
 /**
- * Sizes of face that the network finds in a picture that is not resized: `*smallest` and
- * `*largest`, longer side in pixels. Other sizes are found through `min_face_px` and
- * `max_face_px` of the session's options, which resize the picture.
+ * Sizes of face that the network finds in a picture that is not resized (for models with scales of
+ * their own, in the pixels of one of these): `*smallest` and `*largest`, longer side in pixels.
+ * Other sizes are found through `min_face_px` and `max_face_px` of the session's options, which
+ * resize the picture.
  *
  * Threads: any.
  */
@@ -275,8 +276,9 @@ farface_status farface_model_parameter_count(const farface_model *model, uint64_
 typedef uint32_t farface_pyramid;
 
 /**
- * The picture as it is; with `min_face_px` or `max_face_px`, the fewest and smallest levels on
- * which all faces between them are found.
+ * The model's own scales where its file names some; else the picture as it is, and with
+ * `min_face_px` or `max_face_px` the fewest and smallest levels on which all faces between them
+ * are found.
  */
 #define FARFACE_PYRAMID_AUTO 0
 
@@ -356,7 +358,8 @@ typedef struct {
     uint32_t max_faces;
     /**
      * Smallest face wanted, longer side in pixels of the picture; 0 = no limit, which is the init.
-     * Faces too small for the network as it is cost enlarged levels.
+     * Faces too small for the network as it is cost enlarged levels, but for models with scales of
+     * their own, whose levels are only left out.
      */
     float min_face_px;
     /** Largest face wanted, likewise. Who wants large faces alone gets smaller levels and saves time. */

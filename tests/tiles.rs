@@ -83,9 +83,11 @@ fn tiles_of_the_default_model_give_what_the_whole_picture_gives() {
 
 #[test]
 fn tiles_of_group_sampling_give_what_the_whole_picture_gives() {
-    for name in ["rpn-r18", "fpn-r18", "fpn-finest-r18", "fpn-finest-stride-r18", "fpn-finest-dc-r18"] {
+    for name in ["fpn-r18", "fpn-finest-r18", "fpn-finest-stride-r18", "fpn-finest-dc-r18"] {
         hold(name, &narrow::model(name, 3), 45);
     }
+    // Its cells are few.
+    hold("rpn-r18", &narrow::model("rpn-r18", 3), 163);
 }
 
 #[test]
