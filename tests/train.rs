@@ -7,7 +7,7 @@ mod faces;
 mod shared;
 
 use farface::cpu::dense::bf16_supported;
-use farface::detect::config::DetectorConfig;
+use farface::detect::config::{DetectorConfig, OwnPyramid};
 use farface::detect::detector::Detector;
 use farface::detect::ModelConfig;
 use farface::eval::wider::{Face, GroundTruth};
@@ -520,7 +520,13 @@ fn what_a_detector_has_no_use_for_is_refused_by_name() {
     let templates = "templates = \"templates.csv\"";
     assert!(refused(model("refineface-r18", templates)).contains("model.templates: refineface-r18"));
     assert!(refused(model("hr-r18", "channels = 8")).contains("model.channels: hr"));
-    assert!(Trainer::new(&model("hr-r18", templates), dir.path(), resources(1)).is_ok());
+    let mut own = Trainer::new(&model("hr-r18", templates), dir.path(), resources(1)).unwrap();
+    // Sizes and scales are those of the one template, 20 x 24 px.
+    let config = ModelConfig::of(&own.model().unwrap()).unwrap();
+    assert_eq!(config.pyramid, Some(OwnPyramid::LargestFace { size: [20.0, 24.0] }));
+    assert!((config.detectable_px[1] - 36.0).abs() < 1e-3, "{:?}", config.detectable_px);
+    std::fs::write(&table, "row,half_width,half_height,sigma\n1,10,12,0.5\n").unwrap();
+    assert!(refused(model("hr-r18", templates)).contains("types A and B ask no template"));
     std::fs::write(&table, "row,half_width,half_height,sigma\n1,10,0,1\n").unwrap();
     assert!(refused(model("hr-r18", templates)).contains("templates.csv: line 2"));
 }
