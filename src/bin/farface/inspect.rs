@@ -143,7 +143,15 @@ fn to_text(
         ),
         ("largest stride", format!("{} rows, {} columns", reach.stride[0], reach.stride[1])),
         ("parameters", group(model.param_count() as u64)),
-        ("multiply-adds", format!("{} at {}", group(layers.iter().map(|l| l.macs).sum()), args.size)),
+        (
+            "multiply-adds",
+            format!(
+                "{} at {}{}",
+                group(layers.iter().map(|l| l.macs).sum()),
+                args.size,
+                if config.detector.detector().second_stage().is_some() { ", the first stage's" } else { "" }
+            ),
+        ),
         ("memory", format!("{} bytes of feature maps at {}", group(arena as u64), args.size)),
         (
             "packed weights",

@@ -192,7 +192,19 @@ impl TwoStep {
             let mut losses = self.first_losses(&heads, &maps, &assigned[n], positives, &mut gradient);
             let second = match &self.sampler {
                 Some(sampler) => {
-                    self.sampled(sampler, &heads.second, &maps, &assigned[n], rng(n), images, &mut gradient)
+                    let Assigned { faces, second, mined, anchors, .. } = &assigned[n];
+                    let sampled = Sampled {
+                        sampler,
+                        loss: &self.loss,
+                        variances: VARIANCES,
+                        head: &heads.second,
+                        maps: &maps,
+                        faces,
+                        matches: second,
+                        is_matched: &|i| mined.binary_search(&i).is_err(),
+                        anchor: &|i| anchors[i],
+                    };
+                    sampled.losses(&mut rng(n), images, &mut gradient)
                 }
                 None => self.second_losses(&heads.second, &maps, &assigned[n], positives, &mut gradient),
             };
@@ -370,31 +382,6 @@ impl TwoStep {
             }
         }
         losses
-    }
-
-    /// Over those of one picture's anchors in the second step that the sampler chooses, as a share of `images`.
-    fn sampled(
-        &self,
-        sampler: &SamplerRecipe,
-        head: &Head<'_>,
-        maps: &[&[f32]],
-        assigned: &Assigned,
-        mut rng: Rng,
-        images: usize,
-        gradient: &mut [Vec<f32>],
-    ) -> Losses {
-        let sampled = Sampled {
-            sampler,
-            loss: &self.loss,
-            variances: VARIANCES,
-            head,
-            maps,
-            faces: &assigned.faces,
-            matches: &assigned.second,
-            is_matched: &|i| assigned.mined.binary_search(&i).is_err(),
-            anchor: &|i| assigned.anchors[i],
-        };
-        sampled.losses(&mut rng, images, gradient)
     }
 
     /// Loss of the logit at `at`, and its gradient.
