@@ -7,7 +7,6 @@ use super::detector::Detector;
 use super::group_sampling::GroupSamplingConfig;
 use super::hambox::HamBoxConfig;
 use super::hr::{HrConfig, TemplateChoice};
-use super::options::Pyramid;
 use super::pyramid::PyramidConfig;
 use super::refineface::RefineFaceConfig;
 use super::retinaface::RetinaFaceConfig;
@@ -103,12 +102,6 @@ impl Octaves {
         let Self { min, max, step } = *self;
         let range = (-8.0..=2.0).contains(&min) && (min..=2.0).contains(&max);
         range && (0.1..=14.0).contains(&step) && (max - min) / step <= 24.0
-    }
-}
-
-impl From<Octaves> for Pyramid {
-    fn from(Octaves { min, max, step }: Octaves) -> Self {
-        Pyramid::Octaves { min, max, step }
     }
 }
 

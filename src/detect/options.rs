@@ -1,6 +1,6 @@
 //! Settings of a session.
 
-use super::config::ModelConfig;
+use super::config::{ModelConfig, Octaves};
 use super::nms::Suppression;
 use crate::error::{Error, Result};
 use crate::pixels::{pyramid, PyramidLimits, PyramidPolicy, Size};
@@ -80,6 +80,12 @@ pub enum Pyramid {
     /// These scales (Group Sampling, Ming et al. 2019, section 5, trains at 0.25 n for n = 1 to 8);
     /// levels that cannot hold a face between `min_face_px` and `max_face_px` are left out.
     Scales(Scales),
+}
+
+impl From<Octaves> for Pyramid {
+    fn from(Octaves { min, max, step }: Octaves) -> Self {
+        Pyramid::Octaves { min, max, step }
+    }
 }
 
 /// Most threads of one session.

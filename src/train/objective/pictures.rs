@@ -1,5 +1,6 @@
 //! A batch's outputs, picture by picture.
 
+use crate::detect::BBox;
 use crate::error::{Error, Result};
 use crate::shape::{Shape, Tensor};
 use crate::train::data::Annotated;
@@ -31,6 +32,16 @@ impl Losses {
         self.faces += other.faces;
         self.iou += other.iou;
     }
+}
+
+/// A box that a picture's outputs mean.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Proposal {
+    pub(super) bbox: BBox,
+    /// Anything that rises with the face's probability.
+    pub(super) score: f32,
+    /// Number of the level that it comes from.
+    pub(super) level: usize,
 }
 
 /// A picture's faces as the matching takes them.

@@ -1,9 +1,10 @@
-//! The objective of detectors that look twice: RefineFace's selective two-step classification and regression.
+//! The objective of detectors that classify and regress in two steps: RefineFace's selective two-step classification and regression.
 
 use super::head::{box_loss, Channels, GroupChannels, Head, Layout, Level, Place};
-use super::pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted, Losses};
+use super::pictures::{
+    check_outputs, face_boxes, gathered, parallel, picture_maps, wanted, Losses, Proposal,
+};
 use super::sampled::Sampled;
-use super::second_look::Proposal;
 use crate::detect::anchors::Anchor;
 use crate::detect::BBox;
 use crate::error::{Error, Result};

@@ -10,7 +10,7 @@ pub use fast_rcnn::{FastRcnnRecipe, GroupedFastRcnn};
 pub use feature_supervision::{FeatureSupervision, FeatureSupervisionRecipe};
 
 use super::head::box_loss;
-use super::pictures::Losses;
+use super::pictures::{Losses, Proposal};
 use crate::detect::anchors::Anchor;
 use crate::detect::group_sampling::SECOND_STAGE_VARIANCES;
 use crate::detect::nms::{Convention, Nms, Rule, Suppression};
@@ -20,16 +20,6 @@ use crate::graph::init::Rng;
 use crate::shape::{Shape, Tensor};
 use crate::train::data::Annotated;
 use crate::train::losses::{LossRecipe, ScaleAwareMargin};
-
-/// A box that a picture's outputs mean.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Proposal {
-    pub(super) bbox: BBox,
-    /// Anything that rises with the face's probability.
-    pub(super) score: f32,
-    /// Number of the level that it comes from.
-    pub(super) level: usize,
-}
 
 /// A box that is looked at.
 #[derive(Clone, Copy, Debug, PartialEq)]
