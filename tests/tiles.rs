@@ -8,7 +8,7 @@ use farface::pixels::{ImageView, PixelFormat};
 use std::collections::HashMap;
 
 /// Faces of the picture, all that the network says: no suppression, no threshold, room for all.
-fn all(model: &Model, tile_px: usize, picture: &ImageView<'_>) -> (Vec<Face>, usize) {
+fn all(model: &Model, tile_px: usize, octave: f32, picture: &ImageView<'_>) -> (Vec<Face>, usize) {
     let options = Options {
         score_threshold: 0.0,
         nms_iou: 1.0,
@@ -17,7 +17,7 @@ fn all(model: &Model, tile_px: usize, picture: &ImageView<'_>) -> (Vec<Face>, us
         threads: 2,
         tile_px,
         // One level, whatever the model's own are.
-        pyramid: Pyramid::Octaves { min: 0.0, max: 0.0, step: 1.0 },
+        pyramid: Pyramid::Octaves { min: octave, max: octave, step: 1.0 },
         ..Options::for_model(model.config())
     };
     let mut session = Session::with_options(model, options).unwrap();
@@ -30,16 +30,22 @@ fn all(model: &Model, tile_px: usize, picture: &ImageView<'_>) -> (Vec<Face>, us
 /// a tile by an odd number of pixels, across and down. HAMBox's halo is 1,536 px (P7's stride is 128, and its head sees far), so
 /// that its tiles are 3,200 px long.
 fn hold(name: &str, model: &Model, breadth: usize) {
+    hold_at(name, model, breadth, 0);
+}
+
+/// As [`hold`], the picture enlarged by 2^`octave`.
+fn hold_at(name: &str, model: &Model, breadth: usize, octave: u8) {
     let reach = model.reach();
     let align = reach.stride[0].max(reach.stride[1]);
     let halo = reach.pixels[0].max(reach.pixels[1]).next_multiple_of(align);
     let tile = 2 * halo + align;
     let length = tile + align + 13;
+    let [length, breadth] = [length, breadth].map(|side| side.div_ceil(1 << octave));
     for (width, height) in [(length, breadth), (breadth, length)] {
         let rgb = common::model::picture(width, height, 5);
         let picture = ImageView::packed(width, height, PixelFormat::Rgb8, &rgb).unwrap();
-        let (whole, one) = all(model, 0, &picture);
-        let (tiled, tiles) = all(model, tile, &picture);
+        let (whole, one) = all(model, 0, octave.into(), &picture);
+        let (tiled, tiles) = all(model, tile, octave.into(), &picture);
         println!("{name}: {width}x{height}, halo {halo}, {tiles} tiles of {tile} px, {} boxes", whole.len());
         assert_eq!((one, tiles), (1, 3), "{name}");
         assert!(whole.len() > 500, "{name} says something: {}", whole.len());
@@ -98,7 +104,10 @@ fn tiles_of_hambox_give_what_the_whole_picture_gives() {
 #[test]
 fn tiles_of_hr_give_what_the_whole_picture_gives() {
     for name in ["hr-r18", "hr-vgg16"] {
-        hold(name, &narrow::model(name, 3), 45);
+        let model = narrow::model(name, 3);
+        hold(name, &model, 45);
+        // Twice as large, where templates of type B are asked, too.
+        hold_at(name, &model, 45, 1);
     }
 }
 

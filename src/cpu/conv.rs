@@ -6,8 +6,9 @@ pub(crate) use super::kernels::conv::Residual;
 use super::kernels::conv::{panel_registers, panels, ConvArgs};
 use super::kernels::depthwise::DepthwiseArgs;
 use super::kernels::Kernels;
+use super::part::Part;
 use super::simple::blends;
-use super::threads::{for_images, Team};
+use super::threads::Team;
 
 /// Weights walked together while a block of rows is computed: half of a 2 MiB second-level cache,
 /// in floats.
@@ -133,7 +134,7 @@ impl ConvOp {
         ConvTables { taps, run: if merged { ci * w.kernel[1] } else { ci }, add_rows, add_columns }
     }
 
-    /// Computes this thread's share of the output.
+    /// Computes this thread's share of the output, or of what is `asked` for of it.
     ///
     /// # Safety
     /// `base` is an arena in which the views lie, the input's halo holds zeros and covers the
@@ -142,9 +143,9 @@ impl ConvOp {
         &self,
         base: *mut f32,
         tables: &ConvTables,
-        input: &View,
+        [input, output]: [&View; 2],
         add: Option<&View>,
-        output: &View,
+        asked: Option<&Part>,
         team: &Team,
     ) {
         let (ci, co) = (self.in_channels / self.groups, self.out_channels / self.groups);
@@ -160,35 +161,48 @@ impl ConvOp {
         let height = output.shape.h;
         let rows = images * height;
         // Few rows and many channels: share the panels instead of the rows.
-        let by_panel = rows < 2 * team.threads && all >= team.threads;
-        let (rows, mine) = if by_panel { (0..rows, team.share(all)) } else { (team.share(rows), 0..all) };
+        let by_panel = asked.is_none() && rows < 2 * team.threads && all >= team.threads;
+        let mine = if by_panel { team.share(all) } else { 0..all };
+        let own = if by_panel { Part::Rows(0..rows) } else { Part::rows(images, height, team) };
+        let part = asked.unwrap_or(&own);
         let group = (PANEL_GROUP / (depth * 2 * lanes).max(1)).max(1);
+        let (in_pixel, out_pixel) =
+            (if one { input.image } else { self.window.stride[1] * input.pixel }, pixel(output));
         for g in 0..self.groups {
-            for_images(rows.clone(), height, |n, rows| {
+            part.each([height, width], |n, rows, columns| {
+                let first = columns.start;
+                // The residual's columns by their table, where there is one, else as the output's.
+                let (add_columns, add_first) = match tables.add_columns.get(columns.clone()) {
+                    Some(table) => (table, 0),
+                    None => (&[][..], first),
+                };
                 // SAFETY: the caller's contract; channel offsets stay inside the views' pixels.
                 unsafe {
-                    let first_add =
-                        add.map_or(std::ptr::null(), |v| base.add(v.at(n, 0, 0) + g * co).cast_const());
+                    let add_pixel = add.map_or(0, pixel);
+                    let add_from = add.map_or(std::ptr::null(), |v| {
+                        base.add(v.at(n, 0, 0) + add_first * add_pixel + g * co).cast_const()
+                    });
                     let args = ConvArgs {
-                        input: base.add(self.window.first(input) + n * input.image + g * ci),
+                        input: base
+                            .add(self.window.first(input) + n * input.image + first * in_pixel + g * ci),
                         in_row: self.window.stride[0] * input.row,
-                        in_pixel: if one { input.image } else { self.window.stride[1] * input.pixel },
+                        in_pixel,
                         taps: &tables.taps,
                         run: tables.run,
                         weights: self.weights.floats().as_ptr().add(g * self.group_weights),
                         bias: self.bias.floats().as_ptr().add(g * self.group_bias),
-                        output: base.add(output.at(n, 0, 0) + g * co),
+                        output: base.add(output.at(n, 0, 0) + first * out_pixel + g * co),
                         out_row: output.row,
-                        out_pixel: pixel(output),
-                        width,
+                        out_pixel,
+                        width: columns.len(),
                         channels: co,
                         slope: self.slope,
                         residual: if add.is_some() { self.residual } else { Residual::None },
-                        add: first_add,
+                        add: add_from,
                         add_row: add.map_or(0, |v| v.row),
-                        add_pixel: add.map_or(0, pixel),
+                        add_pixel,
                         add_rows: &tables.add_rows,
-                        add_columns: &tables.add_columns,
+                        add_columns,
                     };
                     let mut p = mine.start;
                     while p < mine.end {
@@ -253,28 +267,29 @@ impl DepthwiseOp {
         self.weights.bytes() + self.bias.bytes()
     }
 
-    /// Computes this thread's share of the output rows.
+    /// Computes this thread's part of the output.
     ///
     /// # Safety
     /// As [`ConvOp::run`].
-    pub unsafe fn run(&self, base: *mut f32, input: &View, output: &View, team: &Team) {
+    pub unsafe fn run(&self, base: *mut f32, input: &View, output: &View, part: &Part) {
         let w = &self.window;
-        for_images(team.share(output.shape.n * output.shape.h), output.shape.h, |n, rows| {
+        let in_pixel = w.stride[1] * input.pixel;
+        part.each([output.shape.h, output.shape.w], |n, rows, columns| {
             // SAFETY: the caller's contract.
             unsafe {
                 let args = DepthwiseArgs {
-                    input: base.add(w.first(input) + n * input.image),
+                    input: base.add(w.first(input) + n * input.image + columns.start * in_pixel),
                     in_row: w.stride[0] * input.row,
-                    in_pixel: w.stride[1] * input.pixel,
+                    in_pixel,
                     kernel: w.kernel,
                     tap_row: w.dilation[0] * input.row,
                     tap_pixel: w.dilation[1] * input.pixel,
                     weights: self.weights.floats().as_ptr(),
                     bias: self.bias.floats().as_ptr(),
-                    output: base.add(output.at(n, 0, 0)),
+                    output: base.add(output.at(n, 0, columns.start)),
                     out_row: output.row,
                     out_pixel: output.pixel,
-                    width: output.shape.w,
+                    width: columns.len(),
                     channels: self.channels,
                     slope: self.slope,
                 };

@@ -8,6 +8,7 @@ use super::conv::{ConvOp, ConvTables, DepthwiseOp};
 use super::isa::Isa;
 use super::kernels::simple::Blend;
 use super::kernels::Kernels;
+use super::part::{Mask, Part};
 use super::simple::{self, blends, ConvTransposeOp, PoolOp, RoiAlignOp};
 use super::threads::{Pool, Team};
 use crate::error::{Error, Result};
@@ -82,6 +83,39 @@ impl Op {
         }
     }
 
+    /// Whether it can compute some pixels of its output without the others.
+    pub fn masks(&self) -> bool {
+        matches!(
+            self.0,
+            Kind::Conv(_)
+                | Kind::Depthwise(_)
+                | Kind::Resize { .. }
+                | Kind::Add { .. }
+                | Kind::Crop { .. }
+                | Kind::Sigmoid
+                | Kind::Softmax(_)
+        )
+    }
+
+    /// Pixels around an output pixel that it reads of its first input: to the top, left, bottom and right. None where pixels of
+    /// output and input do not lie at the same places.
+    pub fn reads(&self) -> Option<[usize; 4]> {
+        let window = match &self.0 {
+            Kind::Conv(c) => &c.window,
+            Kind::Depthwise(d) => &d.window,
+            Kind::Add { .. } | Kind::Sigmoid | Kind::Softmax(_) => return Some([0; 4]),
+            _ => return None,
+        };
+        let side = |axis: usize| {
+            let span = window.dilation[axis] * (window.kernel[axis] - 1);
+            // Padding beyond the window would move the map.
+            let before = window.padding[axis];
+            (window.stride[axis] == 1 && before <= span).then(|| [before, span - before])
+        };
+        let ([top, bottom], [left, right]) = (side(0)?, side(1)?);
+        Some([top, left, bottom, right])
+    }
+
     /// The output shape these inputs must have, where they follow from each other.
     fn check(&self, inputs: &[View], out: Shape) -> std::result::Result<(), &'static str> {
         let a = inputs.first().ok_or("no input")?;
@@ -153,6 +187,37 @@ struct Step {
     inputs: Vec<View>,
     output: View,
     tables: Tables,
+    asked: Option<Masked>,
+}
+
+/// A step of which the pixels of a mask alone are computed.
+#[derive(Clone, Copy)]
+struct Masked {
+    near: Near,
+    /// Nobody before it had this gate: its mask is made first.
+    opens: bool,
+    /// The step before it had another mask.
+    grows: bool,
+}
+
+/// Pixels of an output that are at most so far from those where a gate's map says yes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Near {
+    /// Number of the gate.
+    pub gate: usize,
+    /// To the top, left, bottom and right, pixels.
+    pub grow: [usize; 4],
+}
+
+/// A map of one image that says of which pixels later steps compute anything.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gate {
+    /// The map; must be computed before the first step that asks.
+    pub map: View,
+    /// Yes is said where any channel is above this.
+    pub least: f32,
+    /// Where the arena holds its answers, and where those grown for a step; behind all tensors.
+    pub masks: [Mask; 2],
 }
 
 /// A step to be validated: the op, its inputs, its output.
@@ -163,11 +228,14 @@ pub struct StepSpec {
     pub inputs: Vec<View>,
     /// Output.
     pub output: View,
+    /// The pixels of the output that are computed, where not all are.
+    pub near: Option<Near>,
 }
 
 /// A validated program.
 pub struct Program {
     steps: Vec<Step>,
+    gates: Vec<Gate>,
     inputs: Vec<View>,
     floats: usize,
     kernels: &'static Kernels,
@@ -181,7 +249,13 @@ unsafe impl Sync for Base {}
 
 impl Program {
     /// Validates `steps` for an arena of `floats` floats; `inputs` are the views the caller fills.
-    pub fn new(isa: Isa, floats: usize, inputs: Vec<View>, steps: Vec<StepSpec>) -> Result<Self> {
+    pub fn new(
+        isa: Isa,
+        floats: usize,
+        inputs: Vec<View>,
+        gates: Vec<Gate>,
+        steps: Vec<StepSpec>,
+    ) -> Result<Self> {
         let inside = |v: &View| {
             let [t, l, _, _] = v.halo;
             !v.shape.is_empty()
@@ -193,6 +267,20 @@ impl Program {
         if !inputs.iter().all(inside) {
             return Err(bad(0, "a program input lies outside the arena"));
         }
+        // Masks lie behind all tensors, apart from each other.
+        let tensors_end = steps.iter().flat_map(|s| s.inputs.iter().chain([&s.output])).chain(&inputs);
+        let tensors_end = tensors_end.map(View::end).max().unwrap_or(0);
+        for gate in &gates {
+            let size = [gate.map.shape.h, gate.map.shape.w];
+            let [answers, grown] = &gate.masks;
+            let fits = |m: &Mask| [m.height, m.width] == size && m.offset >= tensors_end && m.end() <= floats;
+            let apart = answers.end() <= grown.offset || grown.end() <= answers.offset;
+            if !(inside(&gate.map) && gate.map.shape.n == 1 && fits(answers) && fits(grown) && apart) {
+                return Err(bad(0, "a gate's map and masks do not fit"));
+            }
+        }
+        let mut opened = vec![false; gates.len()];
+        let mut grown = None;
         let mut checked = Vec::with_capacity(steps.len());
         for (i, s) in steps.into_iter().enumerate() {
             if !s.inputs.iter().chain([&s.output]).all(inside) {
@@ -210,9 +298,22 @@ impl Program {
                 }
                 _ => Tables::None,
             };
-            checked.push(Step { op: s.op, inputs: s.inputs, output: s.output, tables });
+            let asked = match s.near {
+                None => None,
+                Some(near) => {
+                    let same_size =
+                        |g: &Gate| (out.n, out.h, out.w) == (g.map.shape.n, g.map.shape.h, g.map.shape.w);
+                    if !(s.op.masks() && gates.get(near.gate).is_some_and(same_size)) {
+                        return Err(bad(i, "cannot be computed in part"));
+                    }
+                    let opens = !std::mem::replace(&mut opened[near.gate], true);
+                    let grows = grown.replace(near) != Some(near);
+                    Some(Masked { near, opens, grows })
+                }
+            };
+            checked.push(Step { op: s.op, inputs: s.inputs, output: s.output, tables, asked });
         }
-        Ok(Self { steps: checked, inputs, floats, kernels: Kernels::of(isa) })
+        Ok(Self { steps: checked, gates, inputs, floats, kernels: Kernels::of(isa) })
     }
 
     /// Floats the arena must hold.
@@ -230,6 +331,7 @@ impl Program {
         let steps = self.steps.iter().map(|s| tables(&s.tables) + s.inputs.capacity() * size_of::<View>());
         steps.sum::<usize>()
             + self.steps.capacity() * size_of::<Step>()
+            + self.gates.capacity() * size_of::<Gate>()
             + self.inputs.capacity() * size_of::<View>()
     }
 
@@ -257,8 +359,11 @@ impl Program {
             team.barrier();
             let mut clock = times.as_ref().map(|_| Instant::now());
             for (i, step) in self.steps.iter().enumerate() {
-                // SAFETY: Program::new validated the step; the barrier below orders the steps.
-                unsafe { step.run(self.kernels, base.0, team) };
+                // SAFETY: Program::new validated the step; barriers order the making of its mask, and the steps.
+                unsafe {
+                    let asked = step.asked.map(|asked| self.mask(&asked, base.0, team));
+                    step.run(self.kernels, base.0, asked.as_ref(), team);
+                }
                 team.barrier();
                 if let (0, Some(times), Some(clock)) = (team.index, &times, &mut clock) {
                     let now = Instant::now();
@@ -270,32 +375,57 @@ impl Program {
     }
 }
 
+impl Program {
+    /// This thread's part of what a step is asked for; makes its mask where it is not there.
+    ///
+    /// # Safety
+    /// As [`Step::run`], for a step of this program.
+    unsafe fn mask<'a>(&'a self, asked: &Masked, base: *mut f32, team: &Team) -> Part<'a> {
+        let gate = &self.gates[asked.near.gate];
+        let [answers, grown] = &gate.masks;
+        // SAFETY: validated: map and masks lie in the arena, apart; barriers between writing and reading.
+        unsafe {
+            if asked.opens {
+                answers.set_above(base, &gate.map, gate.least, team);
+                team.barrier();
+            }
+            if asked.grows {
+                grown.set_grown(base, answers, asked.near.grow, team);
+                team.barrier();
+            }
+            Part::of_mask(grown, base, team)
+        }
+    }
+}
+
 impl Step {
-    /// This thread's share.
+    /// This thread's share of the output, or of what is `asked` for of it.
     ///
     /// # Safety
     /// `base` is an arena of the program that validated this step; all threads of the team call
     /// this together, and none is still in another step.
-    unsafe fn run(&self, k: &Kernels, base: *mut f32, team: &Team) {
+    unsafe fn run(&self, k: &Kernels, base: *mut f32, asked: Option<&Part>, team: &Team) {
         let (a, out) = (&self.inputs[0], &self.output);
         let b = self.inputs.get(1);
+        let rows = Part::rows(out.shape.n, out.shape.h, team);
+        let part = asked.unwrap_or(&rows);
         // SAFETY: the caller's contract is each callee's.
         unsafe {
             match (&self.op.0, &self.tables) {
-                (Kind::Conv(c), Tables::Conv(t)) => c.run(base, t, a, b, out, team),
-                (Kind::Depthwise(d), _) => d.run(base, a, out, team),
+                (Kind::Conv(c), Tables::Conv(t)) => c.run(base, t, [a, out], b, asked, team),
+                (Kind::Depthwise(d), _) => d.run(base, a, out, part),
                 (Kind::ConvTranspose(c), _) => c.run(base, a, out, team),
                 (Kind::MaxPool(p), _) => p.run(k, base, a, out, team),
                 (Kind::GlobalAvgPool, _) => simple::global_avg_pool(base, a, out, team),
                 (Kind::Resize { .. }, Tables::Resize([r, c])) => {
-                    simple::resize(k, base, [r, c], a, out, team)
+                    simple::resize(k, base, [r, c], a, out, part)
                 }
-                (Kind::Add { slope }, _) => simple::add_or_copy(k, base, *slope, a, [0, 0], b, out, team),
-                (Kind::Crop { corner }, _) => simple::add_or_copy(k, base, 1.0, a, *corner, None, out, team),
-                (Kind::Sigmoid, _) => simple::per_pixel(base, a, out, team, |p| {
+                (Kind::Add { slope }, _) => simple::add_or_copy(k, base, *slope, a, [0, 0], b, out, part),
+                (Kind::Crop { corner }, _) => simple::add_or_copy(k, base, 1.0, a, *corner, None, out, part),
+                (Kind::Sigmoid, _) => simple::per_pixel(base, a, out, part, |p| {
                     p.iter_mut().for_each(|v| *v = simple::sigmoid(*v))
                 }),
-                (Kind::Softmax(n), _) => simple::per_pixel(base, a, out, team, |p| {
+                (Kind::Softmax(n), _) => simple::per_pixel(base, a, out, part, |p| {
                     p.chunks_exact_mut(*n).for_each(simple::softmax)
                 }),
                 (Kind::RoiAlign(r), _) => {

@@ -4,6 +4,7 @@
 use super::arena::{Arena, View};
 use super::kernels::simple::{Blend, PoolArgs, ResizeArgs, RowArgs};
 use super::kernels::Kernels;
+use super::part::Part;
 use super::threads::{for_images, Team};
 
 /// Source positions along one axis, as PyTorch computes them. Nearest: floor(dst * (in/out)) with the
@@ -72,9 +73,9 @@ pub(crate) unsafe fn resize(
     [rows, columns]: [&[Blend]; 2],
     input: &View,
     output: &View,
-    team: &Team,
+    part: &Part,
 ) {
-    for_images(team.share(output.shape.n * output.shape.h), output.shape.h, |n, range| {
+    part.each([output.shape.h, output.shape.w], |n, range, asked| {
         // SAFETY: the caller's contract.
         unsafe {
             let args = ResizeArgs {
@@ -82,8 +83,8 @@ pub(crate) unsafe fn resize(
                 in_row: input.row,
                 in_pixel: input.pixel,
                 rows,
-                columns,
-                output: base.add(output.at(n, 0, 0)),
+                columns: &columns[asked.clone()],
+                output: base.add(output.at(n, 0, asked.start)),
                 out_row: output.row,
                 out_pixel: output.pixel,
                 channels: output.shape.c,
@@ -105,22 +106,22 @@ pub(crate) unsafe fn add_or_copy(
     corner: [usize; 2],
     b: Option<&View>,
     output: &View,
-    team: &Team,
+    part: &Part,
 ) {
-    for_images(team.share(output.shape.n * output.shape.h), output.shape.h, |n, rows| {
+    part.each([output.shape.h, output.shape.w], |n, rows, columns| {
         // SAFETY: the caller's contract.
         unsafe {
             let args = RowArgs {
-                a: base.add(a.at(n, corner[0], corner[1])),
+                a: base.add(a.at(n, corner[0], corner[1] + columns.start)),
                 a_row: a.row,
                 a_pixel: a.pixel,
-                b: b.map_or(std::ptr::null(), |b| base.add(b.at(n, 0, 0)).cast_const()),
+                b: b.map_or(std::ptr::null(), |b| base.add(b.at(n, 0, columns.start)).cast_const()),
                 b_row: b.map_or(0, |b| b.row),
                 b_pixel: b.map_or(0, |b| b.pixel),
-                output: base.add(output.at(n, 0, 0)),
+                output: base.add(output.at(n, 0, columns.start)),
                 out_row: output.row,
                 out_pixel: output.pixel,
-                width: output.shape.w,
+                width: columns.len(),
                 channels: output.shape.c,
                 slope,
             };
@@ -137,13 +138,13 @@ pub(crate) unsafe fn per_pixel(
     base: *mut f32,
     input: &View,
     output: &View,
-    team: &Team,
+    part: &Part,
     mut f: impl FnMut(&mut [f32]),
 ) {
     let c = output.shape.c;
-    for_images(team.share(output.shape.n * output.shape.h), output.shape.h, |n, rows| {
+    part.each([output.shape.h, output.shape.w], |n, rows, columns| {
         for y in rows {
-            for x in 0..output.shape.w {
+            for x in columns.clone() {
                 // SAFETY: the caller's contract; one pixel of each view.
                 let pixel = unsafe {
                     let to = base.add(output.at(n, y, x));

@@ -82,3 +82,37 @@ pub struct Detection {
     /// Confidence, 0 to 1.
     pub score: f32,
 }
+
+/// Intersection over union as the detector's authors computed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Convention {
+    /// Width = x2 - x1.
+    Continuous,
+    /// Width = x2 - x1 + 1 (inclusive pixel corners), in areas and overlaps.
+    PlusOne,
+}
+
+impl Convention {
+    pub(super) fn extra(self) -> f32 {
+        match self {
+            Convention::Continuous => 0.0,
+            Convention::PlusOne => 1.0,
+        }
+    }
+
+    /// Areas of intersection and union.
+    pub(super) fn areas(self, a: &BBox, b: &BBox) -> (f32, f32) {
+        let e = self.extra();
+        let w = (a.x2.min(b.x2) - a.x1.max(b.x1) + e).max(0.0);
+        let h = (a.y2.min(b.y2) - a.y1.max(b.y1) + e).max(0.0);
+        let area = |r: &BBox| (r.width() + e) * (r.height() + e);
+        let inter = w * h;
+        (inter, area(a) + area(b) - inter)
+    }
+
+    /// Whether two boxes overlap by more than `threshold`.
+    pub(super) fn exceeds(self, a: &BBox, b: &BBox, threshold: f32) -> bool {
+        let (inter, union) = self.areas(a, b);
+        inter > threshold * union
+    }
+}

@@ -1,10 +1,12 @@
 //! What every detector gives the session: a network, and the way from its outputs to candidates.
 
 use super::face::Face;
-use super::second_stage::SecondStage;
 use crate::cpu::View;
-use crate::graph::Graph;
+use crate::error::Result;
+use crate::graph::{Graph, Want};
+use crate::layers::RoiAlign;
 use crate::pixels::{Size, Tile};
+use crate::shape::Shape;
 use std::ops::Range;
 
 /// An output map of one image, channels-last.
@@ -90,11 +92,83 @@ pub(super) fn logit(threshold: f32) -> f32 {
     (threshold.max(f32::MIN_POSITIVE) / (1.0 - threshold).max(f32::MIN_POSITIVE)).ln()
 }
 
+/// Gives weights that He's rule drew for `fan_in` inputs this deviation.
+#[cfg(feature = "train")]
+pub(super) fn redraw(weights: &mut [f32], fan_in: usize, deviation: f32) {
+    let he = (2.0 / fan_in as f32).sqrt();
+    weights.iter_mut().for_each(|v| *v *= deviation / he);
+}
+
 pub(super) use crate::cpu::simple::sigmoid;
 
 /// Softmax of two logits, background and face: the face's part.
 pub(super) fn face_probability(logits: &[f32]) -> f32 {
     sigmoid(logits[1] - logits[0])
+}
+
+/// What an output of a detector's network speaks of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Role {
+    /// Longer sides of its smallest and largest anchor, network pixels.
+    pub anchors: [f32; 2],
+    /// Number of the output that says of which cells it is asked, and the value that a cell passes; None: of all cells.
+    pub asked_by: Option<(usize, f32)>,
+}
+
+impl Role {
+    /// For anchors of these widths and heights, asked of all cells.
+    pub fn of(anchors: impl IntoIterator<Item = [f32; 2]>) -> Self {
+        let sides = anchors.into_iter().map(|[w, h]| w.max(h));
+        let anchors = sides.fold([f32::INFINITY, 0.0], |[a, b], side| [a.min(side), b.max(side)]);
+        Self { anchors, asked_by: None }
+    }
+}
+
+/// How many times larger or smaller than an anchor a face may be that it is still asked for. Where it is matched by an IoU
+/// of 0.35 the two differ by a factor of 1.7.
+const FACE_PER_ANCHOR: f32 = 3.0;
+
+/// What is asked for of the outputs where faces of these sizes are wanted, network pixels from the least to the greatest.
+pub(super) fn wants(detector: &dyn Detector, [least, greatest]: [f32; 2]) -> Vec<Want> {
+    let want = |role: &Role| {
+        let [smallest, largest] = role.anchors;
+        match role.asked_by {
+            _ if largest * FACE_PER_ANCHOR < least || smallest > greatest * FACE_PER_ANCHOR => Want::Nothing,
+            Some((output, least)) => Want::Where { output, least },
+            None => Want::All,
+        }
+    };
+    detector.roles().iter().map(want).collect()
+}
+
+/// What a detector says of its second stage.
+pub struct SecondStage {
+    /// Its network: from R x C x bins to two logits a box (background, face), R x 2 x 1 x 1, and four offsets, R x 4 x 1 x 1.
+    pub graph: Graph,
+    /// From the first network's last output, C channels, to these bins.
+    pub align: RoiAlign,
+    /// Of the code of its offsets, whose anchors the proposals are.
+    pub variances: [f32; 2],
+    /// First-stage score that a box must pass to be a proposal.
+    pub proposal_score: f32,
+    /// Best so many proposals of a run of the first network that are looked at.
+    pub max_proposals: usize,
+    /// How far from its cell's centre the features of a proposal may lie, pixels: so much more must tiles overlap.
+    pub reach: usize,
+}
+
+impl SecondStage {
+    /// Shape of its network's input for so many boxes.
+    pub(super) fn input(&self, boxes: usize) -> Shape {
+        let channels = self.graph.nodes[self.graph.inputs[0].0].channels().unwrap_or(0);
+        let [h, w] = self.align.output;
+        Shape::new(boxes, channels, h, w)
+    }
+
+    /// Multiply-adds of its network for each proposal; RoIAlign's are not counted, as papers do not.
+    pub fn macs_a_proposal(&self) -> Result<u64> {
+        self.graph.macs(&[self.input(1)])
+    }
 }
 
 /// A detector: a network and what its outputs mean, and maybe a second stage that looks at these boxes again.
@@ -105,6 +179,11 @@ pub trait Detector: Send + Sync {
     /// Gives `sink` every candidate with a score above `threshold` whose cell is owned, in network
     /// pixels of the window, in a fixed order. `maps` are the graph's outputs in order.
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face));
+
+    /// What the outputs speak of, in the graph's order; those beyond are of use whatever is looked for.
+    fn roles(&self) -> Vec<Role> {
+        Vec::new()
+    }
 
     /// The second stage, where there is one: then the last output of [`graph`](Self::graph) is the map that it looks at, and what
     /// [`decode`](Self::decode) finds are proposals.

@@ -3,9 +3,10 @@
 //! are about, how anchors and proposals are sampled in training, is in `train::sampler`.
 
 use super::anchors::{decode_level, LevelAnchors};
-use super::detector::{Detector, Map, Window};
+#[cfg(feature = "train")]
+use super::detector::redraw;
+use super::detector::{Detector, Map, Role, SecondStage, Window};
 use super::face::Face;
-use super::second_stage::SecondStage;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph, NodeId};
 use crate::nets::group_sampling::{fast_rcnn, group_sampling, GroupSampling, Tiling, SECOND_STAGE_ALIGN};
@@ -157,9 +158,7 @@ impl GroupSamplingConfig {
             if !((class || boxes) && (second || name.starts_with("head.")) && is_new(name)) {
                 continue;
             }
-            let he = (2.0 / w.shape[1] as f32).sqrt();
-            let deviation = if second && boxes { 0.001 } else { 0.01 };
-            w.data.iter_mut().for_each(|v| *v *= deviation / he);
+            redraw(&mut w.data, w.shape[1], if second && boxes { 0.001 } else { 0.01 });
         }
     }
 
@@ -238,6 +237,10 @@ impl Detector for GroupSamplingConfig {
             max_proposals: config.max_proposals,
             reach,
         })
+    }
+
+    fn roles(&self) -> Vec<Role> {
+        self.levels().flat_map(|(_, sides)| [Role::of(sides.iter().map(|&side| [side; 2])); 2]).collect()
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {

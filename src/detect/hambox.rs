@@ -4,8 +4,8 @@
 
 use super::anchors::{decode_level, LevelAnchors};
 #[cfg(feature = "train")]
-use super::detector::logit;
-use super::detector::{Detector, Map, Window};
+use super::detector::{logit, redraw};
+use super::detector::{Detector, Map, Role, Window};
 use super::face::Face;
 use super::names::switches;
 use crate::error::{Error, Result};
@@ -90,14 +90,13 @@ impl HamBoxConfig {
         probability: f32,
         is_new: impl Fn(&str) -> bool,
     ) {
-        let he = (2.0 / (9 * self.channels) as f32).sqrt();
         for (name, w) in &mut weights.tensors {
             let (class, boxes) = (name.starts_with("class.predict"), name.starts_with("box.predict"));
             if !((class || boxes) && is_new(name)) {
                 continue;
             }
             if name.ends_with(".weight") {
-                w.data.iter_mut().for_each(|v| *v *= 0.01 / he);
+                redraw(&mut w.data, 9 * self.channels, 0.01);
             } else if class {
                 w.data.fill(logit(probability));
             }
@@ -129,6 +128,10 @@ impl Detector for HamBoxConfig {
     /// For strides 4 to 128, level l of stride 2^l, `class{l}`, a logit a cell, and `box{l}`.
     fn graph(&self) -> Graph {
         self.network(0)
+    }
+
+    fn roles(&self) -> Vec<Role> {
+        self.levels().flat_map(|(_, side)| [Role::of([[side; 2]]); 2]).collect()
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {

@@ -1,6 +1,6 @@
 //! A loaded model: configuration, network, packed weights. Immutable, shared by any number of sessions.
 
-use super::config::ModelConfig;
+use super::config::{ModelConfig, METADATA_KEY};
 use super::detector::Detector;
 use super::second_stage::CompiledSecondStage;
 use crate::cpu::isa;
@@ -73,6 +73,18 @@ impl Model {
             reach.pixels = reach.pixels.map(|pixels| pixels.saturating_add(second.stage().reach));
         }
         Ok(Self(Arc::new(Inner { config, detector, graph, network, normalization, reach, second })))
+    }
+
+    /// A model of `config` with random weights, the same for the same seed. It detects nothing of use; it takes as long as a
+    /// trained one.
+    pub fn random(config: &ModelConfig, seed: u64) -> Result<Self> {
+        let detector = config.detector.detector();
+        let mut weights = Weights::random(&detector.graph(), seed);
+        if let Some(stage) = detector.second_stage() {
+            weights.tensors.extend(Weights::random(&stage.graph, seed).tensors);
+        }
+        weights.metadata.insert(METADATA_KEY.into(), config.to_json()?);
+        Self::from_weights(&weights)
     }
 
     /// What the file says about the model.

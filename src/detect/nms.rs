@@ -10,46 +10,12 @@ mod soft;
 mod tests;
 mod voting;
 
-use super::boxes::{BBox, Detection};
+use super::boxes::{BBox, Convention, Detection};
 use neighbours::{Neighbours, Place};
 use soft::{Decay, Pending};
 use std::collections::binary_heap::PeekMut;
 use std::collections::BinaryHeap;
 use voting::Voters;
-
-/// Intersection over union as the detector's authors computed it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Convention {
-    /// Width = x2 - x1.
-    Continuous,
-    /// Width = x2 - x1 + 1 (inclusive pixel corners), in areas and overlaps.
-    PlusOne,
-}
-
-impl Convention {
-    fn extra(self) -> f32 {
-        match self {
-            Convention::Continuous => 0.0,
-            Convention::PlusOne => 1.0,
-        }
-    }
-
-    /// Areas of intersection and union.
-    fn areas(self, a: &BBox, b: &BBox) -> (f32, f32) {
-        let e = self.extra();
-        let w = (a.x2.min(b.x2) - a.x1.max(b.x1) + e).max(0.0);
-        let h = (a.y2.min(b.y2) - a.y1.max(b.y1) + e).max(0.0);
-        let area = |r: &BBox| (r.width() + e) * (r.height() + e);
-        let inter = w * h;
-        (inter, area(a) + area(b) - inter)
-    }
-
-    /// Whether two boxes overlap by more than `threshold`.
-    fn exceeds(self, a: &BBox, b: &BBox, threshold: f32) -> bool {
-        let (inter, union) = self.areas(a, b);
-        inter > threshold * union
-    }
-}
 
 /// Overlap of the boxes that vote, in the paper.
 pub const VOTING_IOU: f32 = 0.5;

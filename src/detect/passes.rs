@@ -1,9 +1,10 @@
 //! What one picture costs: its pyramid levels and how each is cut into tiles.
 
+use super::detector::wants;
 use super::model::Model;
 use super::options::{Options, Pyramid};
 use crate::error::{Error, Result};
-use crate::graph::Plan;
+use crate::graph::{Plan, Want};
 use crate::pixels::{
     keep_for_faces, largest_tile, pyramid, FaceRange, Level, PyramidLimits, PyramidPolicy, Size, TileGrid,
 };
@@ -15,6 +16,8 @@ pub(super) struct Pass {
     /// Size that the network sees, tiles together: the level's, or that with zeros to the right and below.
     pub padded: Size,
     pub grid: TileGrid,
+    /// What is asked for of the network's outputs.
+    pub wants: Vec<Want>,
 }
 
 impl Pass {
@@ -23,9 +26,9 @@ impl Pass {
         self.grid.iter().map(|t| t.window.size())
     }
 
-    /// Whether a window has this size.
-    pub fn has(&self, window: Size) -> bool {
-        self.windows().any(|w| w == window)
+    /// Whether windows of this size are computed, with these wants.
+    pub fn has(&self, window: Size, wants: &[Want]) -> bool {
+        self.wants == wants && self.windows().any(|w| w == window)
     }
 }
 
@@ -40,7 +43,12 @@ pub(super) fn passes(model: &Model, options: &Options, size: Size, budget: u64) 
     let mut passes = Vec::with_capacity(levels.len());
     for level in levels {
         let padded = padded(model, level.size);
-        passes.push(Pass { level, padded, grid: grid(model, options, padded, budget)? });
+        // A little more, for sizes are rounded.
+        let least = options.min_face_px * level.scale as f32 * 0.999;
+        let greatest = options.max_face_px * level.scale as f32 * 1.001;
+        let greatest = if greatest > 0.0 { greatest } else { f32::INFINITY };
+        let wants = wants(model.detector(), [least, greatest]);
+        passes.push(Pass { level, padded, grid: grid(model, options, padded, budget)?, wants });
     }
     Ok(passes)
 }

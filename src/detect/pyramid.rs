@@ -3,7 +3,7 @@
 //! `farface-nano` and `farface-small` differ in their settings alone.
 
 use super::anchors::{owned_cells, Anchor};
-use super::detector::{logit, Detector, Map, Window};
+use super::detector::{logit, Detector, Map, Role, Window};
 use super::face::Face;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
@@ -141,6 +141,10 @@ impl Detector for PyramidConfig {
         let image = b.input("image", 3);
         nano(&mut b, image, &self.net());
         b.finish()
+    }
+
+    fn roles(&self) -> Vec<Role> {
+        self.levels().map(|(_, anchors)| Role::of(anchors.iter().copied())).collect()
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {

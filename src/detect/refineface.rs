@@ -3,7 +3,7 @@
 //! them. The scale-aware margin and the feature supervision module are matters of training.
 
 use super::anchors::{owned_cells, Anchor};
-use super::detector::{logit, sigmoid, Detector, Map, Window};
+use super::detector::{logit, sigmoid, Detector, Map, Role, Window};
 use super::face::Face;
 use super::names::switches;
 use crate::error::{Error, Result};
@@ -191,6 +191,18 @@ impl Detector for RefineFaceConfig {
         self.network().0.finish()
     }
 
+    /// Where the first step classifies, the second is asked for the cells with an anchor that passes it.
+    fn roles(&self) -> Vec<Role> {
+        let role = |level: usize| Role::of(self.anchors(1 << level));
+        let firsts = LEVELS.filter(|&level| self.first_step(level).is_some());
+        let second = |level| {
+            let filters = self.first_step(level) == Some(FirstStep::Classes);
+            let by = filters.then(|| firsts.clone().position(|l| l == level)).flatten();
+            [Role { asked_by: by.map(|output| (output, self.survives())), ..role(level) }; 2]
+        };
+        firsts.clone().map(role).chain(LEVELS.flat_map(second)).collect()
+    }
+
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
         let least = logit(threshold);
         let survives = self.survives();
@@ -229,9 +241,11 @@ impl Detector for RefineFaceConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::View;
+    use crate::cpu::{isa, Arena, Pool, View};
+    use crate::detect::detector::wants;
     use crate::detect::BBox;
-    use crate::shape::Shape;
+    use crate::graph::{Compiled, Plan, Want, Weights};
+    use crate::shape::{Shape, Tensor};
 
     #[test]
     fn names_are_the_inference_switches_of_table_1() {
@@ -312,6 +326,69 @@ mod tests {
                 && near(b.y2, expected.y2),
             "{b:?}, {expected:?}"
         );
+    }
+
+    /// What the session's plan computes and what is found on the network's whole outputs: the same faces, bit by bit.
+    #[test]
+    fn the_second_step_is_computed_for_what_the_first_leaves_alone() {
+        for name in ["refineface-r18", "farface-crowd-r18", "refineface-stc-r18"] {
+            let config = RefineFaceConfig::named(name).unwrap();
+            let mut config =
+                RefineFaceConfig { backbone: ResNet { width: 4, ..config.backbone }, channels: 16, ..config };
+            let graph = config.graph();
+            let mut weights = Weights::random(&graph, 5);
+            let shape = Shape::new(1, 3, 256, 384);
+            let noise = (0..shape.len()).map(|i| ((i * i % 8191) as f32).sin());
+            let picture = Tensor::from_vec(shape, noise.collect());
+            let run = |weights: &Weights, wants: &[Want]| {
+                let network = Compiled::new(&graph, weights, isa::detected()).unwrap();
+                let plan = Plan::for_wants(&network, &[shape], wants).unwrap();
+                let (mut arena, mut pool) = (Arena::default(), Pool::new(2).unwrap());
+                plan.run_tensors(&mut arena, &mut pool, std::slice::from_ref(&picture)).unwrap()
+            };
+            let faces = |config: &RefineFaceConfig, outputs: &[Tensor]| {
+                let views = outputs.iter().map(|t| View::new(t.shape, 0, [0; 4]));
+                let maps: Vec<Map<'_>> =
+                    outputs.iter().zip(views).map(|(t, view)| Map::new(&t.data, view)).collect();
+                let mut faces = Vec::new();
+                config.decode(&maps, &Window::whole(), 0.0, &mut |face| faces.push(face));
+                faces
+            };
+            // Logits and offsets up to 2.
+            for (kind, outputs) in [("class", ["class2", "class5"]), ("box", ["box2", "box5"])] {
+                let wild = run(&weights, &[]);
+                let maps = graph.outputs.iter().zip(&wild).filter(|((n, _), _)| outputs.contains(&&**n));
+                let values = maps.flat_map(|(_, map)| &map.data);
+                let most = values.fold(0.0f32, |most, v| most.max(v.abs()));
+                let predict = weights.tensors.get_mut(&format!("{kind}.predict.weight")).unwrap();
+                predict.data.iter_mut().for_each(|v| *v *= 2.0 / most);
+            }
+            let whole = run(&weights, &[]);
+            // A hundredth of the finest level's cells survive.
+            let mut first: Vec<f32> = whole[0].data.clone();
+            first.sort_by(|a, b| b.total_cmp(a));
+            config.first_step_score = sigmoid(first[first.len() / 100]);
+            let everything = [0.0, f32::INFINITY];
+            let asked = run(&weights, &wants(&config, everything));
+            let (expected, found) = (faces(&config, &whole), faces(&config, &asked));
+            assert!(expected.len() > 100, "{name}: {}", expected.len());
+            assert!(expected == found, "{name}");
+            let at = graph.outputs.iter().position(|(n, _)| n == "class2").unwrap();
+            let pairs = whole[at].data.iter().zip(&asked[at].data);
+            let same = pairs.filter(|(a, b)| a == b).count();
+            assert!(same < whole[at].data.len() / 2, "{name}: {same}");
+
+            // Faces of 20 to 60 px are none of P7's matter, whose anchors have 256 px and more.
+            let some = wants(&config, [20.0, 60.0]);
+            let of = |output: &str| some[graph.outputs.iter().position(|(n, _)| n == output).unwrap()];
+            assert_eq!((of("class7"), of("box7")), (Want::Nothing, Want::Nothing), "{name}");
+            assert!(matches!(of("box2"), Want::Where { output: 0, .. }), "{name}");
+            let few = run(&weights, &some);
+            let small = |f: &&Face| (20.0..60.0).contains(&f.size());
+            let fine = |f: &&Face| found.contains(f);
+            assert!(faces(&config, &few).iter().all(|f| fine(&f)));
+            assert!(faces(&config, &few).iter().filter(small).count() > 20);
+        }
     }
 
     #[test]

@@ -2,7 +2,9 @@
 //! heads, two square anchors a cell, five landmarks.
 
 use super::anchors::{owned_cells, Anchor};
-use super::detector::{face_probability, logit, Detector, Map, Window};
+#[cfg(feature = "train")]
+use super::detector::redraw;
+use super::detector::{face_probability, logit, Detector, Map, Role, Window};
 use super::face::Face;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
@@ -82,11 +84,10 @@ impl RetinaFaceConfig {
     /// tells by name which tensors do not come from a start.
     #[cfg(feature = "train")]
     pub fn start_new(&self, weights: &mut crate::graph::Weights, is_new: impl Fn(&str) -> bool) {
-        let he = (2.0 / self.channels as f32).sqrt();
         for (name, w) in &mut weights.tensors {
             let predicts = name.contains("Head.") && name.ends_with(".weight");
             if predicts && is_new(name) {
-                w.data.iter_mut().for_each(|v| *v *= 0.01 / he);
+                redraw(&mut w.data, self.channels, 0.01);
             }
         }
     }
@@ -128,6 +129,11 @@ impl Detector for RetinaFaceConfig {
             }
         }
         b.finish()
+    }
+
+    fn roles(&self) -> Vec<Role> {
+        let role = |(_, sides): (usize, &[f32; 2])| Role::of(sides.map(|side| [side; 2]));
+        self.levels().flat_map(|level| self.heads().map(move |_| role(level))).collect()
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {

@@ -3,45 +3,14 @@
 
 use super::anchors::Anchor;
 use super::candidates::{Candidates, Ranked};
-use super::detector::{face_probability, Map};
+use super::detector::{face_probability, Map, SecondStage};
 use super::face::Face;
 use super::options::MAX_THREADS;
 use crate::cpu::{isa, Arena, Pool};
 use crate::error::Result;
-use crate::graph::{Compiled, Graph, Plan, Weights};
+use crate::graph::{Compiled, Plan, Weights};
 use crate::layers::roi_align::cpu;
 use crate::layers::RoiAlign;
-use crate::shape::Shape;
-
-/// What a detector says of its second stage.
-pub struct SecondStage {
-    /// Its network: from R x C x bins to two logits a box (background, face), R x 2 x 1 x 1, and four offsets, R x 4 x 1 x 1.
-    pub graph: Graph,
-    /// From the first network's last output, C channels, to these bins.
-    pub align: RoiAlign,
-    /// Of the code of its offsets, whose anchors the proposals are.
-    pub variances: [f32; 2],
-    /// First-stage score that a box must pass to be a proposal.
-    pub proposal_score: f32,
-    /// Best so many proposals of a run of the first network that are looked at.
-    pub max_proposals: usize,
-    /// How far from its cell's centre the features of a proposal may lie, pixels: so much more must tiles overlap.
-    pub reach: usize,
-}
-
-impl SecondStage {
-    /// Shape of its network's input for so many boxes.
-    fn input(&self, boxes: usize) -> Shape {
-        let channels = self.graph.nodes[self.graph.inputs[0].0].channels().unwrap_or(0);
-        let [h, w] = self.align.output;
-        Shape::new(boxes, channels, h, w)
-    }
-
-    /// Multiply-adds of its network for each proposal; RoIAlign's are not counted, as papers do not.
-    pub fn macs_a_proposal(&self) -> Result<u64> {
-        self.graph.macs(&[self.input(1)])
-    }
-}
 
 /// A second stage with its weights packed; belongs to a model.
 pub(super) struct CompiledSecondStage {

@@ -4,19 +4,20 @@
 //! tiles, plans) is prepared once and kept for the last few sizes, so that detecting at a size that was seen
 //! before (or warmed up) allocates nothing.
 
+use super::boxes::Convention;
 use super::candidates::Candidates;
 use super::detector::{Map, Window};
 use super::face::Face;
 use super::input::{fill_input, scratch_widths};
 use super::model::Model;
-use super::nms::{Convention, Nms, Rule};
+use super::nms::{Nms, Rule};
 use super::options::Options;
 use super::passes::{input_shape, passes, Pass};
 use super::second_stage::Refiner;
 use super::Detection;
 use crate::cpu::{Arena, Pool};
 use crate::error::{Error, Result};
-use crate::graph::Plan;
+use crate::graph::{Plan, Want};
 use crate::pixels::{ImageView, Rect, Scratch, Size};
 use std::time::{Duration, Instant};
 
@@ -51,8 +52,14 @@ pub struct LevelCost {
     pub network_pixels: u64,
 }
 
-/// Plans by window size.
-type Plans = Vec<(Size, Plan)>;
+/// A plan, and what it is for.
+struct Planned {
+    window: Size,
+    wants: Vec<Want>,
+    plan: Plan,
+}
+
+type Plans = Vec<Planned>;
 
 /// What depends on the picture's upright size.
 struct Prepared {
@@ -167,7 +174,7 @@ impl Session {
         // One run touches all pages, so that the first picture is not slower than the next.
         let (passes, plans) = (&self.prepared[index].passes, &self.plans);
         for pass in passes {
-            let plan = plan_for(plans, pass.grid.get(0).window)?;
+            let plan = plan_for(plans, pass, pass.grid.get(0).window)?;
             plan.run(&mut self.arena, &mut self.pool);
         }
         if let Some(refiner) = &mut self.refiner {
@@ -219,7 +226,7 @@ impl Session {
         for pass in &self.prepared[index].passes {
             let to_upright = pass.level.to_upright(size);
             for (tile, (view, mirrored)) in pass.grid.iter().flat_map(|t| views.iter().map(move |v| (t, v))) {
-                let plan = plan_for(&self.plans, tile.window)?;
+                let plan = plan_for(&self.plans, pass, tile.window)?;
                 let input = plan.inputs()[0];
                 let norm = self.model.normalization();
                 fill_input(
@@ -318,19 +325,21 @@ impl Session {
             let oldest = (0..KEPT_SIZES).min_by_key(|&i| self.prepared[i].used).unwrap_or(0);
             self.prepared.swap_remove(oldest);
             let prepared = &self.prepared;
-            let in_use = |window: Size| prepared.iter().flat_map(|p| &p.passes).any(|p| p.has(window));
-            self.plans.retain(|(window, _)| in_use(*window));
+            let in_use = |p: &Planned| {
+                prepared.iter().flat_map(|p| &p.passes).any(|pass| pass.has(p.window, &p.wants))
+            };
+            self.plans.retain(in_use);
         }
         if self.plans.is_empty() {
             self.plans = plans;
         } else {
-            for (window, plan) in plans {
-                if self.plans.iter().all(|(size, _)| *size != window) {
-                    self.plans.push((window, plan));
+            for new in plans {
+                if self.plans.iter().all(|p| !p.is_for(new.window, &new.wants)) {
+                    self.plans.push(new);
                 }
             }
         }
-        let floats = self.plans.iter().map(|(_, p)| p.floats()).max().unwrap_or(0);
+        let floats = self.plans.iter().map(|p| p.plan.floats()).max().unwrap_or(0);
         self.arena.reserve(floats)?;
         if self.scratch.is_empty() {
             self.scratch = (0..self.pool.threads()).map(|_| Scratch::default()).collect();
@@ -356,9 +365,11 @@ impl Session {
                 other => other,
             })?;
             let mut plans = Plans::new();
-            for window in passes.iter().flat_map(Pass::windows) {
-                if plans.iter().all(|(size, _)| *size != window) {
-                    plans.push((window, Plan::new(self.model.network(), &[input_shape(window)])?));
+            for (pass, window) in passes.iter().flat_map(|p| p.windows().map(move |w| (p, w))) {
+                if plans.iter().all(|p| !p.is_for(window, &pass.wants)) {
+                    let network = self.model.network();
+                    let plan = Plan::for_wants(network, &[input_shape(window)], &pass.wants)?;
+                    plans.push(Planned { window, wants: pass.wants.clone(), plan });
                 }
             }
             let held = self.held_bytes(size, &passes, &plans);
@@ -375,12 +386,14 @@ impl Session {
 
     /// Bytes that the session holds with these passes and plans prepared.
     fn held_bytes(&self, size: Size, passes: &Vec<Pass>, plans: &Plans) -> u64 {
-        let floats = plans.iter().map(|(_, p)| p.floats()).max().unwrap_or(0);
+        let floats = plans.iter().map(|p| p.plan.floats()).max().unwrap_or(0);
+        let wants = passes.iter().map(|p| &p.wants).chain(plans.iter().map(|p| &p.wants));
         let rows = Scratch::bytes_for_widths(scratch_widths(size, passes));
         let held = size_of::<Self>()
             + floats.div_ceil(16) * 64
-            + plans.iter().map(|(_, p)| p.bytes()).sum::<usize>()
-            + plans.capacity() * size_of::<(Size, Plan)>()
+            + plans.iter().map(|p| p.plan.bytes()).sum::<usize>()
+            + plans.capacity() * size_of::<Planned>()
+            + wants.map(|w| w.capacity() * size_of::<Want>()).sum::<usize>()
             + passes.capacity() * size_of::<Pass>()
             + self.pool.threads() * (rows + size_of::<Scratch>())
             + Candidates::bytes_for(self.options.max_candidates)
@@ -416,8 +429,13 @@ fn checked_size(width: usize, height: usize) -> Result<Size> {
     Ok(Size::new(width, height))
 }
 
-fn plan_for(plans: &[(Size, Plan)], window: Rect) -> Result<&Plan> {
-    let size = Size::new(window.width, window.height);
-    let found = plans.iter().find(|(s, _)| *s == size);
-    found.map(|(_, p)| p).ok_or_else(|| Error::Internal("a tile without a plan".into()))
+impl Planned {
+    fn is_for(&self, window: Size, wants: &[Want]) -> bool {
+        self.window == window && self.wants == wants
+    }
+}
+
+fn plan_for<'a>(plans: &'a Plans, pass: &Pass, window: Rect) -> Result<&'a Plan> {
+    let found = plans.iter().find(|p| p.is_for(window.size(), &pass.wants));
+    found.map(|p| &p.plan).ok_or_else(|| Error::Internal("a tile without a plan".into()))
 }

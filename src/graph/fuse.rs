@@ -309,6 +309,17 @@ impl Compiled {
         Ok(c)
     }
 
+    /// The value whose buffer this one is in, which is itself or the concatenation that it is part of, and its first channel
+    /// there.
+    pub(crate) fn root(&self, mut id: ValueId) -> (ValueId, usize) {
+        let mut first = 0;
+        while let Some((parent, channel)) = self.values[id.0].parent {
+            first += channel;
+            id = parent;
+        }
+        (id, first)
+    }
+
     fn value(&mut self, node: NodeId) -> ValueId {
         self.values.push(Value { node, parent: None });
         ValueId(self.values.len() - 1)

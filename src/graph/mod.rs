@@ -2,6 +2,7 @@
 //! in an arena, run.
 
 pub mod build;
+pub mod demand;
 pub mod exec;
 mod fold;
 pub mod fuse;
@@ -13,6 +14,7 @@ pub mod reach;
 pub mod weights;
 
 pub use build::{Builder, Graph, NodeId};
+pub use demand::Want;
 pub use exec::run_reference;
 pub use fuse::Compiled;
 pub use plan::{Plan, StepInfo};

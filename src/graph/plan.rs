@@ -1,7 +1,9 @@
 //! A compiled network placed in an arena for one input shape.
 
+use super::demand::{Demand, Need, Want};
 use super::fuse::{Compiled, ValueId};
-use crate::cpu::program::StepSpec;
+use crate::cpu::part::Mask;
+use crate::cpu::program::{Gate, StepSpec};
 use crate::cpu::{Arena, Pool, Program, View};
 use crate::error::{Error, Result};
 use crate::shape::{Shape, Tensor};
@@ -78,25 +80,39 @@ const ALIGN: usize = 16;
 impl Plan {
     /// Plans `network` for these input shapes.
     pub fn new(network: &Compiled, input_shapes: &[Shape]) -> Result<Self> {
-        let Layout { views, floats } = layout(network, input_shapes)?;
+        Self::for_wants(network, input_shapes, &[])
+    }
+
+    /// As [`Plan::new`], computing of each output what is wanted of it; those beyond `wants` whole. An output of which nothing is
+    /// wanted has no pixels.
+    pub fn for_wants(network: &Compiled, input_shapes: &[Shape], wants: &[Want]) -> Result<Self> {
+        let Layout { demand, views, floats } = layout(network, input_shapes, wants)?;
         let view = |id: &ValueId| views[id.0];
+        let (gates, floats) = gates(&demand, floats, view);
         let steps = network
             .steps
             .iter()
-            .map(|s| StepSpec {
+            .zip(&demand.steps)
+            .filter(|(_, need)| **need != Need::Nothing)
+            .map(|(s, need)| StepSpec {
                 op: s.op.clone(),
                 inputs: s.inputs.iter().map(view).collect(),
                 output: view(&s.output),
+                near: if let Need::Near(near) = need { Some(*near) } else { None },
             })
             .collect();
         let inputs: Vec<View> = network.inputs.iter().map(view).collect();
-        let program = Program::new(network.isa, floats, inputs.clone(), steps)?;
-        Ok(Self { program, inputs, outputs: network.outputs.iter().map(view).collect() })
+        let program = Program::new(network.isa, floats, inputs.clone(), gates, steps)?;
+        let output = |(i, id): (usize, &ValueId)| match wants.get(i) {
+            Some(Want::Nothing) => no_pixels(view(id).shape),
+            _ => view(id),
+        };
+        Ok(Self { program, inputs, outputs: network.outputs.iter().enumerate().map(output).collect() })
     }
 
     /// Bytes of arena that a plan for these shapes takes, without making it.
     pub fn arena_bytes(network: &Compiled, input_shapes: &[Shape]) -> Result<usize> {
-        Ok(layout(network, input_shapes)?.floats.div_ceil(ALIGN) * ALIGN * size_of::<f32>())
+        Ok(layout(network, input_shapes, &[])?.floats.div_ceil(ALIGN) * ALIGN * size_of::<f32>())
     }
 
     /// The steps of `network` for these input shapes, in the order they run.
@@ -123,7 +139,7 @@ impl Plan {
         &self.inputs
     }
 
-    /// Where the outputs stand after a run, in the graph's order.
+    /// Where the outputs stand after a run, in the graph's order; without pixels where nothing was wanted.
     pub fn outputs(&self) -> &[View] {
         &self.outputs
     }
@@ -170,24 +186,46 @@ impl Plan {
     }
 }
 
-/// Views of all values, and the arena's size.
+/// The view of a tensor that is not computed.
+fn no_pixels(shape: Shape) -> View {
+    View::new(Shape { h: 0, w: 0, ..shape }, 0, [0; 4])
+}
+
+/// Places the masks of the demand's gates behind `floats`: one of answers each, and one that all grow in turn. Returns the gates
+/// and the arena's size with them.
+fn gates(demand: &Demand, floats: usize, view: impl Fn(&ValueId) -> View) -> (Vec<Gate>, usize) {
+    let mask = |shape: Shape, offset| Mask { offset, height: shape.h, width: shape.w };
+    let mut end = floats;
+    let mut gates = Vec::with_capacity(demand.gates.len());
+    for (value, least) in &demand.gates {
+        let map = view(value);
+        let answers = mask(map.shape, end);
+        end = answers.end();
+        gates.push(Gate { map, least: *least, masks: [answers; 2] });
+    }
+    let mut last = end;
+    for gate in &mut gates {
+        gate.masks[1].offset = end;
+        last = last.max(gate.masks[1].end());
+    }
+    (gates, last)
+}
+
+/// Views of all values, the arena's size, and what is asked of the steps.
 struct Layout {
+    demand: Demand,
     views: Vec<View>,
     floats: usize,
 }
 
 /// Decides halos, lifetimes and offsets.
-fn layout(network: &Compiled, input_shapes: &[Shape]) -> Result<Layout> {
+fn layout(network: &Compiled, input_shapes: &[Shape], wants: &[Want]) -> Result<Layout> {
     let shapes = network.graph.shapes(input_shapes)?;
+    let demand = Demand::new(network, &shapes, wants)?;
     let shape = |id: usize| shapes[network.values[id].node.0];
-    // The buffer of a value: its own, or the one of the concatenation it is part of.
-    let root = |mut id: usize| {
-        let mut first = 0;
-        while let Some((parent, channel)) = network.values[id].parent {
-            first += channel;
-            id = parent.0;
-        }
-        (id, first)
+    let root = |id: usize| {
+        let (root, first) = network.root(ValueId(id));
+        (root.0, first)
     };
     let count = network.values.len();
     let mut halo = vec![[0; 4]; count];
@@ -199,8 +237,12 @@ fn layout(network: &Compiled, input_shapes: &[Shape]) -> Result<Layout> {
     };
     let end = network.steps.len() + 1;
     network.inputs.iter().for_each(|v| touch(v.0, 0));
-    network.outputs.iter().for_each(|v| touch(v.0, end));
+    let unwanted = |i: usize| wants.get(i) == Some(&Want::Nothing);
+    network.outputs.iter().enumerate().filter(|(i, _)| !unwanted(*i)).for_each(|(_, v)| touch(v.0, end));
     for (i, step) in network.steps.iter().enumerate() {
+        if demand.steps[i] == Need::Nothing {
+            continue;
+        }
         step.inputs.iter().chain([&step.output]).for_each(|v| touch(v.0, i + 1));
         let need = step.op.halo();
         let have = &mut halo[root(step.inputs[0].0).0];
@@ -227,6 +269,9 @@ fn layout(network: &Compiled, input_shapes: &[Shape]) -> Result<Layout> {
     let views = (0..count)
         .map(|id| {
             let (top, first) = root(id);
+            if buffer_of[top] == usize::MAX {
+                return no_pixels(shape(id));
+            }
             let whole = View::new(shape(top), buffers[buffer_of[top]].offset, halo[top]);
             if top == id {
                 whole
@@ -235,7 +280,7 @@ fn layout(network: &Compiled, input_shapes: &[Shape]) -> Result<Layout> {
             }
         })
         .collect();
-    Ok(Layout { views, floats })
+    Ok(Layout { demand, views, floats })
 }
 
 #[cfg(test)]
@@ -335,8 +380,8 @@ mod tests {
         let graph = residual_pyramid();
         let network = Compiled::new(&graph, &Weights::random(&graph, 1), Isa::Generic).unwrap();
         for (n, h, w) in [(1, 64, 96), (2, 37, 51), (1, 9, 130)] {
-            let Layout { views, floats } =
-                layout(&network, &[Shape::new(n, 3, h, w), Shape::new(n, 2, 5, 4)]).unwrap();
+            let Layout { views, floats, .. } =
+                layout(&network, &[Shape::new(n, 3, h, w), Shape::new(n, 2, 5, 4)], &[]).unwrap();
             let mut owner = vec![usize::MAX; floats];
             let top = |mut id: usize| {
                 while let Some((parent, _)) = network.values[id].parent {

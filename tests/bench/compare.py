@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Our network against ONNX Runtime and OpenVINO: same weights, same picture, interleaved in one run.
+"""Our engine against ONNX Runtime, OpenVINO and ncnn: same networks, same weights, same picture, interleaved in one run.
 
-    pip install numpy onnx onnxruntime openvino safetensors
-    python3 tests/bench/compare.py WEIGHTS.safetensors [--size 640x480] [--threads 1 2] [--rounds 12] [--inner 5] [--ours WORKER]
+    pip install numpy onnxruntime openvino ncnn pnnx
+    python3 tests/bench/compare.py [NETWORK[@WxH] ..] [--threads 1 2] [--seconds 6] [--engines ..] [--ours WORKER]
 
-WEIGHTS are the published RetinaFace (MobileNet-V1 x0.25). Every engine runs in a process of its own
-with its threads capped; rounds go engine by engine, so that all see the same noise. At one thread the processor
-time counts, at more the wall clock; medians are printed with their ratio to the first engine (ours).
-The run fails where outputs differ by more than 1e-3 relative in the mean.
+A NETWORK is a detector's name, one of tests/bench/networks.rs, or a model file; without any, those of `NETWORKS`. ONNX files for the
+others are written by our worker (`bench_worker`, built where `--ours` names none). Every engine runs in a process of its
+own with its threads capped; rounds go engine by engine, so that all see the same noise. At one thread the processor time
+counts, at more the wall clock. Medians are printed with their ratio ours / theirs (below 1: ours is faster). The run fails
+where outputs differ by more than 1e-3 of their mean (bf16: 5e-2).
 """
 import argparse
 import json
@@ -19,36 +20,60 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ENGINES = ("farface", "onnxruntime", "openvino-f32")
+ENGINES = ("farface", "onnxruntime", "openvino-f32", "ncnn")
+NETWORKS = ("fpn-finest-r50@800x800", "fpn-finest-r18@800x800", "retinanet-r18@640x480", "yunet-like@640x480",
+            "ultra-light-like@640x480", "farface-nano@640x480", "farface-small@640x480", "retinaface-mobile025@640x480")
 
 
 def peer(engine, model, threads):
-    """Worker for a Python runtime; speaks the lines that worker.rs documents."""
+    """Worker for another runtime; speaks the lines that worker.rs documents."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import numpy as np
     start = time.perf_counter()
+    names = json.load(open(os.path.splitext(model)[0] + ".json"))
+    height, width = names["size"]
+    x = picture(np, [1, 3, height, width])
     if engine == "onnxruntime":
         import onnxruntime as ort
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        shape = session.get_inputs()[0].shape
-        x = picture(np, shape)
-        run = lambda: session.run(None, {"input": x})
-    else:
+        feed = {session.get_inputs()[0].name: x}
+        run = lambda: session.run(None, feed)
+    elif engine.startswith("openvino"):
         import openvino as ov
         core = ov.Core()
         # OpenVINO computes in bf16 unless told otherwise.
         compiled = core.compile_model(core.read_model(model), "CPU", {
-            "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1", "INFERENCE_PRECISION_HINT": "f32"})
+            "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1",
+            "INFERENCE_PRECISION_HINT": engine.removeprefix("openvino-")})
         request = compiled.create_infer_request()
-        x = picture(np, list(compiled.input(0).shape))
 
         def run():
             request.infer({0: x})
             return [request.get_output_tensor(i).data for i in range(len(compiled.outputs))]
-    means = [float(np.abs(o, dtype=np.float64).mean()) for o in run()]
-    print(f"ready {time.perf_counter() - start:.2f} {json.dumps(means)}", flush=True)
+    else:
+        import ncnn
+        net = ncnn.Net()
+        net.opt.num_threads, net.opt.use_vulkan_compute = threads, False
+        for half in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage"):
+            setattr(net.opt, f"use_{half}", False)
+        stem = os.path.splitext(model)[0]
+        net.load_param(f"{stem}.ncnn.param")
+        net.load_model(f"{stem}.ncnn.bin")
+        inputs, outputs = net.input_names(), net.output_names()
+        mat = ncnn.Mat(x[0])
+
+        def run():
+            extractor = net.create_extractor()
+            extractor.input(inputs[0], mat)
+            return [np.array(extractor.extract(o)[1])[None] for o in outputs]
+    prints = []
+    for o in run():
+        o = np.asarray(o, dtype=np.float64)
+        prints += [np.abs(o).mean(), (o.ravel() * np.cos(np.arange(o.size) * 0.37)).mean()]
+    print(f"ready {time.perf_counter() - start:.2f} {json.dumps(prints)}", flush=True)
     for line in sys.stdin:
         if line.strip() == "q":
             break
@@ -68,28 +93,42 @@ def picture(np, shape):
     return np.ascontiguousarray(values.reshape(1, h, w, c).transpose(0, 3, 1, 2))
 
 
-def run(engines, commands, rounds, inner):
-    workers, times, means = {}, {e: [] for e in engines}, {}
-    for e in engines:
-        w = subprocess.Popen(commands[e], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             text=True, bufsize=1)
-        for line in w.stdout:
-            if line.startswith("ready"):
-                means[e] = json.loads(line.split(None, 2)[2])
-                break
-        else:
-            sys.exit(f"error: {e} did not start: {' '.join(commands[e])}")
-        workers[e] = w
-    ours = means[engines[0]]
+def start(engine, command):
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    for line in worker.stdout:
+        if line.startswith("ready"):
+            return worker, json.loads(line.split(None, 2)[2])
+    sys.exit(f"error: {engine} did not start: {' '.join(command)}")
+
+
+def ask(worker, runs):
+    worker.stdin.write(f"{runs}\n")
+    worker.stdin.flush()
+    return [tuple(map(float, p.split(","))) for p in worker.stdout.readline().split()]
+
+
+def agree(engines, prints):
+    """Each output's mean of |x| and wave sum, against the first engine's."""
+    ours = prints[engines[0]]
     for e in engines[1:]:
-        for i, (a, b) in enumerate(zip(ours, means[e], strict=True)):
-            if not abs(a - b) <= 1e-3 * max(abs(b), 1e-3):
-                sys.exit(f"error: output {i} differs: {engines[0]} {a}, {e} {b}")
-    for _ in range(rounds):
+        tolerance = 5e-2 if "bf16" in e else 1e-3
+        # ncnn numbers its outputs anew; the order is the same.
+        for i, (a, b) in enumerate(zip(ours, prints[e], strict=True)):
+            if not abs(a - b) <= tolerance * max(abs(ours[i // 2 * 2]), 1e-6):
+                sys.exit(f"error: output {i // 2} differs: {engines[0]} {a}, {e} {b}")
+
+
+def compare(engines, commands, seconds):
+    workers, prints, times = {}, {}, {e: [] for e in engines}
+    for e in engines:
+        workers[e], prints[e] = start(e, commands[e])
+    agree(engines, prints)
+    # As many runs a round as take a tenth of a second, and so many rounds that every engine has its seconds.
+    slowest = max(statistics.median(w for w, _ in ask(workers[e], 3)) for e in engines)
+    inner = max(1, min(20, int(0.1 / slowest)))
+    for _ in range(max(5, int(seconds / (slowest * inner)))):
         for e, w in workers.items():
-            w.stdin.write(f"{inner}\n")
-            w.stdin.flush()
-            times[e] += [tuple(map(float, p.split(","))) for p in w.stdout.readline().split()]
+            times[e] += ask(w, inner)
     memory = {}
     for e, w in workers.items():
         w.stdin.write("q\n")
@@ -101,37 +140,43 @@ def run(engines, commands, rounds, inner):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights")
-    parser.add_argument("--size", default="640x480")
+    parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--inner", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=6, help="least time for each engine, network and thread count")
+    parser.add_argument("--engines", nargs="+", default=ENGINES)
     parser.add_argument("--ours", metavar="PATH", help="a bench_worker built elsewhere, instead of building it")
     args = parser.parse_args()
-    width, height = args.size.split("x")
     root = os.path.dirname(os.path.dirname(HERE))
     worker = args.ours
     if not worker:
         subprocess.run(["cargo", "build", "--release", "--quiet", "--example", "bench_worker"], cwd=root, check=True)
         worker = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(root, "target")),
                               "release/examples/bench_worker")
+    print("| network | GMAC | threads | engine | median ms | fastest ms | GFLOP/s | ours / theirs | peak memory MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        onnx = os.path.join(folder, "network.onnx")
-        subprocess.run([sys.executable, os.path.join(HERE, "retinaface_onnx.py"), args.weights, onnx, width, height],
-                       check=True)
-        print(f"RetinaFace MobileNet-V1 x0.25, {args.size}, f32\n")
-        print("| threads | engine | median ms | fastest ms | ratio to farface | peak memory MB |")
-        print("|---|---|---|---|---|---|")
-        for threads in args.threads:
-            commands = {e: [sys.executable, __file__, "--worker", e, onnx, str(threads)] for e in ENGINES}
-            commands["farface"] = [worker, args.weights, width, height, str(threads)]
-            times, memory = run(ENGINES, commands, args.rounds, args.inner)
-            column = 1 if threads == 1 else 0
-            median = {e: statistics.median(t[column] for t in times[e]) * 1e3 for e in ENGINES}
-            for e in ENGINES:
-                fastest = min(t[column] for t in times[e]) * 1e3
-                print(f"| {threads} | {e} | {median[e]:.2f} | {fastest:.2f} | {median[e] / median['farface']:.2f} "
-                      f"| {memory[e]} |", flush=True)
+        for network in args.networks:
+            name, _, size = network.partition("@")
+            width, height = (size or "640x480").split("x")
+            onnx = os.path.join(folder, "network.onnx")
+            told = subprocess.run([worker, "--onnx", onnx, name, width, height], check=True, capture_output=True, text=True)
+            macs = int(told.stdout.split()[0])
+            json.dump({"size": [int(height), int(width)]}, open(os.path.join(folder, "network.json"), "w"))
+            if "ncnn" in args.engines:
+                import pnnx
+                subprocess.run([pnnx.EXEC_PATH, onnx, f"inputshape=[1,3,{height},{width}]", "fp16=0"], cwd=folder, check=True,
+                               capture_output=True)
+            for threads in args.threads:
+                commands = {e: [sys.executable, __file__, "--worker", e, onnx, str(threads)] for e in args.engines}
+                commands["farface"] = [worker, name, width, height, str(threads)]
+                times, memory = compare(args.engines, commands, args.seconds)
+                column = 1 if threads == 1 else 0
+                median = {e: statistics.median(t[column] for t in times[e]) * 1e3 for e in args.engines}
+                ours = median[args.engines[0]]
+                for e in args.engines:
+                    fastest = min(t[column] for t in times[e]) * 1e3
+                    print(f"| {name} {width}x{height} | {macs / 1e9:.3f} | {threads} | {e} | {median[e]:.2f} | {fastest:.2f} "
+                          f"| {macs * 2e-6 / median[e]:.0f} | {ours / median[e]:.2f} | {memory[e]} |", flush=True)
 
 
 if __name__ == "__main__":

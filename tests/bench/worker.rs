@@ -1,18 +1,22 @@
 //! Times our network for `tests/bench/compare.py`, in a process of its own.
 //!
-//! Arguments: model, width, height, threads. Speaks the lines of the other workers: prints
-//! `ready SECONDS [means of |output|]`, then for every number N read, N pairs `wall,cpu` in seconds; `q` ends it with
-//! `hwm MEGABYTES`.
+//! `bench_worker NETWORK WIDTH HEIGHT THREADS` speaks the lines of the other workers: prints
+//! `ready SECONDS [prints of the outputs]`, then for every number N read, N pairs `wall,cpu` in seconds; `q` ends it with
+//! `hwm MEGABYTES`. `bench_worker --onnx FILE NETWORK WIDTH HEIGHT` writes the network for them.
 
-use farface::cpu::{Arena, Pool};
-use farface::detect::Model;
-use farface::graph::Plan;
-use farface::shape::Shape;
+mod networks;
+
+use farface::cpu::{isa, Arena, Pool};
+use farface::graph::onnx::to_onnx;
+use farface::graph::{Compiled, Plan};
+use farface::shape::{Shape, Tensor};
 use std::io::BufRead;
 use std::time::Instant;
 
 /// Processor seconds of this process.
 fn cpu_seconds() -> f64 {
+    // Brings the count of this thread up to date.
+    std::thread::yield_now();
     // The scheduler's own count, in nanoseconds, of every thread.
     let schedstat = std::fs::read_dir("/proc/self/task").map(|tasks| {
         let ns = |t: std::fs::DirEntry| {
@@ -24,15 +28,46 @@ fn cpu_seconds() -> f64 {
     schedstat.unwrap_or(0.0) / 1e9
 }
 
+/// What `compare.py` computes of every engine's outputs: the mean of |x|, and a sum of x over waves of several lengths,
+/// by values in the order N, C, H, W.
+fn prints(output: &Tensor) -> [f64; 2] {
+    let s = output.shape;
+    let (mut sum, mut waves) = (0.0, 0.0);
+    let mut i = 0;
+    for c in 0..s.c {
+        for y in 0..s.h {
+            for x in 0..s.w {
+                let v = f64::from(output.data[(y * s.w + x) * s.c + c]);
+                sum += v.abs();
+                waves += v * (f64::from(i) * 0.37).cos();
+                i += 1;
+            }
+        }
+    }
+    [sum, waves].map(|v| v / output.data.len() as f64)
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [model, width, height, threads] = &args[..] else {
-        return Err("usage: worker MODEL WIDTH HEIGHT THREADS".into());
+    if let [flag, file, name, width, height] = &args[..] {
+        if flag == "--onnx" {
+            let (graph, weights) = networks::network(name)?;
+            let size = [height.parse()?, width.parse()?];
+            std::fs::write(file, to_onnx(&graph, &weights, Some(size))?)?;
+            println!("{} {}", graph.macs(&[Shape::new(1, 3, size[0], size[1])])?, graph.param_count());
+            return Ok(());
+        }
+    }
+    let [name, width, height, threads] = &args[..] else {
+        return Err("usage: worker NETWORK WIDTH HEIGHT THREADS | --onnx FILE NETWORK WIDTH HEIGHT".into());
     };
     let start = Instant::now();
-    let model = Model::load(model)?;
     let shape = Shape::new(1, 3, height.parse()?, width.parse()?);
-    let plan = Plan::new(model.network(), &[shape])?;
+    let (network, outputs) = {
+        let (graph, weights) = networks::network(name)?;
+        (Compiled::new(&graph, &weights, isa::detected())?, graph.outputs.len())
+    };
+    let plan = Plan::new(&network, &[shape])?;
     let mut arena = Arena::default();
     arena.reserve(plan.floats())?;
     let mut pool = Pool::new(threads.parse()?)?;
@@ -49,16 +84,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let picture = arena.read(&input);
     plan.run(&mut arena, &mut pool);
-    let means: Vec<String> = plan
-        .outputs()
-        .iter()
-        .map(|v| {
-            let values = arena.read(v).data;
-            let sum: f64 = values.iter().map(|v| f64::from(v.abs())).sum();
-            format!("{:.6}", sum / values.len() as f64)
-        })
-        .collect();
-    println!("ready {:.2} [{}]", start.elapsed().as_secs_f64(), means.join(", "));
+    let prints = plan.outputs()[..outputs].iter().flat_map(|v| prints(&arena.read(v)));
+    let prints: Vec<String> = prints.map(|p| format!("{p:e}")).collect();
+    println!("ready {:.2} [{}]", start.elapsed().as_secs_f64(), prints.join(", "));
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         if line.trim() == "q" {

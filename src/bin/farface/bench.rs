@@ -4,9 +4,9 @@ use crate::model::ModelArg;
 use crate::picture::Picture;
 use crate::settings::{PictureSize, Settings};
 use crate::{peak, Outcome};
-use anyhow::{Context, Result};
+use anyhow::{anyhow, Context, Result};
 use farface::cpu::{Arena, Pool};
-use farface::detect::{LevelCost, Model, Options, Session};
+use farface::detect::{LevelCost, Model, ModelConfig, Options, Session};
 use farface::graph::Plan;
 use farface::pixels::{ImageView, PixelFormat};
 use farface::shape::Shape;
@@ -26,10 +26,15 @@ use std::time::{Duration, Instant};
   farface bench --size 640x480 --size 1920x1080 --threads 2
   farface bench --size 1920x1080 --min-face 40
       what it saves to leave the small faces out
-  farface bench --model m.safetensors --image crowd.jpg --layers")]
+  farface bench --model m.safetensors --image crowd.jpg --layers
+  farface bench --detector fpn-finest-r50 --size 800x800 --layers
+      a detector without weights: random ones, of which only the network's time says anything")]
 pub struct Args {
     #[command(flatten)]
     model: ModelArg,
+    /// Time this detector with random weights instead of a model
+    #[arg(long, value_name = "NAME", conflicts_with = "model", long_help = format!("Time this detector with random weights instead of a model: {}", ModelConfig::NAMES))]
+    detector: Option<String>,
     /// Size of the synthetic picture; may be given several times [default: 640x480]
     #[arg(long, value_name = "WxH")]
     size: Vec<PictureSize>,
@@ -50,7 +55,14 @@ pub struct Args {
 }
 
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
-    let model = args.model.load()?;
+    let model = match &args.detector {
+        Some(name) => {
+            let config = ModelConfig::named(name);
+            let config = config.ok_or_else(|| anyhow!("{name:?} is not one of {}", ModelConfig::NAMES))?;
+            Model::random(&config, 1)?
+        }
+        None => args.model.load()?,
+    };
     let options = args.settings.options(&model, 1);
     let peak = args.layers.then(|| peak::flops(options.threads));
     let mut results = Vec::new();

@@ -10,6 +10,8 @@ pub use ellipse::{AngleForm, EllipseFeatures, EllipseRegressor};
 pub use templates::{parse_templates, published_templates, Template, TemplateChoice};
 
 use super::anchors::{owned_cells, Anchor};
+#[cfg(feature = "train")]
+use super::detector::redraw;
 use super::detector::{logit, sigmoid, Detector, Map, Window};
 use super::face::Face;
 use super::names::switches;
@@ -134,8 +136,7 @@ impl HrConfig {
                 let tap = |i: usize| BILINEAR[i % 16 / 4] * BILINEAR[i % 4];
                 w.data.iter_mut().enumerate().for_each(|(i, v)| *v = tap(i));
             } else if name.starts_with("score_res") && name.ends_with(".weight") && is_new(name) {
-                let he = (2.0 / w.shape[1] as f32).sqrt();
-                w.data.iter_mut().for_each(|v| *v *= 0.01 / he);
+                redraw(&mut w.data, w.shape[1], 0.01);
             }
         }
     }

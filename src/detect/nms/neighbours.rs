@@ -4,7 +4,7 @@
 //! their centres by less than the longer side. Every size octave has a grid of its own, with squares
 //! as wide as its longest side.
 
-use super::{BBox, Convention};
+use crate::detect::boxes::{BBox, Convention};
 
 /// End of a bucket's list.
 const NONE: u32 = u32::MAX;

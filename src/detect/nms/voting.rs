@@ -1,7 +1,7 @@
 //! Bounding box voting (Gidaris and Komodakis 2015, section 5).
 
 use super::neighbours::{Neighbours, Place};
-use super::{BBox, Convention, Detection};
+use crate::detect::boxes::{BBox, Convention, Detection};
 
 /// The candidates of a picture, to vote.
 pub(super) struct Voters<'a, F> {
