@@ -11,6 +11,7 @@ pub(crate) mod part;
 pub(crate) mod program;
 pub(crate) mod simple;
 pub mod threads;
+pub(crate) mod winograd;
 
 pub use arena::{Arena, View};
 pub use isa::Isa;

@@ -194,6 +194,25 @@ impl<'a> Part<'a> {
         Self::Runs { mask, base, mine: team.share(pixels) }
     }
 
+    /// Whether any pixel of the tile of 4x4 in this row and column of tiles is asked for; of rows all are.
+    pub fn wants_tile(&self, row: usize, column: usize) -> bool {
+        let Self::Runs { mask, base, .. } = self else { return true };
+        let x = 4 * column;
+        // SAFETY: the contract of `of_mask`.
+        (4 * row..(4 * row + 4).min(mask.height))
+            .any(|y| unsafe { mask.row(*base, y) }[x / 32] >> (x % 32) & 15 != 0)
+    }
+
+    /// Whether this pixel or one of the eight around it is asked for; of rows all are.
+    pub fn wants_near(&self, y: usize, x: usize) -> bool {
+        let Self::Runs { mask, base, .. } = self else { return true };
+        (y.saturating_sub(1)..(y + 2).min(mask.height)).any(|y| {
+            // SAFETY: the contract of `of_mask`.
+            let row = unsafe { mask.row(*base, y) };
+            (x.saturating_sub(1)..(x + 2).min(mask.width)).any(|x| row[x / 32] >> (x % 32) & 1 != 0)
+        })
+    }
+
     /// Gives `f` an image, rows and columns at a time, of a map of so many rows and columns.
     pub fn each(&self, [height, width]: [usize; 2], mut f: impl FnMut(usize, Range<usize>, Range<usize>)) {
         match self {

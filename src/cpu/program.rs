@@ -11,6 +11,7 @@ use super::kernels::Kernels;
 use super::part::{Mask, Part};
 use super::simple::{self, blends, ConvTransposeOp, PoolOp, RoiAlignOp};
 use super::threads::{Pool, Team};
+use super::winograd::WinogradOp;
 use crate::error::{Error, Result};
 use crate::shape::{conv_out, conv_transpose_out, Shape};
 use std::sync::Arc;
@@ -22,6 +23,7 @@ pub struct Op(pub(crate) Kind);
 
 pub(crate) enum Kind {
     Conv(ConvOp),
+    Winograd(WinogradOp),
     Depthwise(DepthwiseOp),
     ConvTranspose(ConvTransposeOp),
     MaxPool(PoolOp),
@@ -49,6 +51,7 @@ impl Op {
             Kind::Conv(c) if c.window.kernel == [1, 1] => "conv 1x1",
             Kind::Conv(c) if c.window.kernel == [3, 3] => "conv 3x3",
             Kind::Conv(_) => "conv",
+            Kind::Winograd(_) => "winograd 3x3",
             Kind::Depthwise(d) if d.window.kernel == [3, 3] => "depthwise 3x3",
             Kind::Depthwise(_) => "depthwise",
             Kind::ConvTranspose(_) => "conv transpose",
@@ -68,6 +71,7 @@ impl Op {
     pub fn bytes(&self) -> usize {
         match &self.0 {
             Kind::Conv(c) => c.bytes(),
+            Kind::Winograd(c) => c.bytes(),
             Kind::Depthwise(d) => d.bytes(),
             Kind::ConvTranspose(c) => c.bytes(),
             _ => 0,
@@ -88,6 +92,7 @@ impl Op {
         matches!(
             self.0,
             Kind::Conv(_)
+                | Kind::Winograd(_)
                 | Kind::Depthwise(_)
                 | Kind::Resize { .. }
                 | Kind::Add { .. }
@@ -103,6 +108,8 @@ impl Op {
         let window = match &self.0 {
             Kind::Conv(c) => &c.window,
             Kind::Depthwise(d) => &d.window,
+            // What lies farther under an asked pixel's tile is taken for zeros.
+            Kind::Winograd(c) if c.padding == [1; 4] => return Some([1; 4]),
             Kind::Add { .. } | Kind::Sigmoid | Kind::Softmax(_) => return Some([0; 4]),
             _ => return None,
         };
@@ -134,6 +141,13 @@ impl Op {
             Kind::Conv(c) => {
                 windowed(&c.window, c.out_channels)
                     && s.c == c.in_channels
+                    && inputs.len() <= 2
+                    && inputs.get(1).is_none_or(same_size)
+            }
+            Kind::Winograd(c) => {
+                let [t, l, b, r] = c.padding;
+                (Some(out.h), Some(out.w)) == (conv_out(s.h, 3, 1, 1, t, b), conv_out(s.w, 3, 1, 1, l, r))
+                    && (s.n, s.c, out.c) == (out.n, c.in_channels, c.out_channels)
                     && inputs.len() <= 2
                     && inputs.get(1).is_none_or(same_size)
             }
@@ -178,6 +192,8 @@ impl Op {
 enum Tables {
     None,
     Conv(ConvTables),
+    /// Rows and columns of the residual.
+    Residual([Vec<u32>; 2]),
     Resize([Vec<Blend>; 2]),
 }
 
@@ -293,6 +309,7 @@ impl Program {
             let (a, out) = (s.inputs[0], s.output.shape);
             let tables = match &s.op.0 {
                 Kind::Conv(c) => Tables::Conv(c.prepare(&a, s.inputs.get(1), &s.output)),
+                Kind::Winograd(c) => Tables::Residual(c.prepare(s.inputs.get(1), &s.output)),
                 Kind::Resize { bilinear } => {
                     Tables::Resize([blends(a.shape.h, out.h, *bilinear), blends(a.shape.w, out.w, *bilinear)])
                 }
@@ -326,6 +343,7 @@ impl Program {
         let tables = |t: &Tables| match t {
             Tables::None => 0,
             Tables::Conv(c) => c.bytes(),
+            Tables::Residual(t) => t.iter().map(|v| v.capacity() * size_of::<u32>()).sum(),
             Tables::Resize(b) => b.iter().map(|v| v.capacity() * size_of::<Blend>()).sum(),
         };
         let steps = self.steps.iter().map(|s| tables(&s.tables) + s.inputs.capacity() * size_of::<View>());
@@ -333,6 +351,12 @@ impl Program {
             + self.steps.capacity() * size_of::<Step>()
             + self.gates.capacity() * size_of::<Gate>()
             + self.inputs.capacity() * size_of::<View>()
+    }
+
+    /// Floats of memory that each thread of the pool needs beside the arena.
+    pub fn scratch(&self) -> usize {
+        let of = |s: &Step| if let Kind::Winograd(c) = &s.op.0 { c.scratch() } else { 0 };
+        self.steps.iter().map(of).max().unwrap_or(0)
     }
 
     /// Number of steps.
@@ -349,9 +373,12 @@ impl Program {
     pub fn run_timed(&self, arena: &mut Arena, pool: &mut Pool, times: Option<&mut [Duration]>) {
         assert!(arena.floats().len() >= self.floats, "arena smaller than the program needs");
         let base = Base(arena.floats_mut().as_mut_ptr());
+        let each = self.scratch();
+        let mut own = pool.take_scratch(each);
+        let scratch = Base(own.floats_mut().as_mut_ptr());
         let times = times.map(std::sync::Mutex::new);
         pool.run(&|team| {
-            let base = &base;
+            let (base, scratch) = (&base, &scratch);
             for view in &self.inputs {
                 // SAFETY: validated views; the interior is not touched.
                 unsafe { simple::zero_halo(base.0, view, team) };
@@ -362,7 +389,8 @@ impl Program {
                 // SAFETY: Program::new validated the step; barriers order the making of its mask, and the steps.
                 unsafe {
                     let asked = step.asked.map(|asked| self.mask(&asked, base.0, team));
-                    step.run(self.kernels, base.0, asked.as_ref(), team);
+                    let scratch = scratch.0.add(team.index * each);
+                    step.run(self.kernels, [base.0, scratch], asked.as_ref(), team);
                 }
                 team.barrier();
                 if let (0, Some(times), Some(clock)) = (team.index, &times, &mut clock) {
@@ -372,6 +400,7 @@ impl Program {
                 }
             }
         });
+        pool.give_scratch(own);
     }
 }
 
@@ -402,9 +431,9 @@ impl Step {
     /// This thread's share of the output, or of what is `asked` for of it.
     ///
     /// # Safety
-    /// `base` is an arena of the program that validated this step; all threads of the team call
-    /// this together, and none is still in another step.
-    unsafe fn run(&self, k: &Kernels, base: *mut f32, asked: Option<&Part>, team: &Team) {
+    /// `base` is an arena of the program that validated this step, `scratch` the memory that it needs of this thread; all
+    /// threads of the team call this together, and none is still in another step.
+    unsafe fn run(&self, k: &Kernels, [base, scratch]: [*mut f32; 2], asked: Option<&Part>, team: &Team) {
         let (a, out) = (&self.inputs[0], &self.output);
         let b = self.inputs.get(1);
         let rows = Part::rows(out.shape.n, out.shape.h, team);
@@ -413,6 +442,7 @@ impl Step {
         unsafe {
             match (&self.op.0, &self.tables) {
                 (Kind::Conv(c), Tables::Conv(t)) => c.run(base, t, [a, out], b, asked, team),
+                (Kind::Winograd(c), Tables::Residual(t)) => c.run(base, scratch, t, [a, out], b, asked, team),
                 (Kind::Depthwise(d), _) => d.run(base, a, out, part),
                 (Kind::ConvTranspose(c), _) => c.run(base, a, out, team),
                 (Kind::MaxPool(p), _) => p.run(k, base, a, out, team),
@@ -431,7 +461,9 @@ impl Step {
                 (Kind::RoiAlign(r), _) => {
                     r.run(base, a, b.expect("validated: RoIAlign has boxes"), out, team)
                 }
-                (Kind::Conv(_) | Kind::Resize { .. }, _) => unreachable!("tables are made with the step"),
+                (Kind::Conv(_) | Kind::Winograd(_) | Kind::Resize { .. }, _) => {
+                    unreachable!("tables are made with the step")
+                }
             }
             simple::zero_halo(base, out, team);
         }

@@ -2,6 +2,8 @@
 //! side and meet at barriers. Work is split statically, so there is no queue and no lock between
 //! the steps of a job. Workers spin for a moment between jobs and then sleep until the next.
 
+use super::arena::Arena;
+use crate::error::Result;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -100,6 +102,8 @@ pub(crate) fn for_images(
 pub struct Pool {
     shared: Option<Arc<Shared>>,
     workers: Vec<JoinHandle<()>>,
+    /// Memory of the threads' own, one's behind the other's.
+    scratch: Arena,
 }
 
 impl Pool {
@@ -107,7 +111,7 @@ impl Pool {
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let threads = threads.max(1);
         if threads == 1 {
-            return Ok(Self { shared: None, workers: Vec::new() });
+            return Ok(Self { shared: None, workers: Vec::new(), scratch: Arena::default() });
         }
         let shared = Arc::new(Shared {
             threads,
@@ -122,7 +126,11 @@ impl Pool {
             phase: AtomicU32::new(0),
             panicked: AtomicBool::new(false),
         });
-        let mut pool = Self { shared: Some(shared.clone()), workers: Vec::with_capacity(threads - 1) };
+        let mut pool = Self {
+            shared: Some(shared.clone()),
+            workers: Vec::with_capacity(threads - 1),
+            scratch: Arena::default(),
+        };
         for index in 1..threads {
             let shared = shared.clone();
             let builder = std::thread::Builder::new().name(format!("farface-{index}")).stack_size(STACK);
@@ -134,6 +142,26 @@ impl Pool {
     /// Threads a job runs on.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Keeps `floats` of memory for every thread, so that no run of a program that needs as much allocates any.
+    pub fn reserve_scratch(&mut self, floats: usize) -> Result<()> {
+        self.scratch.reserve(floats.saturating_mul(self.threads()))
+    }
+
+    /// Frees what was kept.
+    pub fn clear_scratch(&mut self) {
+        self.scratch.clear();
+    }
+
+    /// Memory with `floats` for every thread; panics where the system has none. To be given back.
+    pub(super) fn take_scratch(&mut self, floats: usize) -> Arena {
+        self.reserve_scratch(floats).expect("memory for the threads of a run");
+        std::mem::take(&mut self.scratch)
+    }
+
+    pub(super) fn give_scratch(&mut self, scratch: Arena) {
+        self.scratch = scratch;
     }
 
     /// Runs `job` on every thread and returns when all are done. A panic in any of them is

@@ -328,7 +328,8 @@ mod tests {
         );
     }
 
-    /// What the session's plan computes and what is found on the network's whole outputs: the same faces, bit by bit.
+    /// What the session's plan computes and what is found on the network's whole outputs: the same faces. (Winograd's tiles have
+    /// zeros where nothing was computed, so that roundings differ.)
     #[test]
     fn the_second_step_is_computed_for_what_the_first_leaves_alone() {
         for name in ["refineface-r18", "farface-crowd-r18", "refineface-stc-r18"] {
@@ -372,10 +373,16 @@ mod tests {
             let asked = run(&weights, &wants(&config, everything));
             let (expected, found) = (faces(&config, &whole), faces(&config, &asked));
             assert!(expected.len() > 100, "{name}: {}", expected.len());
-            assert!(expected == found, "{name}");
+            assert_eq!(expected.len(), found.len(), "{name}");
+            let numbers = |f: &Face| [f.bbox.x1, f.bbox.y1, f.bbox.x2, f.bbox.y2, f.score];
+            for (a, b) in expected.iter().zip(&found) {
+                let largest = numbers(a).iter().fold(1.0f32, |most, v| most.max(v.abs()));
+                let close = numbers(a).iter().zip(numbers(b)).all(|(a, b)| (a - b).abs() < 1e-4 * largest);
+                assert!(close, "{name}: {a:?}, {b:?}");
+            }
             let at = graph.outputs.iter().position(|(n, _)| n == "class2").unwrap();
             let pairs = whole[at].data.iter().zip(&asked[at].data);
-            let same = pairs.filter(|(a, b)| a == b).count();
+            let same = pairs.filter(|(a, b)| (*a - *b).abs() < 1e-4).count();
             assert!(same < whole[at].data.len() / 2, "{name}: {same}");
 
             // Faces of 20 to 60 px are none of P7's matter, whose anchors have 256 px and more.
@@ -385,8 +392,7 @@ mod tests {
             assert!(matches!(of("box2"), Want::Where { output: 0, .. }), "{name}");
             let few = run(&weights, &some);
             let small = |f: &&Face| (20.0..60.0).contains(&f.size());
-            let fine = |f: &&Face| found.contains(f);
-            assert!(faces(&config, &few).iter().all(|f| fine(&f)));
+            assert!(faces(&config, &few).iter().all(|f| found.contains(f)));
             assert!(faces(&config, &few).iter().filter(small).count() > 20);
         }
     }

@@ -130,6 +130,11 @@ mod tests {
     use crate::layers::{Conv2d, Interpolation};
     use crate::shape::Tensor;
 
+    /// Same values but for roundings: Winograd's tiles have zeros where nothing was computed.
+    fn close(a: &[f32], b: &[f32]) -> bool {
+        a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 * a.abs().max(1.0))
+    }
+
     /// A pyramid of two levels of which the first is asked twice: outputs `first`, `class`, `box` on the fine level and `far`
     /// on the coarse one. Heads have branches of several windows, joined; the fine level takes the coarse one enlarged.
     fn asked_twice(mode: Interpolation) -> Graph {
@@ -148,7 +153,9 @@ mod tests {
         let merged = b.add(lateral, up);
         let depthwise = conv(&mut b, "depthwise", merged, Conv2d::depthwise(12, 3));
         for (name, channels) in [("class", 2), ("box", 8)] {
-            let x = conv(&mut b, &format!("{name}.0"), depthwise, Conv2d::new(12, 16, 3));
+            let x = conv(&mut b, &format!("{name}.widen"), depthwise, Conv2d::new(12, 16, 3));
+            // By Winograd's algorithm.
+            let x = conv(&mut b, &format!("{name}.again"), x, Conv2d::new(16, 16, 3));
             let wide = conv(&mut b, &format!("{name}.wide"), x, Conv2d::rect(16, 6, 1, 5));
             let high = conv(&mut b, &format!("{name}.high"), x, Conv2d::rect(16, 5, 5, 1));
             let far = conv(&mut b, &format!("{name}.far"), x, Conv2d::new(16, 5, 3).dilation(2));
@@ -205,11 +212,12 @@ mod tests {
                         for (found, whole) in found[1..3].iter().zip(&whole[1..3]) {
                             let c = whole.shape.c;
                             for &i in &wanted {
-                                assert_eq!(found.data[i * c..][..c], whole.data[i * c..][..c], "{isa:?} {i}");
+                                let [a, b] = [found, whole].map(|t| &t.data[i * c..][..c]);
+                                assert!(close(a, b), "{isa:?} {i}: {a:?} {b:?}");
                             }
                             // And the others were left out: something else stands there.
                             let pairs = found.data.chunks_exact(c).zip(whole.data.chunks_exact(c));
-                            let computed = pairs.filter(|(a, b)| a == b).count();
+                            let computed = pairs.filter(|(a, b)| close(a, b)).count();
                             let all = whole.data.len() / c;
                             assert!(share > 0.1 || computed < all / 2, "{computed} of {all} at {share}");
                         }

@@ -402,7 +402,7 @@ fn lower_chain(graph: &Graph, weights: &Weights, isa: Isa, chain: &Chain) -> Res
     }
     let Affine { weight, bias, .. } = &affine;
     match node.layer() {
-        Some(Layer::Conv2d(c)) => Ok(conv2d::cpu::lower(c, isa, weight, bias, chain.slope, chain.residual)),
+        Some(Layer::Conv2d(c)) => conv2d::cpu::lower(c, isa, weight, bias, chain.slope, chain.residual),
         Some(Layer::ConvTranspose2d(c)) => Ok(conv_transpose2d::cpu::lower(c, weight, bias)),
         Some(Layer::BatchNorm(b)) => Ok(batchnorm::cpu::lower(b, isa, weight, bias, chain.slope)),
         Some(Layer::Linear(l)) => {

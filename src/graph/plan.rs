@@ -149,6 +149,11 @@ impl Plan {
         self.program.floats()
     }
 
+    /// Floats of memory that each thread needs beside the arena; [`Pool::reserve_scratch`] keeps it.
+    pub fn scratch(&self) -> usize {
+        self.program.scratch()
+    }
+
     /// Heap bytes of the plan itself.
     pub fn bytes(&self) -> usize {
         self.program.bytes() + (self.inputs.capacity() + self.outputs.capacity()) * size_of::<View>()

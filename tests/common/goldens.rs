@@ -46,8 +46,9 @@ pub fn close(what: &str, got: &Tensor, expected: &Tensor, tolerance: f32) {
 pub fn hold_outputs(all: &Weights, prefix: &str, graph: &Graph, weights: &Weights, picture: &Tensor) {
     let pictures = std::slice::from_ref(picture);
     hold(all, prefix, graph, "plain loops", &run_reference(graph, weights, pictures).unwrap(), 1e-5);
+    // Winograd's algorithm rounds more: 5e-6 a layer (the parity tests print it), where the plain sum has 1e-6.
     for isa in Isa::supported() {
-        hold(all, prefix, graph, isa.name(), &compiled_outputs(graph, weights, picture, isa), 1e-5);
+        hold(all, prefix, graph, isa.name(), &compiled_outputs(graph, weights, picture, isa), 3e-5);
     }
 }
 

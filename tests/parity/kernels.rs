@@ -89,6 +89,55 @@ fn dense_convolution() {
     parity.report("dense convolution");
 }
 
+/// 3x3 with enough channels on both sides, the residual of the same size or enlarged, before or behind the activation, written
+/// into a concatenation or not.
+#[test]
+fn winograd_convolution() {
+    let mut parity = Parity::new();
+    let mut rng = Rng::new(21);
+    for case in 0..60 {
+        let channels = || [16, 17, 24, 33, 48, 64, 100];
+        let (ci, co) = (pick(&mut rng, &channels()), pick(&mut rng, &channels()));
+        let mut conv = Conv2d::new(ci, co, 3).bias();
+        if rng.below(3) == 0 {
+            conv.padding = std::array::from_fn(|_| rng.below(4));
+        }
+        let shape = map_for(&mut rng, &conv, 20);
+        let of = conv.out_shape(shape).unwrap();
+        let graph = network(ci, |b, x| {
+            let y = b.conv("conv", x, conv);
+            let same = of.h == shape.h && of.w == shape.w;
+            match case % 4 {
+                0 => maybe_activate(&mut rng, b, y),
+                1 if same => {
+                    let other = b.conv("other", x, Conv2d::new(ci, co, 1));
+                    let sum = b.add(y, other);
+                    maybe_activate(&mut rng, b, sum)
+                }
+                2 => {
+                    let small = b.conv("small", x, Conv2d::new(ci, co, 1).stride(2));
+                    let up = b.upsample_to(small, Interpolation::Nearest, y);
+                    let y = b.relu(y);
+                    b.add(y, up)
+                }
+                _ => {
+                    let y = b.relu(y);
+                    let again = b.conv("again", y, Conv2d::new(co, 5, 1));
+                    let mapped = b.conv("mapped", again, Conv2d::new(5, 16, 1));
+                    b.concat(&[mapped, y, again])
+                }
+            }
+        });
+        let kernels: Vec<&str> = {
+            let compiled = Compiled::new(&graph, &Weights::random(&graph, 1), Isa::Generic).unwrap();
+            compiled.listing().map(|(_, kernel)| kernel).collect()
+        };
+        assert!(kernels.contains(&"winograd 3x3"), "{conv:?}: {kernels:?}");
+        parity.check_random(&format!("{conv:?} on {shape}, case {case}"), &graph, &[shape], rng.bits());
+    }
+    parity.report("winograd convolution");
+}
+
 #[test]
 fn stem_convolution() {
     let mut parity = Parity::new();

@@ -9,6 +9,7 @@ pub(crate) mod backward;
 pub(crate) mod conv;
 pub(crate) mod depthwise;
 pub(crate) mod simple;
+pub(crate) mod winograd;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
@@ -22,6 +23,7 @@ use super::isa::Isa;
 use conv::ConvArgs;
 use depthwise::DepthwiseArgs;
 use simple::{PoolArgs, ResizeArgs, RowArgs};
+use winograd::{InputArgs, OutputArgs};
 
 /// A register of f32 lanes. Kernels call its methods from loops, not closures, which are functions of their own: where one
 /// is not inlined, it is not compiled for the ISA and every method in it becomes a call.
@@ -152,6 +154,9 @@ pub(crate) struct Kernels {
     pub resize: unsafe fn(&ResizeArgs, rows: std::ops::Range<usize>),
     /// Row-wise add / copy with activation.
     pub rows: unsafe fn(&RowArgs, rows: std::ops::Range<usize>),
+    /// Winograd's transform of a tile's inputs, and of its sums of products.
+    pub winograd_input: unsafe fn(&InputArgs),
+    pub winograd_output: unsafe fn(&OutputArgs),
     /// Sums of outer products.
     #[cfg(feature = "train")]
     pub outer: unsafe fn(&backward::OuterArgs),
@@ -246,6 +251,18 @@ macro_rules! isa_kernels {
             unsafe { $crate::cpu::kernels::simple::add_or_copy::<$vector>(a, rows) }
         }
 
+        $(#[$attr])?
+        unsafe fn winograd_input(a: &$crate::cpu::kernels::winograd::InputArgs) {
+            // SAFETY: the caller keeps the contract of the function called.
+            unsafe { $crate::cpu::kernels::winograd::input::<$vector>(a) }
+        }
+
+        $(#[$attr])?
+        unsafe fn winograd_output(a: &$crate::cpu::kernels::winograd::OutputArgs) {
+            // SAFETY: the caller keeps the contract of the function called.
+            unsafe { $crate::cpu::kernels::winograd::output::<$vector>(a) }
+        }
+
         pub(super) static KERNELS: $crate::cpu::kernels::Kernels = $crate::cpu::kernels::Kernels {
             lanes: <$vector as $crate::cpu::kernels::Vector>::LANES,
             conv,
@@ -253,6 +270,8 @@ macro_rules! isa_kernels {
             max_pool,
             resize,
             rows: add_or_copy,
+            winograd_input,
+            winograd_output,
             #[cfg(feature = "train")]
             outer: training::outer,
             #[cfg(feature = "train")]

@@ -3,7 +3,10 @@
 use super::Conv2d;
 use crate::cpu::conv::{ConvOp, DepthwiseOp, Residual, Window};
 use crate::cpu::program::Kind;
+use crate::cpu::winograd::WinogradOp;
 use crate::cpu::{Isa, Op};
+use crate::error::Result;
+use std::ops::RangeInclusive;
 
 /// The op for `conv` with folded `weight` and `bias`, activation `max(x, slope * x)` and the place
 /// where a second input is added.
@@ -14,12 +17,26 @@ pub(crate) fn lower(
     bias: &[f32],
     slope: f32,
     residual: Residual,
-) -> Op {
+) -> Result<Op> {
     let Conv2d { kernel, stride, dilation, padding, groups, in_channels, out_channels, .. } = *conv;
     let window = Window { kernel, stride, dilation, padding };
     if conv.is_depthwise() {
-        return Op(Kind::Depthwise(DepthwiseOp::new(isa, window, in_channels, weight, bias, slope)));
+        return Ok(Op(Kind::Depthwise(DepthwiseOp::new(isa, window, in_channels, weight, bias, slope))));
     }
     let channels = [in_channels, out_channels];
-    Op(Kind::Conv(ConvOp::new(isa, window, groups, channels, weight, bias, slope, residual)))
+    if winograd_pays(conv) {
+        let op = WinogradOp::new(isa, padding, channels, weight, bias, slope, residual)?;
+        return Ok(Op(Kind::Winograd(op)));
+    }
+    Ok(Op(Kind::Conv(ConvOp::new(isa, window, groups, channels, weight, bias, slope, residual))))
+}
+
+/// Channels, at either side, with which Winograd's algorithm is the faster: with fewer its transforms take longer than they
+/// save, with more its weights, four times as large as the kernels, are what it waits for.
+const WINOGRAD_CHANNELS: RangeInclusive<usize> = 16..=512;
+
+/// Whether a convolution is computed by Winograd's algorithm.
+fn winograd_pays(conv: &Conv2d) -> bool {
+    let plain = conv.kernel == [3, 3] && conv.stride == [1, 1] && conv.dilation == [1, 1] && conv.groups == 1;
+    plain && [conv.in_channels, conv.out_channels].iter().all(|c| WINOGRAD_CHANNELS.contains(c))
 }

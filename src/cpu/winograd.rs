@@ -1,0 +1,293 @@
+//! 3x3 convolutions by Winograd's F(4x4, 3x3): a thread takes some tiles at a time through their transform, 36 matrix
+//! products and the transform back, in memory of its own.
+
+use super::arena::{Arena, View};
+use super::conv::Residual;
+use super::isa::Isa;
+use super::kernels::conv::{panel_registers, panels, ConvArgs};
+use super::kernels::winograd::{InputArgs, OutputArgs, G, PATCH, POSITIONS, TILE};
+use super::kernels::Kernels;
+use super::part::Part;
+use super::simple::blends;
+use super::threads::Team;
+use crate::error::Result;
+
+/// Floats of a thread's memory to aim at: transformed tiles of both sides.
+const SCRATCH: usize = 1 << 19;
+/// Tiles together, at least and at most: the matrix products want whole register tiles of them.
+const TOGETHER: [usize; 2] = [28, 112];
+
+/// A dense 3x3 convolution of stride 1 with transformed weights.
+pub(crate) struct WinogradOp {
+    pub in_channels: usize,
+    pub out_channels: usize,
+    /// Top, left, bottom, right.
+    pub padding: [usize; 4],
+    /// Result = max(x, slope * x).
+    pub slope: f32,
+    /// Where the second input is added, if there is one.
+    pub residual: Residual,
+    kernels: &'static Kernels,
+    /// Position after position; in each panels of `[in][panel width]`.
+    weights: Arena,
+    position_weights: usize,
+    bias: Arena,
+    /// What lies outside the map, and the bias of the products: as many as either has channels, whole panels.
+    zeros: Arena,
+}
+
+impl WinogradOp {
+    /// Transforms and packs `weight` `[out, in, 3, 3]` and `bias` `[out]`.
+    pub fn new(
+        isa: Isa,
+        padding: [usize; 4],
+        [in_channels, out_channels]: [usize; 2],
+        weight: &[f32],
+        bias: &[f32],
+        slope: f32,
+        residual: Residual,
+    ) -> Result<Self> {
+        let kernels = Kernels::of(isa);
+        let lanes = kernels.lanes;
+        assert_eq!(weight.len(), out_channels * in_channels * 9);
+        assert_eq!(bias.len(), out_channels);
+        let all = panels(out_channels, lanes);
+        let width = |p: usize| panel_registers(out_channels, lanes, p) * lanes;
+        let position_weights = in_channels * (0..all).map(width).sum::<usize>();
+        // Written in place: transformed weights are the largest thing that a model holds.
+        let mut weights = Arena::default();
+        weights.reserve(POSITIONS * position_weights)?;
+        let packed = weights.floats_mut();
+        for (at, kernel) in weight.chunks_exact(9).enumerate() {
+            let (o, i) = (at / in_channels, at % in_channels);
+            let panel = o / (2 * lanes);
+            // All panels before this one have two registers.
+            let first = panel * 2 * lanes * in_channels + i * width(panel) + o % (2 * lanes);
+            for (position, value) in transform_kernel(kernel).into_iter().enumerate() {
+                packed[position * position_weights + first] = value;
+            }
+        }
+        let widest = in_channels.max(all * 2 * lanes);
+        Ok(Self {
+            in_channels,
+            out_channels,
+            padding,
+            slope,
+            residual,
+            kernels,
+            position_weights,
+            weights,
+            bias: Arena::from_slice(bias),
+            zeros: Arena::from_slice(&vec![0.0; widest]),
+        })
+    }
+
+    /// Bytes of packed weights.
+    pub fn bytes(&self) -> usize {
+        self.weights.bytes() + self.bias.bytes() + self.zeros.bytes()
+    }
+
+    /// Tiles that a thread takes together.
+    fn together(&self) -> usize {
+        let tiles = SCRATCH / (POSITIONS * (self.in_channels + self.out_channels));
+        tiles.clamp(TOGETHER[0], TOGETHER[1]) / 14 * 14
+    }
+
+    /// Floats from one position to the next, in and out: not a multiple of a page, or all would share a few cache lines.
+    fn strides(&self) -> [usize; 2] {
+        [self.in_channels, self.out_channels]
+            .map(|channels| (self.together() * channels).next_multiple_of(32) + 16)
+    }
+
+    /// Floats of memory that each thread needs.
+    pub fn scratch(&self) -> usize {
+        self.strides().iter().sum::<usize>() * POSITIONS
+    }
+
+    /// Rows and columns of the residual for rows and columns of the output, where its size is another.
+    pub fn prepare(&self, add: Option<&View>, output: &View) -> [Vec<u32>; 2] {
+        let Some(add) = add.filter(|a| (a.shape.h, a.shape.w) != (output.shape.h, output.shape.w)) else {
+            return [Vec::new(), Vec::new()];
+        };
+        let low = |from: usize, to: usize| blends(from, to, false).iter().map(|b| b.low).collect();
+        [low(add.shape.h, output.shape.h), low(add.shape.w, output.shape.w)]
+    }
+
+    /// Computes this thread's share of the tiles, or of those with a pixel that is `asked` for.
+    ///
+    /// # Safety
+    /// `base` is an arena in which the views lie, the output overlaps no input, `scratch` has [`WinogradOp::scratch`] floats
+    /// that are this thread's, and all threads of the team call this together.
+    pub unsafe fn run(
+        &self,
+        base: *mut f32,
+        scratch: *mut f32,
+        add_at: &[Vec<u32>; 2],
+        [input, output]: [&View; 2],
+        add: Option<&View>,
+        asked: Option<&Part>,
+        team: &Team,
+    ) {
+        let s = output.shape;
+        let grid = [s.h.div_ceil(TILE), s.w.div_ceil(TILE)];
+        let all = s.n * grid[0] * grid[1];
+        let wanted = |tile: usize| asked.is_none_or(|part| part.wants_tile(tile / grid[1], tile % grid[1]));
+        let count = if asked.is_none() { all } else { (0..all).filter(|&tile| wanted(tile)).count() };
+        let mine = team.share(count);
+        let mut own = (0..all).filter(|&tile| wanted(tile)).skip(mine.start).take(mine.len());
+        let together = self.together();
+        let [in_stride, out_stride] = self.strides();
+        let mut tiles = [0; TOGETHER[1]];
+        loop {
+            let mut n = 0;
+            while n < together {
+                let Some(tile) = own.next() else { break };
+                tiles[n] = tile;
+                n += 1;
+            }
+            if n == 0 {
+                return;
+            }
+            let place = |tile: usize| {
+                let (image, rest) = (tile / (grid[0] * grid[1]), tile % (grid[0] * grid[1]));
+                (image, rest / grid[1] * TILE, rest % grid[1] * TILE)
+            };
+            // SAFETY: the caller's contract; tiles lie inside the output, patches inside the input or are zeros.
+            unsafe {
+                let products = scratch.add(in_stride * POSITIONS);
+                for (i, &tile) in tiles[..n].iter().enumerate() {
+                    let pixels = self.patch(base, input, place(tile), asked);
+                    let args = InputArgs {
+                        pixels: &pixels,
+                        output: scratch.add(i * self.in_channels),
+                        stride: in_stride,
+                        channels: self.in_channels,
+                    };
+                    (self.kernels.winograd_input)(&args);
+                }
+                for position in 0..POSITIONS {
+                    self.product(
+                        position,
+                        n,
+                        scratch.add(position * in_stride),
+                        products.add(position * out_stride),
+                    );
+                }
+                for (i, &tile) in tiles[..n].iter().enumerate() {
+                    let (image, y, x) = place(tile);
+                    let size = [TILE.min(s.h - y), TILE.min(s.w - x)];
+                    let args = OutputArgs {
+                        products: products.add(i * self.out_channels),
+                        stride: out_stride,
+                        bias: self.bias.floats().as_ptr(),
+                        output: base.add(output.at(image, y, x)),
+                        out_row: output.row,
+                        out_pixel: output.pixel,
+                        size,
+                        channels: self.out_channels,
+                        slope: self.slope,
+                        residual: if add.is_some() { self.residual } else { Residual::None },
+                        add: residual(base, add, add_at, (image, y, x), size),
+                    };
+                    (self.kernels.winograd_output)(&args);
+                }
+            }
+        }
+    }
+
+    /// Pixels under a tile: zeros outside the map, and, where some of the output is asked for, beyond what was computed for that.
+    ///
+    /// # Safety
+    /// As [`WinogradOp::run`].
+    unsafe fn patch(
+        &self,
+        base: *mut f32,
+        input: &View,
+        (image, y, x): (usize, usize, usize),
+        asked: Option<&Part>,
+    ) -> [*const f32; POSITIONS] {
+        let zeros = self.zeros.floats().as_ptr();
+        let [top, left, ..] = self.padding;
+        let mut pixels = [zeros; POSITIONS];
+        for (i, pixel) in pixels.iter_mut().enumerate() {
+            // Out of range where negative: these wrap to huge numbers.
+            let row = (y + i / PATCH).wrapping_sub(top);
+            let column = (x + i % PATCH).wrapping_sub(left);
+            let inside = row < input.shape.h && column < input.shape.w;
+            if inside && asked.is_none_or(|part| part.wants_near(row, column)) {
+                // SAFETY: the pixel is inside the view.
+                *pixel = unsafe { base.add(input.at(image, row, column)) };
+            }
+        }
+        pixels
+    }
+
+    /// Multiplies `n` tiles at one position by its weights.
+    ///
+    /// # Safety
+    /// `from` and `to` have room for `n` tiles' channels.
+    unsafe fn product(&self, position: usize, n: usize, from: *const f32, to: *mut f32) {
+        let args = ConvArgs {
+            input: from,
+            in_row: 0,
+            in_pixel: self.in_channels,
+            taps: &[0],
+            run: self.in_channels,
+            // SAFETY: there are so many weights for every position.
+            weights: unsafe { self.weights.floats().as_ptr().add(position * self.position_weights) },
+            bias: self.zeros.floats().as_ptr(),
+            output: to,
+            out_row: 0,
+            out_pixel: self.out_channels,
+            width: n,
+            channels: self.out_channels,
+            slope: 1.0,
+            residual: Residual::None,
+            add: std::ptr::null(),
+            add_row: 0,
+            add_pixel: 0,
+            add_rows: &[],
+            add_columns: &[],
+        };
+        // SAFETY: the caller's contract; one row of n pixels.
+        unsafe { (self.kernels.conv)(&args, 0..1, 0..panels(self.out_channels, self.kernels.lanes)) };
+    }
+}
+
+/// The residual's pixels for a tile's pixels that exist.
+///
+/// # Safety
+/// As [`WinogradOp::run`].
+unsafe fn residual(
+    base: *mut f32,
+    add: Option<&View>,
+    [rows, columns]: &[Vec<u32>; 2],
+    (image, y, x): (usize, usize, usize),
+    size: [usize; 2],
+) -> [*const f32; TILE * TILE] {
+    let mut pixels = [std::ptr::null(); TILE * TILE];
+    let Some(add) = add else { return pixels };
+    let from = |table: &[u32], at: usize| table.get(at).map_or(at, |&low| low as usize);
+    for row in 0..size[0] {
+        for column in 0..size[1] {
+            let at = add.at(image, from(rows, y + row), from(columns, x + column));
+            // SAFETY: the pixel is inside the view.
+            pixels[row * TILE + column] = unsafe { base.add(at) };
+        }
+    }
+    pixels
+}
+
+/// `G g G^T` of one 3x3 kernel.
+fn transform_kernel(g: &[f32]) -> [f32; POSITIONS] {
+    let mut half = [[0.0; 3]; PATCH];
+    for (half, row) in half.iter_mut().zip(G) {
+        for (column, half) in half.iter_mut().enumerate() {
+            *half = (0..3).map(|k| row[k] * f64::from(g[k * 3 + column])).sum();
+        }
+    }
+    std::array::from_fn(|i| {
+        let (row, column) = (half[i / PATCH], G[i % PATCH]);
+        (0..3).map(|k| row[k] * column[k]).sum::<f64>() as f32
+    })
+}
