@@ -9,6 +9,7 @@ use super::kernels::Kernels;
 use super::part::Part;
 use super::simple::blends;
 use super::threads::Team;
+use std::ops::Range;
 
 /// Weights walked together while a block of rows is computed: half of a 2 MiB second-level cache,
 /// in floats.
@@ -123,15 +124,54 @@ impl ConvOp {
         let columns = if merged { 1 } else { w.kernel[1] };
         let tap = |ky: usize, kx: usize| ky * w.dilation[0] * input.row + kx * w.dilation[1] * input.pixel;
         let taps = (0..w.kernel[0]).flat_map(|ky| (0..columns).map(move |kx| tap(ky, kx))).collect();
-        let (mut add_rows, mut add_columns) = (Vec::new(), Vec::new());
-        if let Some(add) = add {
-            let (a, o) = (add.shape, output.shape);
-            if (a.h, a.w) != (o.h, o.w) {
-                add_rows = blends(a.h, o.h, false).iter().map(|b| b.low).collect();
-                add_columns = blends(a.w, o.w, false).iter().map(|b| b.low).collect();
-            }
-        }
+        let [add_rows, add_columns] = residual_tables(add, output);
         ConvTables { taps, run: if merged { ci * w.kernel[1] } else { ci }, add_rows, add_columns }
+    }
+
+    /// A 1x1 convolution of one group on rows that lie densely from `from` on, into rows `rows` of image `n`.
+    ///
+    /// # Safety
+    /// As [`ConvOp::run`] for residual and output; `from` has all pixels of as many rows.
+    pub unsafe fn rows_from(
+        &self,
+        from: *const f32,
+        base: *mut f32,
+        [add_rows, add_columns]: &[Vec<u32>; 2],
+        add: Option<&View>,
+        output: &View,
+        n: usize,
+        rows: Range<usize>,
+    ) {
+        // The residual's rows by their table, where there is one, else as the output's.
+        let (add_rows, add_first) = match add_rows.get(rows.clone()) {
+            Some(table) => (table, 0),
+            None => (&[][..], rows.start),
+        };
+        // SAFETY: the caller's contract.
+        unsafe {
+            let args = ConvArgs {
+                input: from,
+                in_row: output.shape.w * self.in_channels,
+                in_pixel: self.in_channels,
+                taps: &[0],
+                run: self.in_channels,
+                weights: self.weights.floats().as_ptr(),
+                bias: self.bias.floats().as_ptr(),
+                output: base.add(output.at(n, rows.start, 0)),
+                out_row: output.row,
+                out_pixel: output.pixel,
+                width: output.shape.w,
+                channels: self.out_channels,
+                slope: self.slope,
+                residual: if add.is_some() { self.residual } else { Residual::None },
+                add: add.map_or(std::ptr::null(), |v| base.add(v.at(n, add_first, 0)).cast_const()),
+                add_row: add.map_or(0, |v| v.row),
+                add_pixel: add.map_or(0, |v| v.pixel),
+                add_rows,
+                add_columns,
+            };
+            (self.kernels.conv)(&args, 0..rows.len(), 0..panels(self.out_channels, self.kernels.lanes));
+        }
     }
 
     /// Computes this thread's share of the output, or of what is `asked` for of it.
@@ -216,6 +256,15 @@ impl ConvOp {
     }
 }
 
+/// Rows and columns of a residual for rows and columns of the output, where its size is another; else nothing.
+pub(crate) fn residual_tables(add: Option<&View>, output: &View) -> [Vec<u32>; 2] {
+    let Some(add) = add.filter(|a| (a.shape.h, a.shape.w) != (output.shape.h, output.shape.w)) else {
+        return [Vec::new(), Vec::new()];
+    };
+    let low = |from: usize, to: usize| blends(from, to, false).iter().map(|b| b.low).collect();
+    [low(add.shape.h, output.shape.h), low(add.shape.w, output.shape.w)]
+}
+
 /// A step's tables: offsets of the window's runs, and the source of every residual row and column.
 pub(crate) struct ConvTables {
     taps: Vec<usize>,
@@ -265,6 +314,43 @@ impl DepthwiseOp {
     /// Bytes of packed weights.
     pub fn bytes(&self) -> usize {
         self.weights.bytes() + self.bias.bytes()
+    }
+
+    /// Rows `rows` of image `n`, each `width` pixels, densely from `to` on.
+    ///
+    /// # Safety
+    /// As [`ConvOp::run`] for the input; `to` has room for as many pixels.
+    pub unsafe fn rows_into(
+        &self,
+        base: *mut f32,
+        input: &View,
+        n: usize,
+        rows: Range<usize>,
+        width: usize,
+        to: *mut f32,
+    ) {
+        let w = &self.window;
+        let in_row = w.stride[0] * input.row;
+        // SAFETY: the caller's contract.
+        unsafe {
+            let args = DepthwiseArgs {
+                input: base.add(w.first(input) + n * input.image + rows.start * in_row),
+                in_row,
+                in_pixel: w.stride[1] * input.pixel,
+                kernel: w.kernel,
+                tap_row: w.dilation[0] * input.row,
+                tap_pixel: w.dilation[1] * input.pixel,
+                weights: self.weights.floats().as_ptr(),
+                bias: self.bias.floats().as_ptr(),
+                output: to,
+                out_row: width * self.channels,
+                out_pixel: self.channels,
+                width,
+                channels: self.channels,
+                slope: self.slope,
+            };
+            (self.kernels.depthwise)(&args, 0..rows.len());
+        }
     }
 
     /// Computes this thread's part of the output.

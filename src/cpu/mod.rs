@@ -7,6 +7,7 @@ pub(crate) mod conv;
 pub mod dense;
 pub mod isa;
 mod kernels;
+pub(crate) mod pair;
 pub(crate) mod part;
 pub(crate) mod program;
 pub(crate) mod simple;

@@ -4,10 +4,11 @@
 //! each step needs, and that no step's output overlaps an input. Running it is therefore safe.
 
 use super::arena::{Arena, View};
-use super::conv::{ConvOp, ConvTables, DepthwiseOp};
+use super::conv::{residual_tables, ConvOp, ConvTables, DepthwiseOp};
 use super::isa::Isa;
 use super::kernels::simple::Blend;
 use super::kernels::Kernels;
+use super::pair::PairOp;
 use super::part::{Mask, Part};
 use super::simple::{self, blends, ConvTransposeOp, PoolOp, RoiAlignOp};
 use super::threads::{Pool, Team};
@@ -22,9 +23,10 @@ use std::time::{Duration, Instant};
 pub struct Op(pub(crate) Kind);
 
 pub(crate) enum Kind {
-    Conv(ConvOp),
+    Conv(Arc<ConvOp>),
     Winograd(WinogradOp),
-    Depthwise(DepthwiseOp),
+    Depthwise(Arc<DepthwiseOp>),
+    Pair(PairOp),
     ConvTranspose(ConvTransposeOp),
     MaxPool(PoolOp),
     GlobalAvgPool,
@@ -54,6 +56,7 @@ impl Op {
             Kind::Winograd(_) => "winograd 3x3",
             Kind::Depthwise(d) if d.window.kernel == [3, 3] => "depthwise 3x3",
             Kind::Depthwise(_) => "depthwise",
+            Kind::Pair(_) => "depthwise, conv 1x1",
             Kind::ConvTranspose(_) => "conv transpose",
             Kind::MaxPool(_) => "max pool",
             Kind::GlobalAvgPool => "global average",
@@ -73,6 +76,7 @@ impl Op {
             Kind::Conv(c) => c.bytes(),
             Kind::Winograd(c) => c.bytes(),
             Kind::Depthwise(d) => d.bytes(),
+            Kind::Pair(p) => p.bytes(),
             Kind::ConvTranspose(c) => c.bytes(),
             _ => 0,
         }
@@ -83,6 +87,7 @@ impl Op {
         match &self.0 {
             Kind::Conv(c) => c.window.padding,
             Kind::Depthwise(d) => d.window.padding,
+            Kind::Pair(p) => p.depthwise.window.padding,
             _ => [0; 4],
         }
     }
@@ -152,6 +157,12 @@ impl Op {
                     && inputs.get(1).is_none_or(same_size)
             }
             Kind::Depthwise(d) => windowed(&d.window, d.channels) && s.c == d.channels,
+            Kind::Pair(p) => {
+                windowed(&p.depthwise.window, p.pointwise.out_channels)
+                    && s.c == p.depthwise.channels
+                    && inputs.len() <= 2
+                    && inputs.get(1).is_none_or(same_size)
+            }
             Kind::ConvTranspose(c) => {
                 let side = |i, a: usize| {
                     let crop = [c.pad[a], 0]; // the far side's crop is whatever the output leaves off
@@ -309,7 +320,9 @@ impl Program {
             let (a, out) = (s.inputs[0], s.output.shape);
             let tables = match &s.op.0 {
                 Kind::Conv(c) => Tables::Conv(c.prepare(&a, s.inputs.get(1), &s.output)),
-                Kind::Winograd(c) => Tables::Residual(c.prepare(s.inputs.get(1), &s.output)),
+                Kind::Winograd(_) | Kind::Pair(_) => {
+                    Tables::Residual(residual_tables(s.inputs.get(1), &s.output))
+                }
                 Kind::Resize { bilinear } => {
                     Tables::Resize([blends(a.shape.h, out.h, *bilinear), blends(a.shape.w, out.w, *bilinear)])
                 }
@@ -355,7 +368,11 @@ impl Program {
 
     /// Floats of memory that each thread of the pool needs beside the arena.
     pub fn scratch(&self) -> usize {
-        let of = |s: &Step| if let Kind::Winograd(c) = &s.op.0 { c.scratch() } else { 0 };
+        let of = |s: &Step| match &s.op.0 {
+            Kind::Winograd(c) => c.scratch(),
+            Kind::Pair(p) => p.scratch([s.output.shape.h, s.output.shape.w]),
+            _ => 0,
+        };
         self.steps.iter().map(of).max().unwrap_or(0)
     }
 
@@ -443,6 +460,7 @@ impl Step {
             match (&self.op.0, &self.tables) {
                 (Kind::Conv(c), Tables::Conv(t)) => c.run(base, t, [a, out], b, asked, team),
                 (Kind::Winograd(c), Tables::Residual(t)) => c.run(base, scratch, t, [a, out], b, asked, team),
+                (Kind::Pair(p), Tables::Residual(t)) => p.run(base, scratch, t, [a, out], b, team),
                 (Kind::Depthwise(d), _) => d.run(base, a, out, part),
                 (Kind::ConvTranspose(c), _) => c.run(base, a, out, team),
                 (Kind::MaxPool(p), _) => p.run(k, base, a, out, team),
@@ -461,7 +479,7 @@ impl Step {
                 (Kind::RoiAlign(r), _) => {
                     r.run(base, a, b.expect("validated: RoIAlign has boxes"), out, team)
                 }
-                (Kind::Conv(_) | Kind::Winograd(_) | Kind::Resize { .. }, _) => {
+                (Kind::Conv(_) | Kind::Winograd(_) | Kind::Pair(_) | Kind::Resize { .. }, _) => {
                     unreachable!("tables are made with the step")
                 }
             }

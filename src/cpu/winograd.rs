@@ -8,12 +8,11 @@ use super::kernels::conv::{panel_registers, panels, ConvArgs};
 use super::kernels::winograd::{InputArgs, OutputArgs, G, PATCH, POSITIONS, TILE};
 use super::kernels::Kernels;
 use super::part::Part;
-use super::simple::blends;
 use super::threads::Team;
 use crate::error::Result;
 
 /// Floats of a thread's memory to aim at: transformed tiles of both sides.
-const SCRATCH: usize = 1 << 19;
+const SCRATCH: usize = 1 << 18;
 /// Tiles together, at least and at most: the matrix products want whole register tiles of them.
 const TOGETHER: [usize; 2] = [28, 112];
 
@@ -102,15 +101,6 @@ impl WinogradOp {
     /// Floats of memory that each thread needs.
     pub fn scratch(&self) -> usize {
         self.strides().iter().sum::<usize>() * POSITIONS
-    }
-
-    /// Rows and columns of the residual for rows and columns of the output, where its size is another.
-    pub fn prepare(&self, add: Option<&View>, output: &View) -> [Vec<u32>; 2] {
-        let Some(add) = add.filter(|a| (a.shape.h, a.shape.w) != (output.shape.h, output.shape.w)) else {
-            return [Vec::new(), Vec::new()];
-        };
-        let low = |from: usize, to: usize| blends(from, to, false).iter().map(|b| b.low).collect();
-        [low(add.shape.h, output.shape.h), low(add.shape.w, output.shape.w)]
     }
 
     /// Computes this thread's share of the tiles, or of those with a pixel that is `asked` for.

@@ -16,6 +16,8 @@ use super::build::{Graph, Node, NodeId, NodeKind, ParamId};
 use super::fold::{fold_batchnorm, Affine};
 use super::weights::Weights;
 use crate::cpu::conv::Residual;
+use crate::cpu::pair::PairOp;
+use crate::cpu::program::Kind;
 use crate::cpu::{Isa, Op};
 use crate::error::{Error, Result};
 use crate::layers::{Activation, Interpolation, Layer};
@@ -41,6 +43,8 @@ pub(crate) struct CompiledStep {
     pub output: ValueId,
     /// Node that names the step in listings and whose multiply-adds it does.
     pub node: NodeId,
+    /// The node that is computed with it, of a pair.
+    pub then: Option<NodeId>,
 }
 
 /// A network with its weights packed for one ISA, independent of input sizes; shared by sessions.
@@ -306,7 +310,46 @@ impl Compiled {
         }
         c.outputs = graph.outputs.iter().map(|(_, id)| value_of[id]).collect();
         c.graph = graph;
+        c.pair();
         Ok(c)
+    }
+
+    /// Makes one step of a depthwise convolution and the pointwise one that alone reads it.
+    fn pair(&mut self) {
+        let mut pairs: Vec<Arc<Op>> = Vec::new();
+        let mut i = 0;
+        while i < self.steps.len() {
+            let value = self.steps[i].output;
+            let readers: Vec<usize> =
+                (i + 1..self.steps.len()).filter(|&j| self.steps[j].inputs.contains(&value)).collect();
+            let alone = !self.outputs.contains(&value) && self.values[value.0].parent.is_none();
+            let [j] = readers[..] else {
+                i += 1;
+                continue;
+            };
+            let (first, second) = (&self.steps[i], &self.steps[j]);
+            let takes = second.inputs[0] == value && !second.inputs[1..].contains(&value);
+            let pair = match (&first.op.0, &second.op.0) {
+                (Kind::Depthwise(d), Kind::Conv(c)) if alone && takes => PairOp::new(d, c),
+                _ => None,
+            };
+            let Some(pair) = pair else {
+                i += 1;
+                continue;
+            };
+            // Heads have theirs on every level.
+            let made = pairs.iter().find(|op| matches!(&op.0, Kind::Pair(p) if p.is(&pair))).cloned();
+            let op = made.unwrap_or_else(|| {
+                pairs.push(Arc::new(Op(Kind::Pair(pair))));
+                pairs[pairs.len() - 1].clone()
+            });
+            let first = self.steps.remove(i);
+            let second = &mut self.steps[j - 1];
+            second.op = op;
+            second.inputs[0] = first.inputs[0];
+            second.then = Some(second.node);
+            second.node = first.node;
+        }
     }
 
     /// The value whose buffer this one is in, which is itself or the concatenation that it is part of, and its first channel
@@ -326,7 +369,7 @@ impl Compiled {
     }
 
     fn step(&mut self, op: Arc<Op>, inputs: Vec<ValueId>, output: ValueId, node: NodeId) {
-        self.steps.push(CompiledStep { op, inputs, output, node });
+        self.steps.push(CompiledStep { op, inputs, output, node, then: None });
     }
 
     /// Parts that nobody else reads are written straight into the concatenation; others are copied.

@@ -1,5 +1,6 @@
 //! A compiled network placed in an arena for one input shape.
 
+use super::build::NodeId;
 use super::demand::{Demand, Need, Want};
 use super::fuse::{Compiled, ValueId};
 use crate::cpu::part::Mask;
@@ -122,12 +123,16 @@ impl Plan {
         let mut seen = HashSet::new();
         let info = |step: &super::fuse::CompiledStep| {
             let node = &graph.nodes[step.node.0];
-            let input = node.inputs.first().map_or(shapes[step.node.0], |i| shapes[i.0]);
+            let macs = |id: NodeId| {
+                let node = &graph.nodes[id.0];
+                let input = node.inputs.first().map_or(shapes[id.0], |i| shapes[i.0]);
+                node.layer().map_or(0, |l| l.macs(input, shapes[id.0]))
+            };
             StepInfo {
                 name: node.name.clone(),
                 kernel: step.op.name(),
                 output: shapes[network.values[step.output.0].node.0],
-                macs: node.layer().map_or(0, |l| l.macs(input, shapes[step.node.0])),
+                macs: [Some(step.node), step.then].into_iter().flatten().map(macs).sum(),
                 weight_bytes: if seen.insert(Arc::as_ptr(&step.op)) { step.op.bytes() } else { 0 },
             }
         };

@@ -181,6 +181,47 @@ fn depthwise_convolution() {
     parity.report("depthwise convolution");
 }
 
+/// Pairs, with and without a residual on the second; where something else reads the map between, there is none.
+#[test]
+fn depthwise_and_pointwise_pairs() {
+    let mut parity = Parity::new();
+    let mut rng = Rng::new(22);
+    for case in 0..60 {
+        let (ci, co) = (pick(&mut rng, &CHANNELS), pick(&mut rng, &CHANNELS));
+        let mut first = Conv2d::depthwise(ci, [3, 3, 5][case % 3]).stride(1 + rng.below(2)).bias();
+        first = first.dilation(1 + rng.below(2));
+        // Wide enough for several bands of rows.
+        let most = if case % 4 == 0 { 200 } else { 24 };
+        let shape = map_for(&mut rng, &first, most);
+        let graph = network(ci, |b, x| {
+            let y = b.conv("depthwise", x, first);
+            let y = maybe_activate(&mut rng, b, y);
+            let z = b.conv("pointwise", y, Conv2d::new(ci, co, 1).bias());
+            match case % 5 {
+                0 | 1 => maybe_activate(&mut rng, b, z),
+                2 => {
+                    let small = b.conv("small", x, Conv2d::new(ci, co, 1).stride(3));
+                    let up = b.upsample_to(small, Interpolation::Nearest, z);
+                    let sum = b.add(z, up);
+                    maybe_activate(&mut rng, b, sum)
+                }
+                3 => {
+                    let other = b.conv("other", x, Conv2d::new(ci, co, 1).stride(first.stride[0]));
+                    let other = b.upsample_to(other, Interpolation::Nearest, z);
+                    let sum = b.add(other, z);
+                    b.concat(&[sum, other])
+                }
+                _ => b.concat(&[z, y]),
+            }
+        });
+        let compiled = Compiled::new(&graph, &Weights::random(&graph, 1), Isa::Generic).unwrap();
+        let pairs = compiled.listing().filter(|(_, kernel)| *kernel == "depthwise, conv 1x1").count();
+        assert_eq!(pairs, usize::from(case % 5 != 4 && ci > 1), "case {case}");
+        parity.check_random(&format!("{first:?} on {shape}, case {case}"), &graph, &[shape], rng.bits());
+    }
+    parity.report("depthwise and pointwise pairs");
+}
+
 #[test]
 fn few_rows_and_many_channels_share_panels() {
     let mut parity = Parity::new();

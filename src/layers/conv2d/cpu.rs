@@ -7,6 +7,7 @@ use crate::cpu::winograd::WinogradOp;
 use crate::cpu::{Isa, Op};
 use crate::error::Result;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 /// The op for `conv` with folded `weight` and `bias`, activation `max(x, slope * x)` and the place
 /// where a second input is added.
@@ -21,14 +22,21 @@ pub(crate) fn lower(
     let Conv2d { kernel, stride, dilation, padding, groups, in_channels, out_channels, .. } = *conv;
     let window = Window { kernel, stride, dilation, padding };
     if conv.is_depthwise() {
-        return Ok(Op(Kind::Depthwise(DepthwiseOp::new(isa, window, in_channels, weight, bias, slope))));
+        return Ok(Op(Kind::Depthwise(Arc::new(DepthwiseOp::new(
+            isa,
+            window,
+            in_channels,
+            weight,
+            bias,
+            slope,
+        )))));
     }
     let channels = [in_channels, out_channels];
     if winograd_pays(conv) {
         let op = WinogradOp::new(isa, padding, channels, weight, bias, slope, residual)?;
         return Ok(Op(Kind::Winograd(op)));
     }
-    Ok(Op(Kind::Conv(ConvOp::new(isa, window, groups, channels, weight, bias, slope, residual))))
+    Ok(Op(Kind::Conv(Arc::new(ConvOp::new(isa, window, groups, channels, weight, bias, slope, residual)))))
 }
 
 /// Channels, at either side, with which Winograd's algorithm is the faster: with fewer its transforms take longer than they

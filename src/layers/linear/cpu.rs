@@ -5,6 +5,7 @@ use super::Linear;
 use crate::cpu::conv::{ConvOp, Residual, Window};
 use crate::cpu::program::Kind;
 use crate::cpu::{Isa, Op};
+use std::sync::Arc;
 
 /// The op for inputs of `size` rows and columns.
 pub(crate) fn lower(
@@ -18,5 +19,5 @@ pub(crate) fn lower(
 ) -> Op {
     let window = Window { kernel: size, stride: [1; 2], dilation: [1; 2], padding: [0; 4] };
     let channels = [linear.in_features / (size[0] * size[1]), linear.out_features];
-    Op(Kind::Conv(ConvOp::new(isa, window, 1, channels, weight, bias, slope, residual)))
+    Op(Kind::Conv(Arc::new(ConvOp::new(isa, window, 1, channels, weight, bias, slope, residual))))
 }
