@@ -94,17 +94,19 @@ impl Op {
 
     /// Whether it can compute some pixels of its output without the others.
     pub fn masks(&self) -> bool {
-        matches!(
-            self.0,
+        match &self.0 {
+            // Its patches look for asked pixels where the output has the input's places.
+            Kind::Winograd(c) => c.padding == [1; 4],
             Kind::Conv(_)
-                | Kind::Winograd(_)
-                | Kind::Depthwise(_)
-                | Kind::Resize { .. }
-                | Kind::Add { .. }
-                | Kind::Crop { .. }
-                | Kind::Sigmoid
-                | Kind::Softmax(_)
-        )
+            | Kind::Depthwise(_)
+            | Kind::Resize { .. }
+            | Kind::Add { .. }
+            | Kind::Crop { .. }
+            | Kind::Sigmoid
+            | Kind::Softmax(_) => true,
+            // Pairs could, but no network asks for part of one.
+            _ => false,
+        }
     }
 
     /// Pixels around an output pixel that it reads of its first input: to the top, left, bottom and right. None where pixels of
@@ -114,7 +116,7 @@ impl Op {
             Kind::Conv(c) => &c.window,
             Kind::Depthwise(d) => &d.window,
             // What lies farther under an asked pixel's tile is taken for zeros.
-            Kind::Winograd(c) if c.padding == [1; 4] => return Some([1; 4]),
+            Kind::Winograd(_) if self.masks() => return Some([1; 4]),
             Kind::Add { .. } | Kind::Sigmoid | Kind::Softmax(_) => return Some([0; 4]),
             _ => return None,
         };
@@ -270,8 +272,8 @@ pub struct Program {
 
 /// The arena's base, shared by the threads of one run.
 struct Base(*mut f32);
-// SAFETY: steps write disjoint shares of their outputs and meet at a barrier before the next reads
-// them; Program::new has checked that outputs and inputs do not overlap.
+// SAFETY: steps write disjoint shares of their outputs and masks and meet at a barrier before the next reads
+// them; Program::new has checked that outputs and inputs do not overlap; of the scratch each thread has a part of its own.
 unsafe impl Sync for Base {}
 
 impl Program {
@@ -294,7 +296,7 @@ impl Program {
         if !inputs.iter().all(inside) {
             return Err(bad(0, "a program input lies outside the arena"));
         }
-        // Masks lie behind all tensors, apart from each other.
+        // Masks lie behind all tensors, a gate's two apart from each other.
         let tensors_end = steps.iter().flat_map(|s| s.inputs.iter().chain([&s.output])).chain(&inputs);
         let tensors_end = tensors_end.map(View::end).max().unwrap_or(0);
         for gate in &gates {
@@ -369,7 +371,7 @@ impl Program {
     /// Floats of memory that each thread of the pool needs beside the arena.
     pub fn scratch(&self) -> usize {
         let of = |s: &Step| match &s.op.0 {
-            Kind::Winograd(c) => c.scratch(),
+            Kind::Winograd(c) => c.scratch(s.output.shape),
             Kind::Pair(p) => p.scratch([s.output.shape.h, s.output.shape.w]),
             _ => 0,
         };

@@ -10,6 +10,7 @@ use super::kernels::Kernels;
 use super::part::Part;
 use super::threads::Team;
 use crate::error::Result;
+use crate::shape::Shape;
 
 /// Floats of a thread's memory to aim at: transformed tiles of both sides.
 const SCRATCH: usize = 1 << 18;
@@ -86,21 +87,21 @@ impl WinogradOp {
         self.weights.bytes() + self.bias.bytes() + self.zeros.bytes()
     }
 
-    /// Tiles that a thread takes together.
-    fn together(&self) -> usize {
-        let tiles = SCRATCH / (POSITIONS * (self.in_channels + self.out_channels));
-        tiles.clamp(TOGETHER[0], TOGETHER[1]) / 14 * 14
+    /// Tiles that a thread takes together, of an output of so many.
+    fn together(&self, tiles: usize) -> usize {
+        let most = SCRATCH / (POSITIONS * (self.in_channels + self.out_channels));
+        (most.clamp(TOGETHER[0], TOGETHER[1]) / 14 * 14).min(tiles)
     }
 
     /// Floats from one position to the next, in and out: not a multiple of a page, or all would share a few cache lines.
-    fn strides(&self) -> [usize; 2] {
-        [self.in_channels, self.out_channels]
-            .map(|channels| (self.together() * channels).next_multiple_of(32) + 16)
+    fn strides(&self, together: usize) -> [usize; 2] {
+        [self.in_channels, self.out_channels].map(|channels| (together * channels).next_multiple_of(32) + 16)
     }
 
-    /// Floats of memory that each thread needs.
-    pub fn scratch(&self) -> usize {
-        self.strides().iter().sum::<usize>() * POSITIONS
+    /// Floats of memory that each thread needs for this output.
+    pub fn scratch(&self, output: Shape) -> usize {
+        let tiles = output.n * output.h.div_ceil(TILE) * output.w.div_ceil(TILE);
+        self.strides(self.together(tiles)).iter().sum::<usize>() * POSITIONS
     }
 
     /// Computes this thread's share of the tiles, or of those with a pixel that is `asked` for.
@@ -125,8 +126,8 @@ impl WinogradOp {
         let count = if asked.is_none() { all } else { (0..all).filter(|&tile| wanted(tile)).count() };
         let mine = team.share(count);
         let mut own = (0..all).filter(|&tile| wanted(tile)).skip(mine.start).take(mine.len());
-        let together = self.together();
-        let [in_stride, out_stride] = self.strides();
+        let together = self.together(all);
+        let [in_stride, out_stride] = self.strides(together);
         let mut tiles = [0; TOGETHER[1]];
         loop {
             let mut n = 0;

@@ -75,8 +75,8 @@ impl Model {
         Ok(Self(Arc::new(Inner { config, detector, graph, network, normalization, reach, second })))
     }
 
-    /// A model of `config` with random weights, the same for the same seed. It detects nothing of use; it takes as long as a
-    /// trained one.
+    /// A model of `config` with random weights, the same for the same seed. It detects nothing of use; its network takes as
+    /// long as a trained one's, but for what depends on what is found: proposals, and what a first step leaves the second.
     pub fn random(config: &ModelConfig, seed: u64) -> Result<Self> {
         let detector = config.detector.detector();
         let mut weights = Weights::random(&detector.graph(), seed);

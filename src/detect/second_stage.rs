@@ -62,6 +62,11 @@ impl Refiner {
         self.plan.bytes() + self.arena.bytes() + Candidates::bytes_for(self.limit)
     }
 
+    /// Floats of memory that each thread needs beside the arena.
+    pub fn scratch(&self) -> usize {
+        self.plan.scratch()
+    }
+
     /// Runs the second network once, on whatever stands there, so that all pages are touched.
     pub fn warmup(&mut self, pool: &mut Pool) {
         self.plan.run(&mut self.arena, pool);

@@ -342,8 +342,7 @@ impl Session {
         }
         let floats = self.plans.iter().map(|p| p.plan.floats()).max().unwrap_or(0);
         self.arena.reserve(floats)?;
-        let scratch = self.plans.iter().map(|p| p.plan.scratch()).max().unwrap_or(0);
-        self.pool.reserve_scratch(scratch)?;
+        self.pool.reserve_scratch(self.thread_floats(&self.plans))?;
         if self.scratch.is_empty() {
             self.scratch = (0..self.pool.threads()).map(|_| Scratch::default()).collect();
         }
@@ -387,10 +386,15 @@ impl Session {
         )))
     }
 
+    /// Floats that each thread of the pool needs for these plans and the second stage's.
+    fn thread_floats(&self, plans: &Plans) -> usize {
+        let refiner = self.refiner.as_ref().map_or(0, Refiner::scratch);
+        plans.iter().map(|p| p.plan.scratch()).fold(refiner, usize::max)
+    }
+
     /// Bytes that the session holds with these passes and plans prepared.
     fn held_bytes(&self, size: Size, passes: &Vec<Pass>, plans: &Plans) -> u64 {
         let floats = plans.iter().map(|p| p.plan.floats()).max().unwrap_or(0);
-        let scratch = plans.iter().map(|p| p.plan.scratch()).max().unwrap_or(0);
         let wants = passes.iter().map(|p| &p.wants).chain(plans.iter().map(|p| &p.wants));
         let rows = Scratch::bytes_for_widths(scratch_widths(size, passes));
         let held = size_of::<Self>()
@@ -400,7 +404,7 @@ impl Session {
             + wants.map(|w| w.capacity() * size_of::<Want>()).sum::<usize>()
             + passes.capacity() * size_of::<Pass>()
             + self.pool.threads() * (rows + size_of::<Scratch>())
-            + (self.pool.threads() * scratch).div_ceil(16) * 64
+            + (self.pool.threads() * self.thread_floats(plans)).div_ceil(16) * 64
             + Candidates::bytes_for(self.options.max_candidates)
             + Nms::bytes_for(self.options.max_candidates, self.options.suppression)
             + self.refiner.as_ref().map_or(0, Refiner::bytes)

@@ -154,8 +154,10 @@ mod tests {
         let depthwise = conv(&mut b, "depthwise", merged, Conv2d::depthwise(12, 3));
         for (name, channels) in [("class", 2), ("box", 8)] {
             let x = conv(&mut b, &format!("{name}.widen"), depthwise, Conv2d::new(12, 16, 3));
-            // By Winograd's algorithm.
+            // By Winograd's algorithm, the second time with windows that look to the top left.
             let x = conv(&mut b, &format!("{name}.again"), x, Conv2d::new(16, 16, 3));
+            let aside = Conv2d { padding: [2, 2, 0, 0], ..Conv2d::new(16, 16, 3) };
+            let x = conv(&mut b, &format!("{name}.aside"), x, aside);
             let wide = conv(&mut b, &format!("{name}.wide"), x, Conv2d::rect(16, 6, 1, 5));
             let high = conv(&mut b, &format!("{name}.high"), x, Conv2d::rect(16, 5, 5, 1));
             let far = conv(&mut b, &format!("{name}.far"), x, Conv2d::new(16, 5, 3).dilation(2));
@@ -233,6 +235,21 @@ mod tests {
         let network = Compiled::new(&graph, &Weights::random(&graph, 3), Isa::Generic).unwrap();
         let picture = noise(Shape::new(1, 3, 40, 60), 5);
         let (whole, _) = outputs(&network, &picture, &[], 2);
+        // Not wanted itself, but asked by the others.
+        let near = Want::Where { output: 0, least: 0.0 };
+        let (found, _) = outputs(&network, &picture, &[Want::Nothing, near, near], 2);
+        let (same, _) = outputs(&network, &picture, &[Want::All, near, near], 2);
+        assert!(found[0].data.is_empty());
+        for (found, same) in found[1..].iter().zip(&same[1..]) {
+            let cells = |t: &Tensor| -> Vec<Vec<f32>> {
+                let c = t.shape.c;
+                let asked = same.shape != whole[3].shape;
+                let all = t.data.chunks_exact(c).zip(whole[0].data.chunks_exact(2));
+                let picked = all.filter(|(_, first)| !asked || first.iter().any(|&v| v > 0.0));
+                picked.map(|(cell, _)| cell.to_vec()).collect()
+            };
+            assert_eq!(cells(found), cells(same));
+        }
         let (found, steps) = outputs(&network, &picture, &[Want::Nothing, Want::Nothing, Want::Nothing], 2);
         assert_eq!(found[3], whole[3]);
         assert!(found[..3].iter().all(|t| t.data.is_empty()));

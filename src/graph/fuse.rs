@@ -398,7 +398,7 @@ impl Compiled {
         }
     }
 
-    /// Every step's layer name and kernel, in the order of `Plan::run_timed`'s times.
+    /// Every step's layer name and kernel, in the order of `Plan::run_timed`'s times for a plan that wants everything.
     pub fn listing(&self) -> impl Iterator<Item = (&str, &'static str)> {
         self.steps.iter().map(|s| (self.graph.nodes[s.node.0].name.as_str(), s.op.name()))
     }

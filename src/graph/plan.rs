@@ -249,6 +249,8 @@ fn layout(network: &Compiled, input_shapes: &[Shape], wants: &[Want]) -> Result<
     network.inputs.iter().for_each(|v| touch(v.0, 0));
     let unwanted = |i: usize| wants.get(i) == Some(&Want::Nothing);
     network.outputs.iter().enumerate().filter(|(i, _)| !unwanted(*i)).for_each(|(_, v)| touch(v.0, end));
+    // Read when the first step asks, wherever that is.
+    demand.gates.iter().for_each(|(v, _)| touch(v.0, end));
     for (i, step) in network.steps.iter().enumerate() {
         if demand.steps[i] == Need::Nothing {
             continue;

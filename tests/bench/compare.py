@@ -143,9 +143,11 @@ def main():
     parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=6, help="least time for each engine, network and thread count")
-    parser.add_argument("--engines", nargs="+", default=ENGINES)
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), help="ours first, whether named or not")
     parser.add_argument("--ours", metavar="PATH", help="a bench_worker built elsewhere, instead of building it")
     args = parser.parse_args()
+    if args.engines[0] != "farface":
+        args.engines.insert(0, "farface")
     root = os.path.dirname(os.path.dirname(HERE))
     worker = args.ours
     if not worker:
