@@ -339,7 +339,7 @@ mod tests {
             let graph = config.graph();
             let mut weights = Weights::random(&graph, 5);
             let shape = Shape::new(1, 3, 256, 384);
-            let noise = (0..shape.len()).map(|i| ((i * i % 8191) as f32).sin());
+            let noise = (0..shape.len() as u64).map(|i| ((i * i % 8191) as f32).sin());
             let picture = Tensor::from_vec(shape, noise.collect());
             let run = |weights: &Weights, wants: &[Want]| {
                 let network = Compiled::new(&graph, weights, isa::detected()).unwrap();
