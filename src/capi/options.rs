@@ -56,6 +56,10 @@ pub type farface_precision = u32;
 pub const FARFACE_PRECISION_AUTO: farface_precision = 0;
 /// Single precision.
 pub const FARFACE_PRECISION_F32: farface_precision = 1;
+/// bf16, sums in single precision: half the memory, and faster on CPUs with AVX512-BF16 (slower on others).
+pub const FARFACE_PRECISION_BF16: farface_precision = 2;
+/// Eight bits, sums of 32; an error for a model that was not quantized.
+pub const FARFACE_PRECISION_INT8: farface_precision = 3;
 
 /// Where the network may run: one of the FARFACE_DEVICE_POLICY_ values.
 #[allow(non_camel_case_types)]
@@ -322,6 +326,8 @@ fn from_c(o: &farface_session_options) -> Result<Options> {
         precision: match o.precision {
             FARFACE_PRECISION_AUTO => Precision::Auto,
             FARFACE_PRECISION_F32 => Precision::F32,
+            FARFACE_PRECISION_BF16 => Precision::Bf16,
+            FARFACE_PRECISION_INT8 => Precision::Int8,
             other => return bad(format!("precision {other} is no FARFACE_PRECISION_ value")),
         },
         device: match o.device_policy {
@@ -379,6 +385,8 @@ fn to_c(o: &Options) -> farface_session_options {
         precision: match o.precision {
             Precision::Auto => FARFACE_PRECISION_AUTO,
             Precision::F32 => FARFACE_PRECISION_F32,
+            Precision::Bf16 => FARFACE_PRECISION_BF16,
+            Precision::Int8 => FARFACE_PRECISION_INT8,
         },
         device_policy,
         cuda_index,

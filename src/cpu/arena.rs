@@ -2,36 +2,84 @@
 
 use crate::error::{Error, Result};
 use crate::shape::{Shape, Tensor};
+use std::ops::Range;
+
+/// How a tensor's values are stored. Arithmetic is in f32, but for sums of products of u8, which are whole numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Storage {
+    /// Single precision.
+    #[default]
+    F32,
+    /// The upper half of single precision.
+    Bf16,
+    /// Whole numbers q from 0 to 255, which stand for `scale * (q - zero)`.
+    U8,
+}
+
+impl Storage {
+    /// Bytes of a value.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+            Self::U8 => 1,
+        }
+    }
+}
+
+/// How a tensor's values are stored and what they stand for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Format {
+    pub storage: Storage,
+    /// Of u8; 1 and 0 of other values.
+    pub scale: f32,
+    pub zero: u8,
+}
+
+impl Format {
+    pub const F32: Self = Self { storage: Storage::F32, scale: 1.0, zero: 0 };
+    pub const BF16: Self = Self { storage: Storage::Bf16, scale: 1.0, zero: 0 };
+}
 
 /// A tensor inside the arena: channels-last, with a border of zeros (halo) around every image so
 /// that convolutions need no edge cases, and a pixel stride that may exceed the channels so that
-/// the inputs of a concatenation can be written in place. Offsets and strides count floats.
+/// the inputs of a concatenation can be written in place. Offset and strides count values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct View {
     /// Size, halo not counted.
     pub shape: Shape,
     /// Start of the first pixel of the first image, inside the halo.
     pub offset: usize,
-    /// Floats from one pixel to the next; at least `shape.c`.
+    /// Values from one pixel to the next; at least `shape.c`.
     pub pixel: usize,
-    /// Floats from one row to the next.
+    /// Values from one row to the next.
     pub row: usize,
-    /// Floats from one image to the next.
+    /// Values from one image to the next.
     pub image: usize,
     /// Halo in pixels: top, left, bottom, right.
     pub halo: [usize; 4],
+    /// How its values are stored.
+    pub storage: Storage,
+    /// The u8 that stands for zero, as the halo has it; 0 of other values.
+    pub zero: u8,
 }
 
 impl View {
-    /// Densely packed view at `base` (a multiple of 16 keeps rows of 16 channels aligned).
+    /// Densely packed view of f32 at float `base` (a multiple of 16 keeps rows of 16 channels aligned).
     pub fn new(shape: Shape, base: usize, halo: [usize; 4]) -> Self {
+        Self::stored(Storage::F32, 0, shape, base, halo)
+    }
+
+    /// As [`View::new`], its values stored so and `zero` standing for zero.
+    pub fn stored(storage: Storage, zero: u8, shape: Shape, base: usize, halo: [usize; 4]) -> Self {
         let [t, l, b, r] = halo;
         let row = (shape.w + l + r) * shape.c;
         let image = (shape.h + t + b) * row;
-        Self { shape, offset: base + t * row + l * shape.c, pixel: shape.c, row, image, halo }
+        let base = base * (size_of::<f32>() / storage.bytes());
+        Self { shape, offset: base + t * row + l * shape.c, pixel: shape.c, row, image, halo, storage, zero }
     }
 
-    /// Floats that a dense view of this size takes, or None on overflow.
+    /// Values that a dense view of this size takes, or None on overflow.
     pub fn footprint(shape: Shape, halo: [usize; 4]) -> Option<usize> {
         let [t, l, b, r] = halo;
         let row = shape.w.checked_add(l)?.checked_add(r)?.checked_mul(shape.c)?;
@@ -51,28 +99,40 @@ impl View {
         self.offset + n * self.image + y * self.row + x * self.pixel
     }
 
-    /// First float of the view, halo counted.
-    pub fn begin(&self) -> usize {
+    /// First value of the view, halo counted.
+    fn begin(&self) -> usize {
         self.offset - self.halo[0] * self.row - self.halo[1] * self.pixel
     }
 
-    /// One past the last float of the view, halo counted.
-    pub fn end(&self) -> usize {
+    /// Its bytes in the arena, from the first to the last, halo counted.
+    pub fn extent(&self) -> Range<usize> {
         let s = self.shape;
-        self.at(s.n - 1, s.h - 1 + self.halo[2], s.w - 1 + self.halo[3]) + s.c
+        let end = self.at(s.n - 1, s.h - 1 + self.halo[2], s.w - 1 + self.halo[3]) + s.c;
+        self.begin() * self.storage.bytes()..end * self.storage.bytes()
     }
 
-    /// Whether the two views share any float. Views of different channels of one buffer interleave
+    /// The byte of the arena where value `at` is.
+    ///
+    /// # Safety
+    /// `base` is an arena in which that value lies.
+    #[inline(always)]
+    pub(crate) unsafe fn byte(&self, base: *mut u8, at: usize) -> *mut u8 {
+        // SAFETY: the caller's contract.
+        unsafe { base.add(at * self.storage.bytes()) }
+    }
+
+    /// Whether the two views share any byte. Views of different channels of one buffer interleave
     /// without sharing; everything else is compared by extent.
     pub fn overlaps(&self, other: &View) -> bool {
-        let apart = self.end() <= other.begin() || other.end() <= self.begin();
-        if apart {
+        let (mine, others) = (self.extent(), other.extent());
+        if mine.end <= others.start || others.end <= mine.start {
             return false;
         }
-        let same_grid = (self.pixel, self.row, self.image) == (other.pixel, other.row, other.image);
+        let same_grid = (self.pixel, self.row, self.image, self.storage)
+            == (other.pixel, other.row, other.image, other.storage);
         if same_grid && self.row.is_multiple_of(self.pixel) && self.image.is_multiple_of(self.pixel) {
-            // Every float of a view lies in its channels' residue classes modulo the pixel stride:
-            // disjoint arcs on that circle cannot share a float.
+            // Every value of a view lies in its channels' residue classes modulo the pixel stride:
+            // disjoint arcs on that circle cannot share a value.
             let arc = (other.begin() + self.pixel - self.begin() % self.pixel) % self.pixel;
             return !(arc >= self.shape.c && arc + other.shape.c <= self.pixel);
         }
@@ -129,9 +189,9 @@ impl Arena {
         bytemuck::cast_slice(&self.lines)
     }
 
-    /// Writes a tensor where `view` stands; panics where the shapes differ or the view lies outside.
+    /// Writes a tensor where `view`, of f32, stands; panics where the shapes differ or the view lies outside.
     pub fn write(&mut self, view: &View, tensor: &Tensor) {
-        assert_eq!(view.shape, tensor.shape, "tensor does not fit the view");
+        assert_eq!((view.shape, view.storage), (tensor.shape, Storage::F32), "tensor does not fit the view");
         let s = view.shape;
         let floats = self.floats_mut();
         for (i, pixel) in tensor.data.chunks_exact(s.c.max(1)).enumerate() {
@@ -140,8 +200,9 @@ impl Arena {
         }
     }
 
-    /// A dense copy of what stands in `view`; panics where the view lies outside.
+    /// A dense copy of what stands in `view`, of f32; panics where the view lies outside.
     pub fn read(&self, view: &View) -> Tensor {
+        assert_eq!(view.storage, Storage::F32, "a view of f32 is read");
         let mut tensor = Tensor::zeros(view.shape);
         let s = view.shape;
         for (i, pixel) in tensor.data.chunks_exact_mut(s.c.max(1)).enumerate() {

@@ -1,11 +1,11 @@
 //! Convolution steps: weights packed for the kernels, and their call over a share of the rows.
 
-use super::arena::{Arena, View};
+use super::arena::{Arena, Format, Storage, View};
 use super::isa::Isa;
-pub(crate) use super::kernels::conv::Residual;
-use super::kernels::conv::{panel_registers, panels, ConvArgs};
+use super::kernels::conv::{panel_registers, panels, ConvArgs, Rule};
+pub(crate) use super::kernels::conv::{Formats, Residual};
 use super::kernels::depthwise::DepthwiseArgs;
-use super::kernels::Kernels;
+use super::kernels::{bf16_bits, ConvKernel, Kernels};
 use super::part::Part;
 use super::simple::blends;
 use super::threads::Team;
@@ -26,7 +26,7 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    /// Index of the first float of the first output pixel's window.
+    /// Index of the first value of the first output pixel's window.
     fn first(&self, input: &View) -> usize {
         input.offset - self.padding[0] * input.row - self.padding[1] * input.pixel
     }
@@ -48,20 +48,26 @@ pub(crate) struct ConvOp {
     pub groups: usize,
     pub in_channels: usize,
     pub out_channels: usize,
-    /// Result = max(x, slope * x).
-    pub slope: f32,
-    /// Where the second input is added, if there is one.
-    pub residual: Residual,
-    kernels: &'static Kernels,
-    /// Groups, one after the other; in each panels of `[kh][kw][in][panel width]`.
+    pub formats: Formats,
+    rule: Rule,
+    kernel: ConvKernel,
+    /// Groups, one after the other; in each panels of `[kh][kw][in][panel width]`, words of as many inputs as four bytes hold.
     weights: Arena,
+    /// What sums start with.
+    start: Arena,
+    /// Of sums of u8: the factor, and what is added then.
+    scale: Arena,
     bias: Arena,
     group_weights: usize,
-    group_bias: usize,
+    group_lanes: usize,
 }
 
+/// Largest magnitude of a weight as i8.
+const MOST: f32 = 127.0;
+
 impl ConvOp {
-    /// Packs `weight` `[out, in/groups, kh, kw]` and `bias` `[out]`.
+    /// Packs `weight` `[out, in/groups, kh, kw]` and `bias` `[out]`. Where the input is not f32, each group has a multiple of
+    /// as many input channels as four bytes hold.
     pub fn new(
         isa: Isa,
         window: Window,
@@ -69,16 +75,24 @@ impl ConvOp {
         [in_channels, out_channels]: [usize; 2],
         weight: &[f32],
         bias: &[f32],
-        slope: f32,
-        residual: Residual,
+        rule: (f32, Residual),
+        formats: Formats,
     ) -> Self {
-        let kernels = Kernels::of(isa);
-        let lanes = kernels.lanes;
+        let kernel = ConvKernel::of(isa, formats.input.storage);
+        let lanes = kernel.lanes;
         let [kh, kw] = window.kernel;
         let (ci, co) = (in_channels / groups, out_channels / groups);
+        let each = size_of::<f32>() / formats.input.storage.bytes();
         assert_eq!(weight.len(), out_channels * ci * kh * kw);
         assert_eq!(bias.len(), out_channels);
-        let (mut packed, mut packed_bias) = (Vec::new(), Vec::new());
+        assert!(ci.is_multiple_of(each), "input channels in words of four bytes");
+        // In units of the output.
+        let unit = 1.0 / formats.output.scale;
+        let of_channel = |o: usize| &weight[o * ci * kh * kw..][..ci * kh * kw];
+        let largest = |o: usize| of_channel(o).iter().fold(0.0, |m: f32, v| m.max(v.abs()));
+        let steps: Vec<f32> =
+            (0..out_channels).map(|o| if largest(o) > 0.0 { largest(o) / MOST } else { 1.0 }).collect();
+        let (mut packed, mut start, mut scale, mut added) = (vec![], vec![], vec![], vec![]);
         for g in 0..groups {
             for p in 0..panels(co, lanes) {
                 let first = p * 2 * lanes;
@@ -86,46 +100,111 @@ impl ConvOp {
                 let channel = |j: usize| (first + j < co).then_some(g * co + first + j);
                 for ky in 0..kh {
                     for kx in 0..kw {
-                        for i in 0..ci {
-                            let at = |o: usize| weight[((o * ci + i) * kh + ky) * kw + kx];
-                            packed.extend((0..width).map(|j| channel(j).map_or(0.0, at)));
+                        for i in (0..ci).step_by(each) {
+                            let at = |o: usize, i: usize| of_channel(o)[(i * kh + ky) * kw + kx];
+                            packed.extend((0..width).map(|j| {
+                                channel(j).map_or(0, |o| match formats.input.storage {
+                                    Storage::F32 => (at(o, i) * unit).to_bits(),
+                                    Storage::Bf16 => {
+                                        let half = |i| u32::from(bf16_bits(at(o, i) * unit));
+                                        half(i) | half(i + 1) << 16
+                                    }
+                                    Storage::U8 => {
+                                        let byte = |k| (at(o, i + k) / steps[o]).round_ties_even() as i8;
+                                        u32::from_le_bytes(std::array::from_fn(|k| byte(k) as u8))
+                                    }
+                                })
+                            }));
                         }
                     }
                 }
-                packed_bias.extend((0..width).map(|j| channel(j).map_or(0.0, |o| bias[o])));
+                for j in 0..width {
+                    let bias = channel(j).map_or(0.0, |o| bias[o]) * unit;
+                    let sum = |o: usize| -> i32 {
+                        of_channel(o).iter().map(|v| (v / steps[o]).round_ties_even() as i32).sum()
+                    };
+                    let (first, factor) = match formats.input.storage {
+                        // What a window of zeros sums up to is taken off.
+                        Storage::U8 => {
+                            let all = channel(j).map_or(0, sum) * i32::from(formats.input.zero);
+                            ((-all).cast_unsigned(), channel(j).map_or(0.0, |o| steps[o]))
+                        }
+                        _ => (bias.to_bits(), 0.0),
+                    };
+                    start.push(first);
+                    scale.push(factor * formats.input.scale * unit);
+                    added.push(bias);
+                }
             }
         }
+        let words = |w: &[u32]| Arena::from_slice(bytemuck::cast_slice(w));
+        let whole = formats.input.storage == Storage::U8;
+        let if_whole = |v: &[f32]| if whole { Arena::from_slice(v) } else { Arena::default() };
         Self {
             window,
             groups,
             in_channels,
             out_channels,
-            slope,
-            residual,
-            kernels,
-            weights: Arena::from_slice(&packed),
-            bias: Arena::from_slice(&packed_bias),
+            formats,
+            rule: Rule::new(rule.0, rule.1, &formats),
+            kernel,
+            weights: words(&packed),
+            start: words(&start),
+            scale: if_whole(&scale),
+            bias: if_whole(&added),
             group_weights: packed.len() / groups,
-            group_bias: packed_bias.len() / groups,
+            group_lanes: start.len() / groups,
         }
     }
 
     /// Bytes of packed weights.
     pub fn bytes(&self) -> usize {
-        self.weights.bytes() + self.bias.bytes()
+        [&self.weights, &self.start, &self.scale, &self.bias].map(Arena::bytes).iter().sum()
     }
 
     /// What a step needs beyond the views, made once a plan.
     pub fn prepare(&self, input: &View, add: Option<&View>, output: &View) -> ConvTables {
         let w = &self.window;
         let ci = self.in_channels / self.groups;
-        // A kernel row is one run of floats where pixels are dense and not dilated.
+        let bytes = input.storage.bytes();
+        // A kernel row is one run of values where pixels are dense and not dilated.
         let merged = w.dilation[1] == 1 && input.pixel == ci;
         let columns = if merged { 1 } else { w.kernel[1] };
-        let tap = |ky: usize, kx: usize| ky * w.dilation[0] * input.row + kx * w.dilation[1] * input.pixel;
+        let tap = |ky: usize, kx: usize| {
+            (ky * w.dilation[0] * input.row + kx * w.dilation[1] * input.pixel) * bytes
+        };
         let taps = (0..w.kernel[0]).flat_map(|ky| (0..columns).map(move |kx| tap(ky, kx))).collect();
         let [add_rows, add_columns] = residual_tables(add, output);
-        ConvTables { taps, run: if merged { ci * w.kernel[1] } else { ci }, add_rows, add_columns }
+        let run = if merged { ci * w.kernel[1] } else { ci } * bytes / size_of::<f32>();
+        ConvTables { taps, run, add_rows, add_columns }
+    }
+
+    /// The kernel's arguments for group `g`, all but where its input, output and residual are.
+    fn args(&self, g: usize) -> ConvArgs<'_> {
+        let lanes = g * self.group_lanes;
+        let part = |a: &Arena, first: usize| a.floats()[first.min(a.floats().len())..].as_ptr();
+        ConvArgs {
+            input: std::ptr::null(),
+            in_row: 0,
+            in_pixel: 0,
+            taps: &[0],
+            run: 0,
+            weights: part(&self.weights, g * self.group_weights).cast(),
+            start: part(&self.start, lanes).cast(),
+            scale: part(&self.scale, lanes),
+            bias: part(&self.bias, lanes),
+            output: std::ptr::null_mut(),
+            out_row: 0,
+            out_pixel: 0,
+            width: 0,
+            channels: self.out_channels / self.groups,
+            rule: self.rule,
+            add: std::ptr::null(),
+            add_row: 0,
+            add_pixel: 0,
+            add_rows: &[],
+            add_columns: &[],
+        }
     }
 
     /// A 1x1 convolution of one group on rows that lie densely from `from` on, into rows `rows` of image `n`.
@@ -134,8 +213,8 @@ impl ConvOp {
     /// As [`ConvOp::run`] for residual and output; `from` has all pixels of as many rows.
     pub unsafe fn rows_from(
         &self,
-        from: *const f32,
-        base: *mut f32,
+        from: *const u8,
+        base: *mut u8,
         [add_rows, add_columns]: &[Vec<u32>; 2],
         add: Option<&View>,
         output: &View,
@@ -147,30 +226,28 @@ impl ConvOp {
             Some(table) => (table, 0),
             None => (&[][..], rows.start),
         };
+        let pixel = self.in_channels * self.formats.input.storage.bytes();
+        let bytes = output.storage.bytes();
         // SAFETY: the caller's contract.
         unsafe {
             let args = ConvArgs {
                 input: from,
-                in_row: output.shape.w * self.in_channels,
-                in_pixel: self.in_channels,
-                taps: &[0],
-                run: self.in_channels,
-                weights: self.weights.floats().as_ptr(),
-                bias: self.bias.floats().as_ptr(),
-                output: base.add(output.at(n, rows.start, 0)),
-                out_row: output.row,
-                out_pixel: output.pixel,
+                in_row: output.shape.w * pixel,
+                in_pixel: pixel,
+                run: pixel / size_of::<f32>(),
+                output: output.byte(base, output.at(n, rows.start, 0)),
+                out_row: output.row * bytes,
+                out_pixel: output.pixel * bytes,
                 width: output.shape.w,
-                channels: self.out_channels,
-                slope: self.slope,
-                residual: if add.is_some() { self.residual } else { Residual::None },
-                add: add.map_or(std::ptr::null(), |v| base.add(v.at(n, add_first, 0)).cast_const()),
-                add_row: add.map_or(0, |v| v.row),
-                add_pixel: add.map_or(0, |v| v.pixel),
+                rule: self.rule.unless(add.is_none()),
+                add: add.map_or(std::ptr::null(), |v| v.byte(base, v.at(n, add_first, 0)).cast_const()),
+                add_row: add.map_or(0, |v| v.row * v.storage.bytes()),
+                add_pixel: add.map_or(0, |v| v.pixel * v.storage.bytes()),
                 add_rows,
                 add_columns,
+                ..self.args(0)
             };
-            (self.kernels.conv)(&args, 0..rows.len(), 0..panels(self.out_channels, self.kernels.lanes));
+            (self.kernel.run)(&args, 0..rows.len(), 0..panels(self.out_channels, self.kernel.lanes));
         }
     }
 
@@ -181,7 +258,7 @@ impl ConvOp {
     /// padding, the output overlaps no input, and all threads of the team call this together.
     pub unsafe fn run(
         &self,
-        base: *mut f32,
+        base: *mut u8,
         tables: &ConvTables,
         [input, output]: [&View; 2],
         add: Option<&View>,
@@ -189,9 +266,9 @@ impl ConvOp {
         team: &Team,
     ) {
         let (ci, co) = (self.in_channels / self.groups, self.out_channels / self.groups);
-        let lanes = self.kernels.lanes;
+        let lanes = self.kernel.lanes;
         let all = panels(co, lanes);
-        let depth = self.group_weights / (self.group_bias.max(1));
+        let depth = self.group_weights / (self.group_lanes.max(1));
         // Images of one pixel each, as a fully connected layer has them, are the pixels of one row: then the kernel takes
         // several of them at a time through the weights.
         let one = (output.shape.h, output.shape.w) == (1, 1)
@@ -220,34 +297,33 @@ impl ConvOp {
                 unsafe {
                     let add_pixel = add.map_or(0, pixel);
                     let add_from = add.map_or(std::ptr::null(), |v| {
-                        base.add(v.at(n, 0, 0) + add_first * add_pixel + g * co).cast_const()
+                        v.byte(base, v.at(n, 0, 0) + add_first * add_pixel + g * co).cast_const()
                     });
+                    let window = self.window.first(input) + n * input.image + first * in_pixel + g * ci;
+                    let [in_bytes, out_bytes] = [input, output].map(|v| v.storage.bytes());
+                    let add_bytes = add.map_or(0, |v| v.storage.bytes());
                     let args = ConvArgs {
-                        input: base
-                            .add(self.window.first(input) + n * input.image + first * in_pixel + g * ci),
-                        in_row: self.window.stride[0] * input.row,
-                        in_pixel,
+                        input: input.byte(base, window),
+                        in_row: self.window.stride[0] * input.row * in_bytes,
+                        in_pixel: in_pixel * in_bytes,
                         taps: &tables.taps,
                         run: tables.run,
-                        weights: self.weights.floats().as_ptr().add(g * self.group_weights),
-                        bias: self.bias.floats().as_ptr().add(g * self.group_bias),
-                        output: base.add(output.at(n, 0, 0) + first * out_pixel + g * co),
-                        out_row: output.row,
-                        out_pixel,
+                        output: output.byte(base, output.at(n, 0, 0) + first * out_pixel + g * co),
+                        out_row: output.row * out_bytes,
+                        out_pixel: out_pixel * out_bytes,
                         width: columns.len(),
-                        channels: co,
-                        slope: self.slope,
-                        residual: if add.is_some() { self.residual } else { Residual::None },
+                        rule: self.rule.unless(add.is_none()),
                         add: add_from,
-                        add_row: add.map_or(0, |v| v.row),
-                        add_pixel,
+                        add_row: add.map_or(0, |v| v.row * add_bytes),
+                        add_pixel: add_pixel * add_bytes,
                         add_rows: &tables.add_rows,
                         add_columns,
+                        ..self.args(g)
                     };
                     let mut p = mine.start;
                     while p < mine.end {
                         let end = (p + group).min(mine.end);
-                        (self.kernels.conv)(&args, rows.clone(), p..end);
+                        (self.kernel.run)(&args, rows.clone(), p..end);
                         p = end;
                     }
                 }
@@ -281,33 +357,48 @@ impl ConvTables {
     }
 }
 
-/// A depthwise convolution; batch normalisation that could not be folded is one with a 1x1 window.
+/// A depthwise convolution; batch normalisation that could not be folded is one with a 1x1 window. Its input and output are
+/// stored the same way.
 pub(crate) struct DepthwiseOp {
     pub window: Window,
     pub channels: usize,
-    /// Result = max(x, slope * x).
-    pub slope: f32,
+    pub formats: [Format; 2],
+    slope: f32,
     kernels: &'static Kernels,
-    /// `[kh][kw][channels]`.
+    /// `[kh][kw][channels]`, from units of the input to those of the output.
     weights: Arena,
     bias: Arena,
 }
 
 impl DepthwiseOp {
     /// Packs `weight` `[channels, 1, kh, kw]` and `bias` `[channels]`.
-    pub fn new(isa: Isa, window: Window, channels: usize, weight: &[f32], bias: &[f32], slope: f32) -> Self {
+    pub fn new(
+        isa: Isa,
+        window: Window,
+        channels: usize,
+        weight: &[f32],
+        bias: &[f32],
+        slope: f32,
+        [input, output]: [Format; 2],
+    ) -> Self {
         let taps = window.kernel[0] * window.kernel[1];
         assert_eq!(weight.len(), channels * taps);
         assert_eq!(bias.len(), channels);
+        assert_eq!(input.storage, output.storage, "a depthwise convolution does not convert");
+        let unit = input.scale / output.scale;
         let packed: Vec<f32> =
-            (0..taps).flat_map(|t| (0..channels).map(move |c| weight[c * taps + t])).collect();
+            (0..taps).flat_map(|t| (0..channels).map(move |c| weight[c * taps + t] * unit)).collect();
+        // What a window of zeros sums up to is taken off.
+        let zeros = |c: usize| packed[c..].iter().step_by(channels).sum::<f32>() * f32::from(input.zero);
+        let bias: Vec<f32> = (0..channels).map(|c| bias[c] / output.scale - zeros(c)).collect();
         Self {
             window,
             channels,
+            formats: [input, output],
             slope,
             kernels: Kernels::of(isa),
             weights: Arena::from_slice(&packed),
-            bias: Arena::from_slice(bias),
+            bias: Arena::from_slice(&bias),
         }
     }
 
@@ -316,38 +407,53 @@ impl DepthwiseOp {
         self.weights.bytes() + self.bias.bytes()
     }
 
+    /// The kernel's arguments but for where input and output are.
+    fn args(&self, input: &View) -> DepthwiseArgs {
+        let w = &self.window;
+        DepthwiseArgs {
+            storage: self.formats[0].storage,
+            input: std::ptr::null(),
+            in_row: w.stride[0] * input.row,
+            in_pixel: w.stride[1] * input.pixel,
+            kernel: w.kernel,
+            tap_row: w.dilation[0] * input.row,
+            tap_pixel: w.dilation[1] * input.pixel,
+            weights: self.weights.floats().as_ptr(),
+            bias: self.bias.floats().as_ptr(),
+            output: std::ptr::null_mut(),
+            out_row: 0,
+            out_pixel: 0,
+            width: 0,
+            channels: self.channels,
+            slope: self.slope,
+            zero: self.formats[1].zero.into(),
+        }
+    }
+
     /// Rows `rows` of image `n`, each `width` pixels, densely from `to` on.
     ///
     /// # Safety
     /// As [`ConvOp::run`] for the input; `to` has room for as many pixels.
     pub unsafe fn rows_into(
         &self,
-        base: *mut f32,
+        base: *mut u8,
         input: &View,
         n: usize,
         rows: Range<usize>,
         width: usize,
-        to: *mut f32,
+        to: *mut u8,
     ) {
-        let w = &self.window;
-        let in_row = w.stride[0] * input.row;
+        let args = self.args(input);
         // SAFETY: the caller's contract.
         unsafe {
             let args = DepthwiseArgs {
-                input: base.add(w.first(input) + n * input.image + rows.start * in_row),
-                in_row,
-                in_pixel: w.stride[1] * input.pixel,
-                kernel: w.kernel,
-                tap_row: w.dilation[0] * input.row,
-                tap_pixel: w.dilation[1] * input.pixel,
-                weights: self.weights.floats().as_ptr(),
-                bias: self.bias.floats().as_ptr(),
+                input: input
+                    .byte(base, self.window.first(input) + n * input.image + rows.start * args.in_row),
                 output: to,
                 out_row: width * self.channels,
                 out_pixel: self.channels,
                 width,
-                channels: self.channels,
-                slope: self.slope,
+                ..args
             };
             (self.kernels.depthwise)(&args, 0..rows.len());
         }
@@ -357,27 +463,19 @@ impl DepthwiseOp {
     ///
     /// # Safety
     /// As [`ConvOp::run`].
-    pub unsafe fn run(&self, base: *mut f32, input: &View, output: &View, part: &Part) {
-        let w = &self.window;
-        let in_pixel = w.stride[1] * input.pixel;
+    pub unsafe fn run(&self, base: *mut u8, input: &View, output: &View, part: &Part) {
+        let args = self.args(input);
         part.each([output.shape.h, output.shape.w], |n, rows, columns| {
+            let first = self.window.first(input) + n * input.image + columns.start * args.in_pixel;
             // SAFETY: the caller's contract.
             unsafe {
                 let args = DepthwiseArgs {
-                    input: base.add(w.first(input) + n * input.image + columns.start * in_pixel),
-                    in_row: w.stride[0] * input.row,
-                    in_pixel,
-                    kernel: w.kernel,
-                    tap_row: w.dilation[0] * input.row,
-                    tap_pixel: w.dilation[1] * input.pixel,
-                    weights: self.weights.floats().as_ptr(),
-                    bias: self.bias.floats().as_ptr(),
-                    output: base.add(output.at(n, 0, columns.start)),
+                    input: input.byte(base, first),
+                    output: output.byte(base, output.at(n, 0, columns.start)),
                     out_row: output.row,
                     out_pixel: output.pixel,
                     width: columns.len(),
-                    channels: self.channels,
-                    slope: self.slope,
+                    ..args
                 };
                 (self.kernels.depthwise)(&args, rows);
             }

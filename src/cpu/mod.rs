@@ -14,7 +14,7 @@ pub(crate) mod simple;
 pub mod threads;
 pub(crate) mod winograd;
 
-pub use arena::{Arena, View};
+pub use arena::{Arena, Storage, View};
 pub use isa::Isa;
 pub(crate) use program::{Op, Program};
 pub use threads::Pool;

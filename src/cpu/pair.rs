@@ -7,7 +7,7 @@ use super::threads::{for_images, Team};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Floats of rows between the two that a thread holds at a time: a share of a first- and second-level cache.
+/// Values of rows between the two that a thread holds at a time: a share of a first- and second-level cache.
 const BAND: usize = 1 << 14;
 
 /// Both ops.
@@ -21,8 +21,9 @@ impl PairOp {
     pub fn new(depthwise: &Arc<DepthwiseOp>, pointwise: &Arc<ConvOp>) -> Option<Self> {
         let w = &pointwise.window;
         let plain = w.kernel == [1, 1] && w.stride == [1, 1] && w.padding == [0; 4] && pointwise.groups == 1;
-        (plain && pointwise.in_channels == depthwise.channels)
-            .then(|| Self { depthwise: depthwise.clone(), pointwise: pointwise.clone() })
+        let fits =
+            pointwise.in_channels == depthwise.channels && pointwise.formats.input == depthwise.formats[1];
+        (plain && fits).then(|| Self { depthwise: depthwise.clone(), pointwise: pointwise.clone() })
     }
 
     /// Whether it computes the same.
@@ -42,7 +43,8 @@ impl PairOp {
 
     /// Floats of memory that each thread needs for an output of this width and height.
     pub fn scratch(&self, [height, width]: [usize; 2]) -> usize {
-        self.band(width).min(height) * width * self.depthwise.channels
+        let values = self.band(width).min(height) * width * self.depthwise.channels;
+        (values * self.depthwise.formats[1].storage.bytes()).div_ceil(size_of::<f32>())
     }
 
     /// Computes this thread's share of the output rows.
@@ -52,8 +54,8 @@ impl PairOp {
     /// [`PairOp::scratch`] floats that are this thread's.
     pub unsafe fn run(
         &self,
-        base: *mut f32,
-        scratch: *mut f32,
+        base: *mut u8,
+        scratch: *mut u8,
         add_at: &[Vec<u32>; 2],
         [input, output]: [&View; 2],
         add: Option<&View>,

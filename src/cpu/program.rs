@@ -3,14 +3,14 @@
 //! [`Program::new`] checks that every view lies inside the arena, that shapes and halos are what
 //! each step needs, and that no step's output overlaps an input. Running it is therefore safe.
 
-use super::arena::{Arena, View};
-use super::conv::{residual_tables, ConvOp, ConvTables, DepthwiseOp};
+use super::arena::{Arena, Format, Storage, View};
+use super::conv::{residual_tables, ConvOp, ConvTables, DepthwiseOp, Formats};
 use super::isa::Isa;
 use super::kernels::simple::Blend;
 use super::kernels::Kernels;
 use super::pair::PairOp;
 use super::part::{Mask, Part};
-use super::simple::{self, blends, ConvTransposeOp, PoolOp, RoiAlignOp};
+use super::simple::{self, blends, AddOp, ConvTransposeOp, PoolOp, RoiAlignOp};
 use super::threads::{Pool, Team};
 use super::winograd::WinogradOp;
 use crate::error::{Error, Result};
@@ -34,13 +34,9 @@ pub(crate) enum Kind {
         bilinear: bool,
     },
     /// `activation(a + b)`, or of `a` alone.
-    Add {
-        slope: f32,
-    },
-    /// The part of the first input from this row and column on; the second input only gives the size.
-    Crop {
-        corner: [usize; 2],
-    },
+    Add(AddOp),
+    /// The part of the first input from a row and column on; the second input only gives the size.
+    Crop(AddOp),
     Sigmoid,
     Softmax(usize),
     RoiAlign(RoiAlignOp),
@@ -50,9 +46,17 @@ impl Op {
     /// Kernel name for listings.
     pub fn name(&self) -> &'static str {
         match &self.0 {
-            Kind::Conv(c) if c.window.kernel == [1, 1] => "conv 1x1",
-            Kind::Conv(c) if c.window.kernel == [3, 3] => "conv 3x3",
-            Kind::Conv(_) => "conv",
+            Kind::Conv(c) => match (c.formats.input.storage, c.window.kernel) {
+                (Storage::F32, [1, 1]) => "conv 1x1",
+                (Storage::F32, [3, 3]) => "conv 3x3",
+                (Storage::F32, _) => "conv",
+                (Storage::Bf16, [1, 1]) => "conv 1x1 bf16",
+                (Storage::Bf16, [3, 3]) => "conv 3x3 bf16",
+                (Storage::Bf16, _) => "conv bf16",
+                (Storage::U8, [1, 1]) => "conv 1x1 int8",
+                (Storage::U8, [3, 3]) => "conv 3x3 int8",
+                (Storage::U8, _) => "conv int8",
+            },
             Kind::Winograd(_) => "winograd 3x3",
             Kind::Depthwise(d) if d.window.kernel == [3, 3] => "depthwise 3x3",
             Kind::Depthwise(_) => "depthwise",
@@ -62,8 +66,8 @@ impl Op {
             Kind::GlobalAvgPool => "global average",
             Kind::Resize { bilinear: true } => "bilinear",
             Kind::Resize { bilinear: false } => "nearest",
-            Kind::Add { .. } => "add/copy",
-            Kind::Crop { .. } => "crop",
+            Kind::Add(_) => "add/copy",
+            Kind::Crop(_) => "crop",
             Kind::Sigmoid => "sigmoid",
             Kind::Softmax(_) => "softmax",
             Kind::RoiAlign(_) => "roi align",
@@ -100,8 +104,8 @@ impl Op {
             Kind::Conv(_)
             | Kind::Depthwise(_)
             | Kind::Resize { .. }
-            | Kind::Add { .. }
-            | Kind::Crop { .. }
+            | Kind::Add(_)
+            | Kind::Crop(_)
             | Kind::Sigmoid
             | Kind::Softmax(_) => true,
             // Pairs could, but no network asks for part of one.
@@ -117,7 +121,7 @@ impl Op {
             Kind::Depthwise(d) => &d.window,
             // What lies farther under an asked pixel's tile is taken for zeros.
             Kind::Winograd(_) if self.masks() => return Some([1; 4]),
-            Kind::Add { .. } | Kind::Sigmoid | Kind::Softmax(_) => return Some([0; 4]),
+            Kind::Add(_) | Kind::Sigmoid | Kind::Softmax(_) => return Some([0; 4]),
             _ => return None,
         };
         let side = |axis: usize| {
@@ -183,8 +187,8 @@ impl Op {
             }
             Kind::GlobalAvgPool => out == Shape::new(s.n, s.c, 1, 1),
             Kind::Resize { .. } => (s.n, s.c) == (out.n, out.c),
-            Kind::Add { .. } => inputs.len() <= 2 && inputs.iter().all(|v| v.shape == out),
-            Kind::Crop { corner } => {
+            Kind::Add(_) => inputs.len() <= 2 && inputs.iter().all(|v| v.shape == out),
+            Kind::Crop(AddOp { corner, .. }) => {
                 let fits = |from: usize, size: usize, all: usize| {
                     from.checked_add(size).is_some_and(|end| end <= all)
                 };
@@ -198,6 +202,33 @@ impl Op {
             }
         };
         ok.then_some(()).ok_or("shapes or halos do not fit")
+    }
+
+    /// Whether inputs and output are stored as this op reads and writes them.
+    fn stored(&self, inputs: &[View], output: &View) -> bool {
+        let is = |v: &View, format: &Format| (v.storage, v.zero) == (format.storage, format.zero);
+        let conv = |f: &Formats| {
+            is(&inputs[0], &f.input) && inputs.get(1).is_none_or(|v| is(v, &f.add)) && is(output, &f.output)
+        };
+        match &self.0 {
+            Kind::Conv(c) => conv(&c.formats),
+            Kind::Winograd(c) => conv(&c.formats),
+            Kind::Depthwise(d) => is(&inputs[0], &d.formats[0]) && is(output, &d.formats[1]),
+            Kind::Pair(p) => {
+                let f = &p.pointwise.formats;
+                conv(&Formats { input: p.depthwise.formats[0], ..*f })
+            }
+            Kind::Add(a) => {
+                let [of_a, of_b, of_output] = &a.formats;
+                is(&inputs[0], of_a) && inputs.get(1).is_none_or(|v| is(v, of_b)) && is(output, of_output)
+            }
+            // The second input only gives the size.
+            Kind::Crop(a) => is(&inputs[0], &a.formats[0]) && is(output, &a.formats[2]),
+            Kind::MaxPool(_) | Kind::Resize { .. } => {
+                (inputs[0].storage, inputs[0].zero) == (output.storage, output.zero)
+            }
+            _ => inputs.iter().chain([output]).all(|v| v.storage == Storage::F32),
+        }
     }
 }
 
@@ -271,7 +302,7 @@ pub struct Program {
 }
 
 /// The arena's base, shared by the threads of one run.
-struct Base(*mut f32);
+struct Base(*mut u8);
 // SAFETY: steps write disjoint shares of their outputs and masks and meet at a barrier before the next reads
 // them; Program::new has checked that outputs and inputs do not overlap; of the scratch each thread has a part of its own.
 unsafe impl Sync for Base {}
@@ -289,7 +320,7 @@ impl Program {
             let [t, l, _, _] = v.halo;
             !v.shape.is_empty()
                 && v.offset >= t * v.row + l * v.pixel
-                && v.end() <= floats
+                && v.extent().end <= floats * size_of::<f32>()
                 && v.pixel >= v.shape.c
         };
         let bad = |i: usize, what: &str| Error::Internal(format!("step {i}: {what}"));
@@ -298,13 +329,14 @@ impl Program {
         }
         // Masks lie behind all tensors, a gate's two apart from each other.
         let tensors_end = steps.iter().flat_map(|s| s.inputs.iter().chain([&s.output])).chain(&inputs);
-        let tensors_end = tensors_end.map(View::end).max().unwrap_or(0);
+        let tensors_end = tensors_end.map(|v| v.extent().end.div_ceil(size_of::<f32>())).max().unwrap_or(0);
         for gate in &gates {
             let size = [gate.map.shape.h, gate.map.shape.w];
             let [answers, grown] = &gate.masks;
             let fits = |m: &Mask| [m.height, m.width] == size && m.offset >= tensors_end && m.end() <= floats;
             let apart = answers.end() <= grown.offset || grown.end() <= answers.offset;
-            if !(inside(&gate.map) && gate.map.shape.n == 1 && fits(answers) && fits(grown) && apart) {
+            let readable = inside(&gate.map) && gate.map.storage == Storage::F32;
+            if !(readable && gate.map.shape.n == 1 && fits(answers) && fits(grown) && apart) {
                 return Err(bad(0, "a gate's map and masks do not fit"));
             }
         }
@@ -319,6 +351,9 @@ impl Program {
                 return Err(bad(i, "the output overlaps an input"));
             }
             s.op.check(&s.inputs, s.output.shape).map_err(|why| bad(i, why))?;
+            if !s.op.stored(&s.inputs, &s.output) {
+                return Err(bad(i, "a tensor is stored in another way"));
+            }
             let (a, out) = (s.inputs[0], s.output.shape);
             let tables = match &s.op.0 {
                 Kind::Conv(c) => Tables::Conv(c.prepare(&a, s.inputs.get(1), &s.output)),
@@ -391,10 +426,10 @@ impl Program {
     /// As [`Program::run`]; adds every step's wall time to `times` (one a step).
     pub fn run_timed(&self, arena: &mut Arena, pool: &mut Pool, times: Option<&mut [Duration]>) {
         assert!(arena.floats().len() >= self.floats, "arena smaller than the program needs");
-        let base = Base(arena.floats_mut().as_mut_ptr());
+        let base = Base(arena.floats_mut().as_mut_ptr().cast());
         let each = self.scratch();
         let mut own = pool.take_scratch(each);
-        let scratch = Base(own.floats_mut().as_mut_ptr());
+        let scratch = Base(own.floats_mut().as_mut_ptr().cast());
         let times = times.map(std::sync::Mutex::new);
         pool.run(&|team| {
             let (base, scratch) = (&base, &scratch);
@@ -407,8 +442,8 @@ impl Program {
             for (i, step) in self.steps.iter().enumerate() {
                 // SAFETY: Program::new validated the step; barriers order the making of its mask, and the steps.
                 unsafe {
-                    let asked = step.asked.map(|asked| self.mask(&asked, base.0, team));
-                    let scratch = scratch.0.add(team.index * each);
+                    let asked = step.asked.map(|asked| self.mask(&asked, base.0.cast(), team));
+                    let scratch = scratch.0.add(team.index * each * size_of::<f32>());
                     step.run(self.kernels, [base.0, scratch], asked.as_ref(), team);
                 }
                 team.barrier();
@@ -452,34 +487,37 @@ impl Step {
     /// # Safety
     /// `base` is an arena of the program that validated this step, `scratch` the memory that it needs of this thread; all
     /// threads of the team call this together, and none is still in another step.
-    unsafe fn run(&self, k: &Kernels, [base, scratch]: [*mut f32; 2], asked: Option<&Part>, team: &Team) {
+    unsafe fn run(&self, k: &Kernels, [base, scratch]: [*mut u8; 2], asked: Option<&Part>, team: &Team) {
         let (a, out) = (&self.inputs[0], &self.output);
         let b = self.inputs.get(1);
         let rows = Part::rows(out.shape.n, out.shape.h, team);
         let part = asked.unwrap_or(&rows);
+        let floats = base.cast::<f32>();
         // SAFETY: the caller's contract is each callee's.
         unsafe {
             match (&self.op.0, &self.tables) {
                 (Kind::Conv(c), Tables::Conv(t)) => c.run(base, t, [a, out], b, asked, team),
-                (Kind::Winograd(c), Tables::Residual(t)) => c.run(base, scratch, t, [a, out], b, asked, team),
+                (Kind::Winograd(c), Tables::Residual(t)) => {
+                    c.run(base, scratch.cast(), t, [a, out], b, asked, team)
+                }
                 (Kind::Pair(p), Tables::Residual(t)) => p.run(base, scratch, t, [a, out], b, team),
                 (Kind::Depthwise(d), _) => d.run(base, a, out, part),
-                (Kind::ConvTranspose(c), _) => c.run(base, a, out, team),
+                (Kind::ConvTranspose(c), _) => c.run(floats, a, out, team),
                 (Kind::MaxPool(p), _) => p.run(k, base, a, out, team),
-                (Kind::GlobalAvgPool, _) => simple::global_avg_pool(base, a, out, team),
+                (Kind::GlobalAvgPool, _) => simple::global_avg_pool(floats, a, out, team),
                 (Kind::Resize { .. }, Tables::Resize([r, c])) => {
                     simple::resize(k, base, [r, c], a, out, part)
                 }
-                (Kind::Add { slope }, _) => simple::add_or_copy(k, base, *slope, a, [0, 0], b, out, part),
-                (Kind::Crop { corner }, _) => simple::add_or_copy(k, base, 1.0, a, *corner, None, out, part),
-                (Kind::Sigmoid, _) => simple::per_pixel(base, a, out, part, |p| {
+                (Kind::Add(op), _) => op.run(k, base, a, b, out, part),
+                (Kind::Crop(op), _) => op.run(k, base, a, None, out, part),
+                (Kind::Sigmoid, _) => simple::per_pixel(floats, a, out, part, |p| {
                     p.iter_mut().for_each(|v| *v = simple::sigmoid(*v))
                 }),
-                (Kind::Softmax(n), _) => simple::per_pixel(base, a, out, part, |p| {
+                (Kind::Softmax(n), _) => simple::per_pixel(floats, a, out, part, |p| {
                     p.chunks_exact_mut(*n).for_each(simple::softmax)
                 }),
                 (Kind::RoiAlign(r), _) => {
-                    r.run(base, a, b.expect("validated: RoIAlign has boxes"), out, team)
+                    r.run(floats, a, b.expect("validated: RoIAlign has boxes"), out, team)
                 }
                 (Kind::Conv(_) | Kind::Winograd(_) | Kind::Pair(_) | Kind::Resize { .. }, _) => {
                     unreachable!("tables are made with the step")

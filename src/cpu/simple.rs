@@ -1,8 +1,8 @@
 //! Steps bound by memory or rare: pooling, interpolation, element-wise, softmax, transposed
 //! convolution, RoIAlign, and the zeroing of halos.
 
-use super::arena::{Arena, View};
-use super::kernels::simple::{Blend, PoolArgs, ResizeArgs, RowArgs};
+use super::arena::{Arena, Format, View};
+use super::kernels::simple::{Blend, Operand, PoolArgs, ResizeArgs, RowArgs};
 use super::kernels::Kernels;
 use super::part::Part;
 use super::threads::{for_images, Team};
@@ -39,19 +39,20 @@ impl PoolOp {
     /// # Safety
     /// `base` is an arena in which the views lie; the output overlaps no input; all threads of the
     /// team call this together.
-    pub unsafe fn run(&self, k: &Kernels, base: *mut f32, input: &View, output: &View, team: &Team) {
+    pub unsafe fn run(&self, k: &Kernels, base: *mut u8, input: &View, output: &View, team: &Team) {
         for_images(team.share(output.shape.n * output.shape.h), output.shape.h, |n, rows| {
             // SAFETY: the caller's contract.
             unsafe {
                 let args = PoolArgs {
-                    input: base.add(input.at(n, 0, 0)),
+                    storage: input.storage,
+                    input: input.byte(base, input.at(n, 0, 0)),
                     in_row: input.row,
                     in_pixel: input.pixel,
                     in_size: [input.shape.h, input.shape.w],
                     kernel: self.kernel,
                     stride: self.stride,
                     pad: self.pad,
-                    output: base.add(output.at(n, 0, 0)),
+                    output: output.byte(base, output.at(n, 0, 0)),
                     out_row: output.row,
                     out_pixel: output.pixel,
                     width: output.shape.w,
@@ -69,7 +70,7 @@ impl PoolOp {
 /// As [`PoolOp::run`]; the tables index rows and columns of the input.
 pub(crate) unsafe fn resize(
     k: &Kernels,
-    base: *mut f32,
+    base: *mut u8,
     [rows, columns]: [&[Blend]; 2],
     input: &View,
     output: &View,
@@ -79,12 +80,13 @@ pub(crate) unsafe fn resize(
         // SAFETY: the caller's contract.
         unsafe {
             let args = ResizeArgs {
-                input: base.add(input.at(n, 0, 0)),
+                storage: input.storage,
+                input: input.byte(base, input.at(n, 0, 0)),
                 in_row: input.row,
                 in_pixel: input.pixel,
                 rows,
                 columns: &columns[asked.clone()],
-                output: base.add(output.at(n, 0, asked.start)),
+                output: output.byte(base, output.at(n, 0, asked.start)),
                 out_row: output.row,
                 out_pixel: output.pixel,
                 channels: output.shape.c,
@@ -94,40 +96,63 @@ pub(crate) unsafe fn resize(
     });
 }
 
-/// `output = activation(a [+ b])`; `a` may be larger than the output and is read from `corner`.
-///
-/// # Safety
-/// As [`PoolOp::run`].
-pub(crate) unsafe fn add_or_copy(
-    k: &Kernels,
-    base: *mut f32,
-    slope: f32,
-    a: &View,
-    corner: [usize; 2],
-    b: Option<&View>,
-    output: &View,
-    part: &Part,
-) {
-    part.each([output.shape.h, output.shape.w], |n, rows, columns| {
-        // SAFETY: the caller's contract.
-        unsafe {
-            let args = RowArgs {
-                a: base.add(a.at(n, corner[0], corner[1] + columns.start)),
-                a_row: a.row,
-                a_pixel: a.pixel,
-                b: b.map_or(std::ptr::null(), |b| base.add(b.at(n, 0, columns.start)).cast_const()),
-                b_row: b.map_or(0, |b| b.row),
-                b_pixel: b.map_or(0, |b| b.pixel),
-                output: base.add(output.at(n, 0, columns.start)),
-                out_row: output.row,
-                out_pixel: output.pixel,
-                width: columns.len(),
-                channels: output.shape.c,
-                slope,
-            };
-            (k.rows)(&args, rows);
-        }
-    });
+/// `output = activation(a [+ b])`: a sum, a copy, a crop, between tensors that may be stored in different ways.
+pub(crate) struct AddOp {
+    /// Result = max(x, slope * x).
+    pub slope: f32,
+    /// First row and column of `a` that are read.
+    pub corner: [usize; 2],
+    /// Of `a`, `b` (where there is one) and the output.
+    pub formats: [Format; 3],
+}
+
+impl AddOp {
+    /// Computes this thread's part of the output.
+    ///
+    /// # Safety
+    /// As [`PoolOp::run`].
+    pub unsafe fn run(
+        &self,
+        k: &Kernels,
+        base: *mut u8,
+        a: &View,
+        b: Option<&View>,
+        output: &View,
+        part: &Part,
+    ) {
+        let [of_a, of_b, of_output] = &self.formats;
+        let operand = |v: &View, format: &Format, values: *const u8| Operand {
+            storage: v.storage,
+            values,
+            row: v.row,
+            pixel: v.pixel,
+            scale: format.scale / of_output.scale,
+            zero: format.zero.into(),
+        };
+        part.each([output.shape.h, output.shape.w], |n, rows, columns| {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let from = a.at(n, self.corner[0], self.corner[1] + columns.start);
+                let a = operand(a, of_a, a.byte(base, from));
+                let args = RowArgs {
+                    a,
+                    b: match b {
+                        Some(b) => operand(b, of_b, b.byte(base, b.at(n, 0, columns.start))),
+                        None => Operand { values: std::ptr::null(), ..a },
+                    },
+                    storage: output.storage,
+                    output: output.byte(base, output.at(n, 0, columns.start)),
+                    out_row: output.row,
+                    out_pixel: output.pixel,
+                    width: columns.len(),
+                    channels: output.shape.c,
+                    slope: self.slope,
+                    zero: of_output.zero.into(),
+                };
+                (k.rows)(&args, rows);
+            }
+        });
+    }
 }
 
 /// Applies `f` to every pixel's channels: copied to the output, then changed in place.
@@ -400,7 +425,7 @@ fn corners(y: f32, x: f32, h: usize, w: usize) -> [(usize, usize, f32); 4] {
 ///
 /// # Safety
 /// `base` is an arena in which the view lies, and no other thread uses the halo meanwhile.
-pub(crate) unsafe fn zero_halo(base: *mut f32, view: &View, team: &Team) {
+pub(crate) unsafe fn zero_halo(base: *mut u8, view: &View, team: &Team) {
     let [top, left, bottom, right] = view.halo;
     if view.halo == [0; 4] {
         return;
@@ -411,11 +436,14 @@ pub(crate) unsafe fn zero_halo(base: *mut f32, view: &View, team: &Team) {
         // SAFETY: the caller's contract: positions in the halo of image n.
         let zero = |y: isize, x: isize, pixels: usize| unsafe {
             let at = view.at(n, 0, 0) as isize + y * view.row as isize + x * view.pixel as isize;
-            let p = base.offset(at);
+            let bytes = view.storage.bytes();
+            let p = base.offset(at * bytes as isize);
             if view.pixel == s.c {
-                std::ptr::write_bytes(p, 0, pixels * s.c);
+                std::ptr::write_bytes(p, view.zero, pixels * s.c * bytes);
             } else {
-                (0..pixels).for_each(|i| std::ptr::write_bytes(p.add(i * view.pixel), 0, s.c));
+                (0..pixels).for_each(|i| {
+                    std::ptr::write_bytes(p.add(i * view.pixel * bytes), view.zero, s.c * bytes)
+                });
             }
         };
         let from = -(left as isize);

@@ -1,10 +1,10 @@
 //! 3x3 convolutions by Winograd's F(4x4, 3x3): a thread takes some tiles at a time through their transform, 36 matrix
 //! products and the transform back, in memory of its own.
 
-use super::arena::{Arena, View};
-use super::conv::Residual;
+use super::arena::{Arena, Storage, View};
+use super::conv::{Formats, Residual};
 use super::isa::Isa;
-use super::kernels::conv::{panel_registers, panels, ConvArgs};
+use super::kernels::conv::{panel_registers, panels, ConvArgs, Rule};
 use super::kernels::winograd::{InputArgs, OutputArgs, G, PATCH, POSITIONS, TILE};
 use super::kernels::Kernels;
 use super::part::Part;
@@ -23,10 +23,8 @@ pub(crate) struct WinogradOp {
     pub out_channels: usize,
     /// Top, left, bottom, right.
     pub padding: [usize; 4],
-    /// Result = max(x, slope * x).
-    pub slope: f32,
-    /// Where the second input is added, if there is one.
-    pub residual: Residual,
+    pub formats: Formats,
+    rule: Rule,
     kernels: &'static Kernels,
     /// Position after position; in each panels of `[in][panel width]`.
     weights: Arena,
@@ -44,9 +42,13 @@ impl WinogradOp {
         [in_channels, out_channels]: [usize; 2],
         weight: &[f32],
         bias: &[f32],
-        slope: f32,
-        residual: Residual,
+        rule: (f32, Residual),
+        formats: Formats,
     ) -> Result<Self> {
+        assert!(
+            [formats.input, formats.output].iter().all(|f| f.storage != Storage::U8),
+            "not in whole numbers"
+        );
         let kernels = Kernels::of(isa);
         let lanes = kernels.lanes;
         assert_eq!(weight.len(), out_channels * in_channels * 9);
@@ -72,8 +74,8 @@ impl WinogradOp {
             in_channels,
             out_channels,
             padding,
-            slope,
-            residual,
+            formats,
+            rule: Rule::new(rule.0, rule.1, &formats),
             kernels,
             position_weights,
             weights,
@@ -111,7 +113,7 @@ impl WinogradOp {
     /// that are this thread's, and all threads of the team call this together.
     pub unsafe fn run(
         &self,
-        base: *mut f32,
+        base: *mut u8,
         scratch: *mut f32,
         add_at: &[Vec<u32>; 2],
         [input, output]: [&View; 2],
@@ -149,6 +151,7 @@ impl WinogradOp {
                 for (i, &tile) in tiles[..n].iter().enumerate() {
                     let pixels = self.patch(base, input, place(tile), asked);
                     let args = InputArgs {
+                        storage: input.storage,
                         pixels: &pixels,
                         output: scratch.add(i * self.in_channels),
                         stride: in_stride,
@@ -171,13 +174,12 @@ impl WinogradOp {
                         products: products.add(i * self.out_channels),
                         stride: out_stride,
                         bias: self.bias.floats().as_ptr(),
-                        output: base.add(output.at(image, y, x)),
-                        out_row: output.row,
-                        out_pixel: output.pixel,
+                        output: output.byte(base, output.at(image, y, x)),
+                        out_row: output.row * output.storage.bytes(),
+                        out_pixel: output.pixel * output.storage.bytes(),
                         size,
                         channels: self.out_channels,
-                        slope: self.slope,
-                        residual: if add.is_some() { self.residual } else { Residual::None },
+                        rule: self.rule.unless(add.is_none()),
                         add: residual(base, add, add_at, (image, y, x), size),
                     };
                     (self.kernels.winograd_output)(&args);
@@ -192,12 +194,13 @@ impl WinogradOp {
     /// As [`WinogradOp::run`].
     unsafe fn patch(
         &self,
-        base: *mut f32,
+        base: *mut u8,
         input: &View,
         (image, y, x): (usize, usize, usize),
         asked: Option<&Part>,
-    ) -> [*const f32; POSITIONS] {
-        let zeros = self.zeros.floats().as_ptr();
+    ) -> [*const u8; POSITIONS] {
+        // Zeros of any kind are no bits.
+        let zeros = self.zeros.floats().as_ptr().cast();
         let [top, left, ..] = self.padding;
         let mut pixels = [zeros; POSITIONS];
         for (i, pixel) in pixels.iter_mut().enumerate() {
@@ -207,7 +210,7 @@ impl WinogradOp {
             let inside = row < input.shape.h && column < input.shape.w;
             if inside && asked.is_none_or(|part| part.wants_near(row, column)) {
                 // SAFETY: the pixel is inside the view.
-                *pixel = unsafe { base.add(input.at(image, row, column)) };
+                *pixel = unsafe { input.byte(base, input.at(image, row, column)) };
             }
         }
         pixels
@@ -218,28 +221,14 @@ impl WinogradOp {
     /// # Safety
     /// `from` and `to` have room for `n` tiles' channels.
     unsafe fn product(&self, position: usize, n: usize, from: *const f32, to: *mut f32) {
-        let args = ConvArgs {
-            input: from,
-            in_row: 0,
-            in_pixel: self.in_channels,
-            taps: &[0],
-            run: self.in_channels,
+        let args = ConvArgs::product(
+            (from, self.in_channels, self.in_channels),
             // SAFETY: there are so many weights for every position.
-            weights: unsafe { self.weights.floats().as_ptr().add(position * self.position_weights) },
-            bias: self.zeros.floats().as_ptr(),
-            output: to,
-            out_row: 0,
-            out_pixel: self.out_channels,
-            width: n,
-            channels: self.out_channels,
-            slope: 1.0,
-            residual: Residual::None,
-            add: std::ptr::null(),
-            add_row: 0,
-            add_pixel: 0,
-            add_rows: &[],
-            add_columns: &[],
-        };
+            unsafe { self.weights.floats().as_ptr().add(position * self.position_weights) },
+            self.zeros.floats().as_ptr(),
+            (to, self.out_channels, self.out_channels),
+            n,
+        );
         // SAFETY: the caller's contract; one row of n pixels.
         unsafe { (self.kernels.conv)(&args, 0..1, 0..panels(self.out_channels, self.kernels.lanes)) };
     }
@@ -250,12 +239,12 @@ impl WinogradOp {
 /// # Safety
 /// As [`WinogradOp::run`].
 unsafe fn residual(
-    base: *mut f32,
+    base: *mut u8,
     add: Option<&View>,
     [rows, columns]: &[Vec<u32>; 2],
     (image, y, x): (usize, usize, usize),
     size: [usize; 2],
-) -> [*const f32; TILE * TILE] {
+) -> [*const u8; TILE * TILE] {
     let mut pixels = [std::ptr::null(); TILE * TILE];
     let Some(add) = add else { return pixels };
     let from = |table: &[u32], at: usize| table.get(at).map_or(at, |&low| low as usize);
@@ -263,7 +252,7 @@ unsafe fn residual(
         for column in 0..size[1] {
             let at = add.at(image, from(rows, y + row), from(columns, x + column));
             // SAFETY: the pixel is inside the view.
-            pixels[row * TILE + column] = unsafe { base.add(at) };
+            pixels[row * TILE + column] = unsafe { add.byte(base, at) };
         }
     }
     pixels

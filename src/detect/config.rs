@@ -11,7 +11,7 @@ use super::pyramid::PyramidConfig;
 use super::refineface::RefineFaceConfig;
 use super::retinaface::RetinaFaceConfig;
 use crate::error::{Error, Result};
-use crate::graph::Weights;
+use crate::graph::{Ranges, Weights};
 use crate::nets::resnet::ResNet;
 use crate::pixels::{ChannelOrder, Normalization};
 use serde::{Deserialize, Serialize};
@@ -62,6 +62,9 @@ pub struct ModelConfig {
     /// Sizes of face that the network finds: smallest and largest longer side, pixels of the level that it sees; at scale 1, unless
     /// the model has scales of its own.
     pub detectable_px: [f32; 2],
+    /// What its tensors hold, where the model was quantized.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Ranges>,
     /// Licence of the weights.
     #[serde(default)]
     pub licence: String,
@@ -248,6 +251,7 @@ impl ModelConfig {
             nms_plus_one: true,
             max_candidates: default_candidates(),
             detectable_px: [8.0, 700.0],
+            quantization: None,
             licence: String::new(),
             data: String::new(),
             recipe: String::new(),

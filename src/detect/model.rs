@@ -2,14 +2,15 @@
 
 use super::config::{ModelConfig, METADATA_KEY};
 use super::detector::Detector;
+use super::options::Precision;
 use super::second_stage::CompiledSecondStage;
 use crate::cpu::isa;
 use crate::error::{Error, Result};
 
-use crate::graph::{Compiled, Graph, Reach, Weights};
+use crate::graph::{Compiled, Graph, Numbers, Reach, Weights};
 use crate::pixels::Normalization;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// A model; cloning shares it.
 #[derive(Clone)]
@@ -19,7 +20,10 @@ struct Inner {
     config: ModelConfig,
     detector: Box<dyn Detector>,
     graph: Graph,
-    network: Compiled,
+    /// The network in every kind of numbers that a session has asked for.
+    networks: Mutex<Vec<(Precision, Arc<Compiled>)>>,
+    /// Of which other networks can be made.
+    weights: Weights,
     normalization: Normalization,
     reach: Reach,
     second: Option<CompiledSecondStage>,
@@ -48,7 +52,7 @@ impl Model {
     /// [`MAX_FILE_BYTES`](crate::graph::weights::MAX_FILE_BYTES) is refused unread.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        Self::from_weights(&Weights::load(path)?).map_err(|e| match e {
+        Self::of(Weights::load(path)?).map_err(|e| match e {
             Error::InvalidModel(m) => Error::InvalidModel(format!("{}: {m}", path.display())),
             other => other,
         })
@@ -56,23 +60,41 @@ impl Model {
 
     /// Loads a model from a safetensors file in memory; `bytes` are not kept.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        Self::from_weights(&Weights::from_bytes(bytes)?)
+        Self::of(Weights::from_bytes(bytes)?)
     }
 
-    /// Builds a model from weights already read.
+    /// Builds a model from weights already read, of which it keeps a copy.
     pub fn from_weights(weights: &Weights) -> Result<Self> {
-        let config = ModelConfig::of(weights)?;
+        Self::of(weights.clone())
+    }
+
+    fn of(mut weights: Weights) -> Result<Self> {
+        let config = ModelConfig::of(&weights)?;
         let detector = config.detector.detector();
         let graph = detector.graph();
-        let network = Compiled::new(&graph, weights, isa::detected())?;
+        weights.check(&graph)?;
         let normalization = config.input.normalization()?;
         let mut reach = graph.receptive_field();
         let second =
-            detector.second_stage().map(|stage| CompiledSecondStage::new(stage, weights)).transpose()?;
+            detector.second_stage().map(|stage| CompiledSecondStage::new(stage, &weights)).transpose()?;
         if let Some(second) = &second {
             reach.pixels = reach.pixels.map(|pixels| pixels.saturating_add(second.stage().reach));
         }
-        Ok(Self(Arc::new(Inner { config, detector, graph, network, normalization, reach, second })))
+        weights.keep_for(&graph);
+        let networks = Mutex::default();
+        let model = Self(Arc::new(Inner {
+            config,
+            detector,
+            graph,
+            networks,
+            weights,
+            normalization,
+            reach,
+            second,
+        }));
+        // Now, so that what a file lacks shows when it is loaded, and no session waits for it.
+        model.network(Precision::Auto)?;
+        Ok(model)
     }
 
     /// A model of `config` with random weights, the same for the same seed. It detects nothing of use; its network takes as
@@ -84,7 +106,7 @@ impl Model {
             weights.tensors.extend(Weights::random(&stage.graph, seed).tensors);
         }
         weights.metadata.insert(METADATA_KEY.into(), config.to_json()?);
-        Self::from_weights(&weights)
+        Self::of(weights)
     }
 
     /// What the file says about the model.
@@ -111,9 +133,31 @@ impl Model {
         self.0.second.as_ref()
     }
 
-    /// The compiled network.
-    pub fn network(&self) -> &Compiled {
-        &self.0.network
+    /// The network in these numbers; made when it is first asked for, then shared. Of two stages the first.
+    ///
+    /// Errors: [`Error::InvalidArgument`] for `Int8` where the model has not been quantized.
+    pub fn network(&self, precision: Precision) -> Result<Arc<Compiled>> {
+        let Inner { config, graph, weights, networks, .. } = &*self.0;
+        let (precision, numbers) = match (precision, &config.quantization) {
+            (Precision::F32, _) | (Precision::Auto, None) => (Precision::F32, Numbers::F32),
+            (Precision::Bf16, _) => (precision, Numbers::Bf16),
+            (Precision::Auto | Precision::Int8, Some(ranges)) => {
+                (Precision::Int8, Numbers::Int8(ranges.clone()))
+            }
+            (Precision::Int8, None) => {
+                return Err(Error::InvalidArgument(
+                    "this model has no ranges for int8; make one that has with `farface quantize`".into(),
+                ))
+            }
+        };
+        // Held while one is made: a second session waits rather than making it again.
+        let mut networks = networks.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, network)) = networks.iter().find(|(p, _)| *p == precision) {
+            return Ok(network.clone());
+        }
+        let network = Arc::new(Compiled::in_numbers(graph, weights, isa::detected(), &numbers)?);
+        networks.push((precision, network.clone()));
+        Ok(network)
     }
 
     pub(crate) fn detector(&self) -> &dyn Detector {

@@ -4,7 +4,7 @@ use super::detector::wants;
 use super::model::Model;
 use super::options::{Options, Pyramid};
 use crate::error::{Error, Result};
-use crate::graph::{Plan, Want};
+use crate::graph::{Compiled, Plan, Want};
 use crate::pixels::{
     keep_for_faces, largest_tile, pyramid, FaceRange, Level, PyramidLimits, PyramidPolicy, Size, TileGrid,
 };
@@ -38,7 +38,13 @@ pub(super) fn input_shape(window: Size) -> Shape {
 }
 
 /// Levels of a picture of upright size `size`, each cut so that its arena takes at most `budget` bytes.
-pub(super) fn passes(model: &Model, options: &Options, size: Size, budget: u64) -> Result<Vec<Pass>> {
+pub(super) fn passes(
+    model: &Model,
+    network: &Compiled,
+    options: &Options,
+    size: Size,
+    budget: u64,
+) -> Result<Vec<Pass>> {
     let levels = levels(model, options, size)?;
     let mut passes = Vec::with_capacity(levels.len());
     for level in levels {
@@ -48,7 +54,7 @@ pub(super) fn passes(model: &Model, options: &Options, size: Size, budget: u64) 
         let greatest = options.max_face_px * level.scale as f32 * 1.001;
         let greatest = if greatest > 0.0 { greatest } else { f32::INFINITY };
         let wants = wants(model.detector(), [least, greatest]);
-        passes.push(Pass { level, padded, grid: grid(model, options, padded, budget)?, wants });
+        passes.push(Pass { level, padded, grid: grid(model, network, options, padded, budget)?, wants });
     }
     Ok(passes)
 }
@@ -124,11 +130,10 @@ fn padded(model: &Model, level: Size) -> Size {
 }
 
 /// How a level is cut: not at all where it fits the budget and the tile size.
-fn grid(model: &Model, options: &Options, level: Size, budget: u64) -> Result<TileGrid> {
+fn grid(model: &Model, network: &Compiled, options: &Options, level: Size, budget: u64) -> Result<TileGrid> {
     let reach = model.reach();
     let align = reach.stride[0].max(reach.stride[1]);
     let halo = reach.pixels[0].max(reach.pixels[1]);
-    let network = model.network();
     if halo == usize::MAX {
         // An output sees the whole picture: it cannot be cut.
         let need = Plan::arena_bytes(network, &[input_shape(level)])? as u64;

@@ -17,8 +17,9 @@ use super::second_stage::Refiner;
 use super::Detection;
 use crate::cpu::{Arena, Pool};
 use crate::error::{Error, Result};
-use crate::graph::{Plan, Want};
+use crate::graph::{Compiled, Plan, Want};
 use crate::pixels::{ImageView, Rect, Scratch, Size};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Picture sizes whose preparation is kept.
@@ -71,6 +72,7 @@ struct Prepared {
 /// A detector at work: one caller at a time, any number of sessions a model.
 pub struct Session {
     model: Model,
+    network: Arc<Compiled>,
     options: Options,
     pool: Pool,
     arena: Arena,
@@ -101,6 +103,7 @@ impl Session {
         let pool = new_pool(&options)?;
         Ok(Self {
             model: model.clone(),
+            network: model.network(options.precision)?,
             options,
             pool,
             arena: Arena::default(),
@@ -129,6 +132,7 @@ impl Session {
     /// Changes the settings. What was prepared or warmed up is given up where the change concerns it.
     pub fn set_options(&mut self, options: Options) -> Result<()> {
         options.check()?;
+        let network = self.model.network(options.precision)?;
         let threads = options.thread_count() != self.pool.threads();
         if threads {
             self.pool = new_pool(&options)?;
@@ -141,8 +145,10 @@ impl Session {
             self.nms = Nms::default();
             self.faces = Vec::new();
         }
+        let other_network = !Arc::ptr_eq(&network, &self.network);
+        self.network = network;
         // Every one of these counts against the memory cap, and so do the rows of each thread.
-        if buffers || threads || plan_of(&options) != plan_of(&self.options) {
+        if buffers || threads || other_network || plan_of(&options) != plan_of(&self.options) {
             self.prepared.clear();
             self.plans.clear();
             self.arena.clear();
@@ -360,17 +366,17 @@ impl Session {
         // What is not arena is known only once the tiles are: take it off and cut again. It hardly
         // changes with the tiles, so that the second or third try fits.
         for _ in 0..8 {
-            let passes = passes(&self.model, &self.options, size, budget).map_err(|e| match e {
-                Error::LimitExceeded(m) if budget < cap => {
-                    Error::LimitExceeded(format!("{m} ({cap}, less {} for other buffers)", cap - budget))
-                }
-                other => other,
-            })?;
+            let passes =
+                passes(&self.model, &self.network, &self.options, size, budget).map_err(|e| match e {
+                    Error::LimitExceeded(m) if budget < cap => {
+                        Error::LimitExceeded(format!("{m} ({cap}, less {} for other buffers)", cap - budget))
+                    }
+                    other => other,
+                })?;
             let mut plans = Plans::new();
             for (pass, window) in passes.iter().flat_map(|p| p.windows().map(move |w| (p, w))) {
                 if plans.iter().all(|p| !p.is_for(window, &pass.wants)) {
-                    let network = self.model.network();
-                    let plan = Plan::for_wants(network, &[input_shape(window)], &pass.wants)?;
+                    let plan = Plan::for_wants(&self.network, &[input_shape(window)], &pass.wants)?;
                     plans.push(Planned { window, wants: pass.wants.clone(), plan });
                 }
             }

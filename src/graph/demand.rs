@@ -1,7 +1,8 @@
 //! What is asked for of a network's outputs, and what that asks of its steps: a step that no wanted output needs is left out,
 //! one that only wanted pixels need computes what is near them.
 
-use super::fuse::{Compiled, ValueId};
+use super::compile::Compiled;
+use super::fuse::ValueId;
 use crate::cpu::program::Near;
 use crate::error::{Error, Result};
 use crate::shape::Shape;

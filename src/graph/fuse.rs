@@ -1,4 +1,4 @@
-//! From a network to the ops of a plan: batch normalisation folded into convolutions; bias,
+//! From a network to the steps of a plan: batch normalisation folded into convolutions; bias,
 //! activation, residual sums and nearest upsampling fused into their epilogues; concatenations written in place.
 //!
 //! A chain starts at a convolution and absorbs what follows as long as each value has one reader:
@@ -9,20 +9,13 @@
 //! conv -> batchnorm? -> activation -> add(other)           (residual after activation: top-down sums)
 //! ```
 //!
-//! where `other` may be a nearest upsampling that nobody else reads. The chain's op stands where its
-//! last node stood, so everything it reads has been computed.
+//! where `other` may be a nearest upsampling that nobody else reads. The chain's step stands where its
+//! last node stood, so everything it reads has been computed. What its op is, [`compile`](super::compile) decides.
 
-use super::build::{Graph, Node, NodeId, NodeKind, ParamId};
-use super::fold::{fold_batchnorm, Affine};
-use super::weights::Weights;
+use super::build::{Graph, Node, NodeId, NodeKind};
 use crate::cpu::conv::Residual;
-use crate::cpu::pair::PairOp;
-use crate::cpu::program::Kind;
-use crate::cpu::{Isa, Op};
-use crate::error::{Error, Result};
 use crate::layers::{Activation, Interpolation, Layer};
 use std::collections::HashMap;
-use std::sync::Arc;
 
 /// A tensor that exists at run time.
 #[derive(Clone, Copy, Debug)]
@@ -36,25 +29,33 @@ pub(crate) struct Value {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct ValueId(pub usize);
 
-/// An op and the values it reads and writes.
-pub(crate) struct CompiledStep {
-    pub op: Arc<Op>,
+/// What a step computes.
+#[derive(Clone, Debug)]
+pub(crate) enum Work {
+    Chain(Chain),
+    /// A layer without weights; of a sum, the slope of the activation behind it.
+    Plain(Layer, f32),
+    /// A copy of its input.
+    Copy,
+}
+
+/// A step whose op is not made yet.
+#[derive(Clone, Debug)]
+pub(crate) struct DraftStep {
+    pub work: Work,
     pub inputs: Vec<ValueId>,
     pub output: ValueId,
     /// Node that names the step in listings and whose multiply-adds it does.
     pub node: NodeId,
-    /// The node that is computed with it, of a pair.
-    pub then: Option<NodeId>,
 }
 
-/// A network with its weights packed for one ISA, independent of input sizes; shared by sessions.
-pub struct Compiled {
-    pub(crate) graph: Graph,
-    pub(crate) values: Vec<Value>,
-    pub(crate) steps: Vec<CompiledStep>,
-    pub(crate) inputs: Vec<ValueId>,
-    pub(crate) outputs: Vec<ValueId>,
-    pub(crate) isa: Isa,
+/// A network's steps and the values between them.
+pub(crate) struct Draft {
+    pub graph: Graph,
+    pub values: Vec<Value>,
+    pub steps: Vec<DraftStep>,
+    pub inputs: Vec<ValueId>,
+    pub outputs: Vec<ValueId>,
 }
 
 /// Slope of max(x, slope * x), for the activations that are of that form.
@@ -130,13 +131,14 @@ fn activate_before_concat(graph: &Graph) -> Graph {
 }
 
 /// What a chain of nodes becomes.
-struct Chain {
-    start: NodeId,
+#[derive(Clone, Debug)]
+pub(crate) struct Chain {
+    pub start: NodeId,
     last: NodeId,
     /// Batch normalisations folded into the start's weights.
-    norms: Vec<NodeId>,
-    slope: f32,
-    residual: Residual,
+    pub norms: Vec<NodeId>,
+    pub slope: f32,
+    pub residual: Residual,
     add: Option<NodeId>,
 }
 
@@ -195,7 +197,7 @@ fn follow(graph: &Graph, uses: &Uses, absorbed: &mut [bool], start: NodeId) -> C
 impl Chain {
     /// Whether `other` has the same weights and the same settings, as a head has on every level of a pyramid: one op serves
     /// both.
-    fn is_like(&self, other: &Self, graph: &Graph) -> bool {
+    pub fn is_like(&self, other: &Self, graph: &Graph) -> bool {
         let node = |id: NodeId| &graph.nodes[id.0];
         let (a, b) = (node(self.start), node(other.start));
         let norms = self.norms.iter().zip(&other.norms);
@@ -212,33 +214,9 @@ impl Chain {
     }
 }
 
-/// Rows and columns of a node where they do not depend on the network's input.
-fn static_size(graph: &Graph, id: NodeId) -> Option<[usize; 2]> {
-    let node = &graph.nodes[id.0];
-    match node.layer()? {
-        Layer::RoiAlign(r) => Some(r.output),
-        Layer::Linear(_) | Layer::GlobalAvgPool(_) => Some([1, 1]),
-        Layer::Conv2d(c) => {
-            let [h, w] = static_size(graph, node.inputs[0])?;
-            let s = c.out_shape(crate::shape::Shape::new(1, c.in_channels, h, w)).ok()?;
-            Some([s.h, s.w])
-        }
-        Layer::MaxPool(p) => {
-            let [h, w] = static_size(graph, node.inputs[0])?;
-            let s = p.out_shape(crate::shape::Shape::new(1, 1, h, w)).ok()?;
-            Some([s.h, s.w])
-        }
-        Layer::BatchNorm(_) | Layer::Activation(_) | Layer::Add(_) | Layer::Concat(_) => {
-            static_size(graph, node.inputs[0])
-        }
-        _ => None,
-    }
-}
-
-impl Compiled {
-    /// Folds, fuses and packs `graph` with `weights` for `isa`.
-    pub fn new(graph: &Graph, weights: &Weights, isa: Isa) -> Result<Self> {
-        weights.check(graph)?;
+impl Draft {
+    /// Folds and fuses `graph`.
+    pub fn new(graph: &Graph) -> Self {
         let graph = activate_before_concat(graph);
         let uses = Uses::of(&graph);
         let mut absorbed = vec![false; graph.nodes.len()];
@@ -252,14 +230,11 @@ impl Compiled {
             let chain = follow(&graph, &uses, &mut absorbed, id);
             chains.insert(chain.last, chain);
         }
-        // Chains by the first parameter of their start, with their ops.
-        let mut made: HashMap<Option<ParamId>, Vec<(Chain, Arc<Op>)>> = HashMap::new();
-        let mut c = Self {
+        let mut d = Self {
             values: Vec::new(),
             steps: Vec::new(),
             inputs: Vec::new(),
             outputs: Vec::new(),
-            isa,
             graph: Graph::default(),
         };
         let mut value_of: HashMap<NodeId, ValueId> = HashMap::new();
@@ -270,106 +245,45 @@ impl Compiled {
             if inside || !(uses.read(id) || matches!(node.kind, NodeKind::Input { .. })) {
                 continue;
             }
-            let value = c.value(id);
+            let value = d.value(id);
             value_of.insert(id, value);
             let read = |id: &NodeId| value_of[id];
             match (&node.kind, chain) {
-                (NodeKind::Input { .. }, _) => c.inputs.push(value),
+                (NodeKind::Input { .. }, _) => d.inputs.push(value),
                 (_, Some(chain)) => {
-                    let start = &graph.nodes[chain.start.0];
-                    let mut inputs = vec![read(&start.inputs[0])];
-                    inputs.extend(chain.add.iter().map(read));
-                    let made = made.entry(start.params.first().copied()).or_default();
-                    let same = made.iter().find(|(other, _)| chain.is_like(other, &graph));
                     let start = chain.start;
-                    let op = match same {
-                        Some((_, op)) => op.clone(),
-                        None => {
-                            let op = Arc::new(lower_chain(&graph, weights, isa, &chain)?);
-                            made.push((chain, op.clone()));
-                            op
-                        }
-                    };
-                    c.step(op, inputs, value, start);
+                    let mut inputs = vec![read(&graph.nodes[start.0].inputs[0])];
+                    inputs.extend(chain.add.iter().map(read));
+                    d.step(Work::Chain(chain), inputs, value, start);
                 }
                 (NodeKind::Layer(Layer::Concat(_)), None) => {
                     let parts: Vec<ValueId> = node.inputs.iter().map(read).collect();
-                    c.concat(&graph, &uses, id, value, &node.inputs, &parts);
+                    d.concat(&graph, &uses, id, value, &node.inputs, &parts);
                 }
                 (NodeKind::Layer(layer), None) => {
                     let inputs = node.value_inputs().iter().map(read).collect();
-                    let (op, last) = lower_plain(&graph, &uses, &mut absorbed, id, layer)?;
+                    let (slope, last) = activation_behind(&graph, &uses, &mut absorbed, id);
                     if last != id {
                         // The activation after a sum was taken in: the value is the activation's.
                         value_of.insert(last, value);
-                        c.values[value.0].node = last;
+                        d.values[value.0].node = last;
                     }
-                    c.step(Arc::new(op), inputs, value, id);
+                    d.step(Work::Plain(layer.clone(), slope), inputs, value, id);
                 }
             }
         }
-        c.outputs = graph.outputs.iter().map(|(_, id)| value_of[id]).collect();
-        c.graph = graph;
-        c.pair();
-        Ok(c)
+        d.outputs = graph.outputs.iter().map(|(_, id)| value_of[id]).collect();
+        d.graph = graph;
+        d
     }
 
-    /// Makes one step of a depthwise convolution and the pointwise one that alone reads it.
-    fn pair(&mut self) {
-        let mut pairs: Vec<Arc<Op>> = Vec::new();
-        let mut i = 0;
-        while i < self.steps.len() {
-            let value = self.steps[i].output;
-            let readers: Vec<usize> =
-                (i + 1..self.steps.len()).filter(|&j| self.steps[j].inputs.contains(&value)).collect();
-            let alone = !self.outputs.contains(&value) && self.values[value.0].parent.is_none();
-            let [j] = readers[..] else {
-                i += 1;
-                continue;
-            };
-            let (first, second) = (&self.steps[i], &self.steps[j]);
-            let takes = second.inputs[0] == value && !second.inputs[1..].contains(&value);
-            let pair = match (&first.op.0, &second.op.0) {
-                (Kind::Depthwise(d), Kind::Conv(c)) if alone && takes => PairOp::new(d, c),
-                _ => None,
-            };
-            let Some(pair) = pair else {
-                i += 1;
-                continue;
-            };
-            // Heads have theirs on every level.
-            let made = pairs.iter().find(|op| matches!(&op.0, Kind::Pair(p) if p.is(&pair))).cloned();
-            let op = made.unwrap_or_else(|| {
-                pairs.push(Arc::new(Op(Kind::Pair(pair))));
-                pairs[pairs.len() - 1].clone()
-            });
-            let first = self.steps.remove(i);
-            let second = &mut self.steps[j - 1];
-            second.op = op;
-            second.inputs[0] = first.inputs[0];
-            second.then = Some(second.node);
-            second.node = first.node;
-        }
-    }
-
-    /// The value whose buffer this one is in, which is itself or the concatenation that it is part of, and its first channel
-    /// there.
-    pub(crate) fn root(&self, mut id: ValueId) -> (ValueId, usize) {
-        let mut first = 0;
-        while let Some((parent, channel)) = self.values[id.0].parent {
-            first += channel;
-            id = parent;
-        }
-        (id, first)
-    }
-
-    fn value(&mut self, node: NodeId) -> ValueId {
+    pub fn value(&mut self, node: NodeId) -> ValueId {
         self.values.push(Value { node, parent: None });
         ValueId(self.values.len() - 1)
     }
 
-    fn step(&mut self, op: Arc<Op>, inputs: Vec<ValueId>, output: ValueId, node: NodeId) {
-        self.steps.push(CompiledStep { op, inputs, output, node, then: None });
+    fn step(&mut self, work: Work, inputs: Vec<ValueId>, output: ValueId, node: NodeId) {
+        self.steps.push(DraftStep { work, inputs, output, node });
     }
 
     /// Parts that nobody else reads are written straight into the concatenation; others are copied.
@@ -392,31 +306,40 @@ impl Compiled {
             } else {
                 let copy = self.value(self.values[part.0].node);
                 self.values[copy.0].parent = Some((value, first));
-                self.step(Arc::new(crate::layers::combine::cpu::copy()), vec![part], copy, id);
+                self.step(Work::Copy, vec![part], copy, id);
             }
             first += channels(graph, node);
         }
     }
+}
 
-    /// Every step's layer name and kernel, in the order of `Plan::run_timed`'s times for a plan that wants everything.
-    pub fn listing(&self) -> impl Iterator<Item = (&str, &'static str)> {
-        self.steps.iter().map(|s| (self.graph.nodes[s.node.0].name.as_str(), s.op.name()))
+/// The value whose buffer this one is in, which is itself or the concatenation that it is part of, and its first channel
+/// there.
+pub(crate) fn root(values: &[Value], mut id: ValueId) -> (ValueId, usize) {
+    let mut first = 0;
+    while let Some((parent, channel)) = values[id.0].parent {
+        first += channel;
+        id = parent;
     }
+    (id, first)
+}
 
-    /// Bytes of packed weights; those that several steps share count once.
-    pub fn weight_bytes(&self) -> usize {
-        let ops: HashMap<_, _> = self.steps.iter().map(|s| (Arc::as_ptr(&s.op), s.op.bytes())).collect();
-        ops.into_values().sum()
-    }
-
-    /// The ISA the weights are packed for.
-    pub fn isa(&self) -> Isa {
-        self.isa
+/// The slope of the activation that a sum takes in, where there is one, and the last node that the sum's step stands for.
+fn activation_behind(graph: &Graph, uses: &Uses, absorbed: &mut [bool], id: NodeId) -> (f32, NodeId) {
+    let is_sum = matches!(graph.nodes[id.0].layer(), Some(Layer::Add(_)));
+    let after = uses.sole(id).filter(|a| is_sum && !absorbed[a.0]);
+    let slope = after.and_then(|a| slope_of(graph.nodes[a.0].layer()));
+    match (after, slope) {
+        (Some(after), Some(slope)) => {
+            absorbed[after.0] = true;
+            (slope, after)
+        }
+        _ => (1.0, id),
     }
 }
 
 /// Channels of a node's output.
-fn channels(graph: &Graph, id: NodeId) -> usize {
+pub(crate) fn channels(graph: &Graph, id: NodeId) -> usize {
     let node = &graph.nodes[id.0];
     let first = || channels(graph, node.inputs[0]);
     match &node.kind {
@@ -429,67 +352,4 @@ fn channels(graph: &Graph, id: NodeId) -> usize {
             _ => first(),
         },
     }
-}
-
-/// The op of a chain.
-fn lower_chain(graph: &Graph, weights: &Weights, isa: Isa, chain: &Chain) -> Result<Op> {
-    use crate::layers::{batchnorm, conv2d, conv_transpose2d, linear};
-    let node = &graph.nodes[chain.start.0];
-    let affine = Affine::of(graph, chain.start, weights)?;
-    let mut affine = affine.ok_or_else(|| Error::Internal(format!("layer {} starts no chain", node.name)))?;
-    for norm in &chain.norms {
-        let node = &graph.nodes[norm.0];
-        if let Some(Layer::BatchNorm(bn)) = node.layer() {
-            fold_batchnorm(&mut affine, graph, node, bn.eps, weights)?;
-        }
-    }
-    let Affine { weight, bias, .. } = &affine;
-    match node.layer() {
-        Some(Layer::Conv2d(c)) => conv2d::cpu::lower(c, isa, weight, bias, chain.slope, chain.residual),
-        Some(Layer::ConvTranspose2d(c)) => Ok(conv_transpose2d::cpu::lower(c, weight, bias)),
-        Some(Layer::BatchNorm(b)) => Ok(batchnorm::cpu::lower(b, isa, weight, bias, chain.slope)),
-        Some(Layer::Linear(l)) => {
-            let size = static_size(graph, node.inputs[0])
-                .filter(|[h, w]| channels(graph, node.inputs[0]) * h * w == l.in_features)
-                .ok_or_else(|| {
-                    let (name, features) = (&node.name, l.in_features);
-                    Error::InvalidModel(format!(
-                        "layer {name}: linear needs a map of fixed size, {features} values"
-                    ))
-                })?;
-            Ok(linear::cpu::lower(l, isa, size, weight, bias, chain.slope, chain.residual))
-        }
-        _ => Err(Error::Internal(format!("layer {} starts no chain", node.name))),
-    }
-}
-
-/// The op of a layer without weights, and the last node it stands for (an activation after a sum
-/// is taken in).
-fn lower_plain(
-    graph: &Graph,
-    uses: &Uses,
-    absorbed: &mut [bool],
-    id: NodeId,
-    layer: &Layer,
-) -> Result<(Op, NodeId)> {
-    use crate::layers::{activation, combine, pool, roi_align, upsample};
-    let op = match layer {
-        Layer::Activation(a) => activation::cpu::lower(a),
-        Layer::MaxPool(p) => pool::cpu::lower_max(p),
-        Layer::GlobalAvgPool(_) => pool::cpu::lower_global_avg(),
-        Layer::Upsample(u) => upsample::cpu::lower(u),
-        Layer::Crop(c) => combine::cpu::crop(c),
-        Layer::RoiAlign(r) => roi_align::cpu::lower(r),
-        Layer::Add(_) => {
-            let after = uses.sole(id).filter(|a| !absorbed[a.0]);
-            let slope = after.and_then(|a| slope_of(graph.nodes[a.0].layer()));
-            if let (Some(a), Some(slope)) = (after, slope) {
-                absorbed[a.0] = true;
-                return Ok((combine::cpu::add(slope), a));
-            }
-            combine::cpu::add(1.0)
-        }
-        other => return Err(Error::Internal(format!("{} is not a plain layer", other.kind()))),
-    };
-    Ok((op, id))
 }

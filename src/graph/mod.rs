@@ -2,10 +2,12 @@
 //! in an arena, run.
 
 pub mod build;
+pub mod compile;
 pub mod demand;
 pub mod exec;
 mod fold;
-pub mod fuse;
+pub mod formats;
+mod fuse;
 pub mod init;
 pub mod onnx;
 pub mod plan;
@@ -14,9 +16,10 @@ pub mod reach;
 pub mod weights;
 
 pub use build::{Builder, Graph, NodeId};
+pub use compile::Compiled;
 pub use demand::Want;
 pub use exec::run_reference;
-pub use fuse::Compiled;
+pub use formats::{Numbers, Ranges};
 pub use plan::{Plan, StepInfo};
 pub use reach::Reach;
 pub use weights::Weights;

@@ -1,10 +1,12 @@
 //! A compiled network placed in an arena for one input shape.
 
 use super::build::NodeId;
+use super::compile::{Compiled, CompiledStep};
 use super::demand::{Demand, Need, Want};
-use super::fuse::{Compiled, ValueId};
+use super::fuse::ValueId;
+use crate::cpu::arena::Format;
 use crate::cpu::part::Mask;
-use crate::cpu::program::{Gate, StepSpec};
+use crate::cpu::program::{Gate, Kind, StepSpec};
 use crate::cpu::{Arena, Pool, Program, View};
 use crate::error::{Error, Result};
 use crate::shape::{Shape, Tensor};
@@ -121,12 +123,14 @@ impl Plan {
         let graph = &network.graph;
         let shapes = graph.shapes(input_shapes)?;
         let mut seen = HashSet::new();
-        let info = |step: &super::fuse::CompiledStep| {
+        let info = |step: &CompiledStep| {
             let node = &graph.nodes[step.node.0];
             let macs = |id: NodeId| {
                 let node = &graph.nodes[id.0];
                 let input = node.inputs.first().map_or(shapes[id.0], |i| shapes[i.0]);
-                node.layer().map_or(0, |l| l.macs(input, shapes[id.0]))
+                // A copy stands for a layer that another step computes.
+                let computes = !matches!(step.op.0, Kind::Add(_));
+                node.layer().filter(|_| computes).map_or(0, |l| l.macs(input, shapes[id.0]))
             };
             StepInfo {
                 name: node.name.clone(),
@@ -268,6 +272,7 @@ fn layout(network: &Compiled, input_shapes: &[Shape], wants: &[Want]) -> Result<
         }
         let too_large = || Error::LimitExceeded(format!("a tensor of {} does not fit memory", shape(id)));
         let size = View::footprint(shape(id), halo[id])
+            .map(|n| n.div_ceil(size_of::<f32>() / network.formats[id].storage.bytes()))
             .and_then(|n| n.checked_next_multiple_of(ALIGN))
             .filter(|&n| n < isize::MAX as usize / 64)
             .ok_or_else(too_large)?;
@@ -284,7 +289,8 @@ fn layout(network: &Compiled, input_shapes: &[Shape], wants: &[Want]) -> Result<
             if buffer_of[top] == usize::MAX {
                 return no_pixels(shape(id));
             }
-            let whole = View::new(shape(top), buffers[buffer_of[top]].offset, halo[top]);
+            let Format { storage, zero, .. } = network.formats[top];
+            let whole = View::stored(storage, zero, shape(top), buffers[buffer_of[top]].offset, halo[top]);
             if top == id {
                 whole
             } else {

@@ -3,7 +3,7 @@
 use super::build::Graph;
 use crate::error::{Error, Result};
 use safetensors::tensor::{Dtype, SafeTensors};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 /// Largest model file that is read: 2 GiB.
@@ -120,6 +120,13 @@ impl Weights {
             )));
         }
         Ok(&t.data)
+    }
+
+    /// Forgets every tensor that is no parameter of the network, and what the file says about itself.
+    pub(crate) fn keep_for(&mut self, graph: &Graph) {
+        let names: HashSet<&str> = graph.params.iter().map(|p| p.name.as_str()).collect();
+        self.tensors.retain(|name, _| names.contains(name.as_str()));
+        self.metadata = HashMap::new();
     }
 
     /// Checks that every parameter of the network is here with its shape.

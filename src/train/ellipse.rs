@@ -6,7 +6,7 @@ use crate::cpu::{Arena, Pool};
 use crate::detect::config::DetectorConfig;
 use crate::detect::detector::{Map, Window};
 use crate::detect::hr::{AngleForm, EllipseRegressor, EllipseSample, HrConfig};
-use crate::detect::{BBox, Ellipse, Model, Options, Pyramid};
+use crate::detect::{BBox, Ellipse, Model, Options, Precision, Pyramid};
 use crate::error::{Error, Result};
 use crate::eval::fddb::Region;
 use crate::graph::Plan;
@@ -48,12 +48,13 @@ pub fn ellipse_samples(
         _ => PyramidPolicy::Scales(vec![1.0]),
     };
     let view = ImageView::packed(picture.width, picture.height, PixelFormat::Rgb8, &picture.pixels)?;
+    let network = model.network(Precision::F32)?;
     let (mut arena, mut scratch) = (Arena::default(), Scratch::default());
     let mut pool = Pool::new(threads).map_err(|e| Error::Unsupported(format!("threads: {e}")))?;
     let mut best: Vec<Option<(f32, EllipseSample)>> = vec![None; ellipses.len()];
     for level in pyramid(size, &policy, &PyramidLimits::default())? {
         let Size { width, height } = level.size;
-        let plan = Plan::new(model.network(), &[Shape::new(1, 3, height, width)])?;
+        let plan = Plan::new(&network, &[Shape::new(1, 3, height, width)])?;
         arena.reserve(plan.floats())?;
         let input = plan.inputs()[0];
         let mut rows = DstRows::new(&mut arena.floats_mut()[input.offset..], input.row, input.pixel);

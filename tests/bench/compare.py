@@ -2,7 +2,7 @@
 """Our engine against ONNX Runtime, OpenVINO and ncnn: same networks, same weights, same picture, interleaved in one run.
 
     pip install numpy onnxruntime openvino ncnn pnnx
-    python3 tests/bench/compare.py [NETWORK[@WxH] ..] [--threads 1 2] [--seconds 6] [--engines ..] [--ours WORKER]
+    python3 tests/bench/compare.py [NETWORK[@WxH] ..] [--numbers f32 bf16] [--threads 1 2] [--seconds 6] [--engines ..]
 
 A NETWORK is a detector's name, one of tests/bench/networks.rs, or a model file; without any, those of `NETWORKS`. ONNX files for the
 others are written by our worker (`bench_worker`, built where `--ours` names none). Every engine runs in a process of its
@@ -20,7 +20,8 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ENGINES = ("farface", "onnxruntime", "openvino-f32", "ncnn")
+# Ours first.
+ENGINES = {"f32": ("farface", "onnxruntime", "openvino-f32", "ncnn"), "bf16": ("farface-bf16", "openvino-bf16")}
 NETWORKS = ("fpn-finest-r50@800x800", "fpn-finest-r18@800x800", "retinanet-r18@640x480", "yunet-like@640x480",
             "ultra-light-like@640x480", "farface-nano@640x480", "farface-small@640x480", "retinaface-mobile025@640x480")
 
@@ -143,11 +144,10 @@ def main():
     parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=6, help="least time for each engine, network and thread count")
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), help="ours first, whether named or not")
+    parser.add_argument("--numbers", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", help="these alone, beside ours")
     parser.add_argument("--ours", metavar="PATH", help="a bench_worker built elsewhere, instead of building it")
     args = parser.parse_args()
-    if args.engines[0] != "farface":
-        args.engines.insert(0, "farface")
     root = os.path.dirname(os.path.dirname(HERE))
     worker = args.ours
     if not worker:
@@ -164,18 +164,19 @@ def main():
             told = subprocess.run([worker, "--onnx", onnx, name, width, height], check=True, capture_output=True, text=True)
             macs = int(told.stdout.split()[0])
             json.dump({"size": [int(height), int(width)]}, open(os.path.join(folder, "network.json"), "w"))
-            if "ncnn" in args.engines:
+            if "f32" in args.numbers and (not args.engines or "ncnn" in args.engines):
                 import pnnx
                 subprocess.run([pnnx.EXEC_PATH, onnx, f"inputshape=[1,3,{height},{width}]", "fp16=0"], cwd=folder, check=True,
                                capture_output=True)
-            for threads in args.threads:
-                commands = {e: [sys.executable, __file__, "--worker", e, onnx, str(threads)] for e in args.engines}
-                commands["farface"] = [worker, name, width, height, str(threads)]
-                times, memory = compare(args.engines, commands, args.seconds)
+            for numbers, threads in [(n, t) for n in args.numbers for t in args.threads]:
+                engines = [e for i, e in enumerate(ENGINES[numbers]) if i == 0 or not args.engines or e in args.engines]
+                commands = {e: [sys.executable, __file__, "--worker", e, onnx, str(threads)] for e in engines}
+                commands[engines[0]] = [worker, name, width, height, str(threads), numbers]
+                times, memory = compare(engines, commands, args.seconds)
                 column = 1 if threads == 1 else 0
-                median = {e: statistics.median(t[column] for t in times[e]) * 1e3 for e in args.engines}
-                ours = median[args.engines[0]]
-                for e in args.engines:
+                median = {e: statistics.median(t[column] for t in times[e]) * 1e3 for e in engines}
+                ours = median[engines[0]]
+                for e in engines:
                     fastest = min(t[column] for t in times[e]) * 1e3
                     print(f"| {name} {width}x{height} | {macs / 1e9:.3f} | {threads} | {e} | {median[e]:.2f} | {fastest:.2f} "
                           f"| {macs * 2e-6 / median[e]:.0f} | {ours / median[e]:.2f} | {memory[e]} |", flush=True)

@@ -1,6 +1,6 @@
 //! Times our network for `tests/bench/compare.py`, in a process of its own.
 //!
-//! `bench_worker NETWORK WIDTH HEIGHT THREADS` speaks the lines of the other workers: prints
+//! `bench_worker NETWORK WIDTH HEIGHT THREADS NUMBERS` speaks the lines of the other workers: prints
 //! `ready SECONDS [prints of the outputs]`, then for every number N read, N pairs `wall,cpu` in seconds; `q` ends it with
 //! `hwm MEGABYTES`. `bench_worker --onnx FILE NETWORK WIDTH HEIGHT` writes the network for them.
 
@@ -8,7 +8,7 @@ mod networks;
 
 use farface::cpu::{isa, Arena, Pool};
 use farface::graph::onnx::to_onnx;
-use farface::graph::{Compiled, Plan};
+use farface::graph::{Compiled, Numbers, Plan};
 use farface::shape::{Shape, Tensor};
 use std::io::BufRead;
 use std::time::Instant;
@@ -58,14 +58,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             return Ok(());
         }
     }
-    let [name, width, height, threads] = &args[..] else {
-        return Err("usage: worker NETWORK WIDTH HEIGHT THREADS | --onnx FILE NETWORK WIDTH HEIGHT".into());
+    let [name, width, height, threads, numbers] = &args[..] else {
+        let usage = "usage: worker NETWORK WIDTH HEIGHT THREADS f32|bf16 | --onnx FILE NETWORK WIDTH HEIGHT";
+        return Err(usage.into());
+    };
+    let numbers = match numbers.as_str() {
+        "f32" => Numbers::F32,
+        "bf16" => Numbers::Bf16,
+        other => return Err(format!("{other}: expected f32 or bf16").into()),
     };
     let start = Instant::now();
     let shape = Shape::new(1, 3, height.parse()?, width.parse()?);
     let (network, outputs) = {
         let (graph, weights) = networks::network(name)?;
-        (Compiled::new(&graph, &weights, isa::detected())?, graph.outputs.len())
+        (Compiled::in_numbers(&graph, &weights, isa::detected(), &numbers)?, graph.outputs.len())
     };
     let plan = Plan::new(&network, &[shape])?;
     let mut arena = Arena::default();

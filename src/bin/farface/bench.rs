@@ -191,7 +191,8 @@ fn measure(args: &Args, model: &Model, options: &Options, view: &ImageView<'_>) 
 fn layers_of(args: &Args, model: &Model, options: &Options, view: &ImageView<'_>) -> Result<Vec<LayerTime>> {
     let size = view.upright_size();
     let input = [Shape::new(1, 3, size.height, size.width)];
-    let plan = Plan::new(model.network(), &input)?;
+    let network = model.network(options.precision)?;
+    let plan = Plan::new(&network, &input)?;
     let mut pool = Pool::new(options.threads)?;
     let mut arena = Arena::default();
     arena.reserve(plan.floats())?;
@@ -204,7 +205,7 @@ fn layers_of(args: &Args, model: &Model, options: &Options, view: &ImageView<'_>
         plan.run_timed(&mut arena, &mut pool, &mut run);
         times.iter_mut().zip(run).for_each(|(list, time)| list.push(time));
     }
-    let steps = Plan::describe(model.network(), &input)?;
+    let steps = Plan::describe(&network, &input)?;
     let layer = |(s, times): (farface::graph::StepInfo, Vec<Duration>)| LayerTime {
         name: s.name,
         kernel: s.kernel,

@@ -1,9 +1,9 @@
 //! `farface inspect`: what a model file holds and what it costs.
 
-use crate::settings::PictureSize;
+use crate::settings::{parse_precision, PictureSize};
 use crate::Outcome;
 use anyhow::Result;
-use farface::detect::{Model, ModelConfig};
+use farface::detect::{Model, ModelConfig, Precision};
 use farface::graph::build::NodeKind;
 use farface::graph::{Plan, StepInfo};
 use farface::shape::Shape;
@@ -26,6 +26,9 @@ pub struct Args {
     /// Picture size that shapes, multiply-adds and memory are told for
     #[arg(long, value_name = "WxH", default_value = "640x480")]
     size: PictureSize,
+    /// Arithmetic of the network: `auto` (int8 of a quantized model, else f32), `f32`, `bf16`, `int8`
+    #[arg(long, value_name = "NUMBERS", value_parser = parse_precision, default_value = "auto")]
+    precision: Precision,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -51,8 +54,9 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     let model = crate::model::load(args.model.as_deref())?;
     let input = [Shape::new(1, 3, args.size.height, args.size.width)];
     let layers = layers(&model, &input)?;
-    let steps = Plan::describe(model.network(), &input)?;
-    let arena = Plan::arena_bytes(model.network(), &input)?;
+    let network = model.network(args.precision)?;
+    let steps = Plan::describe(&network, &input)?;
+    let arena = Plan::arena_bytes(&network, &input)?;
     if args.json {
         let value = json(args, &model, &layers, &steps, arena);
         serde_json::to_writer_pretty(&mut *out, &value).map_err(std::io::Error::from)?;

@@ -2,7 +2,7 @@
 
 use farface::detect::nms::{SOFT_SIGMA, VOTING_IOU};
 use farface::detect::options::MAX_THREADS;
-use farface::detect::{Model, Options, Pyramid, Scales, Suppression};
+use farface::detect::{Model, Options, Precision, Pyramid, Scales, Suppression};
 
 /// Settings of the detection; what is not given is the model's own.
 #[derive(clap::Args, Default)]
@@ -40,6 +40,9 @@ pub struct Settings {
     /// Threads; 0 = one a core, which is the default but for `bench`, where it is 1
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Arithmetic of the network: `auto` (int8 of a quantized model, else f32), `f32`, `bf16`, `int8`
+    #[arg(long, value_name = "NUMBERS", value_parser = parse_precision)]
+    precision: Option<Precision>,
     /// Most faces in a picture, best first; 0 = no limit
     #[arg(long, value_name = "N")]
     max_faces: Option<usize>,
@@ -71,6 +74,7 @@ impl Settings {
                 0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS),
                 n => n,
             },
+            precision: self.precision.unwrap_or(base.precision),
             max_faces: self.max_faces.unwrap_or(base.max_faces),
             ..base
         }
@@ -94,6 +98,16 @@ fn parse_scales(text: &str) -> Result<Pyramid, String> {
     let factors: Option<Vec<f32>> = text.split(',').map(|n| n.trim().parse().ok()).collect();
     let factors = factors.ok_or("expected factors above 0 with commas between, such as 0.25,0.5,1")?;
     Scales::new(&factors).map(Pyramid::Scales).map_err(|e| e.to_string())
+}
+
+pub fn parse_precision(text: &str) -> Result<Precision, String> {
+    match text {
+        "auto" => Ok(Precision::Auto),
+        "f32" => Ok(Precision::F32),
+        "bf16" => Ok(Precision::Bf16),
+        "int8" => Ok(Precision::Int8),
+        _ => Err("expected auto, f32, bf16 or int8".into()),
+    }
 }
 
 fn parse_suppression(text: &str) -> Result<Suppression, String> {

@@ -3,6 +3,7 @@
 use super::band::{flush, pull_back_rows, read_rows, room};
 use super::maps::{column_sums, finish};
 use super::{Element, Geometry, Gradient, Scratch, Source, Target};
+use crate::cpu::arena::Storage;
 use crate::cpu::kernels::backward::{DepthwiseDataArgs, DepthwiseWeightArgs};
 use crate::cpu::kernels::depthwise::DepthwiseArgs;
 use crate::cpu::kernels::Kernels;
@@ -86,7 +87,8 @@ fn run(
     assert!(out.len() >= height * width * c && bias.len() >= c, "output or bias too short");
     assert!(weights.len() >= g.kernel[0] * g.kernel[1] * c, "weights too short");
     let args = DepthwiseArgs {
-        input: input.as_ptr(),
+        storage: Storage::F32,
+        input: input.as_ptr().cast(),
         in_row: stride[0] * columns * c,
         in_pixel: stride[1] * c,
         kernel: g.kernel,
@@ -94,12 +96,13 @@ fn run(
         tap_pixel: g.dilation[1] * c,
         weights: weights.as_ptr(),
         bias: bias.as_ptr(),
-        output: out.as_mut_ptr(),
+        output: out.as_mut_ptr().cast(),
         out_row: width * c,
         out_pixel: c,
         width,
         channels: c,
         slope: 1.0,
+        zero: 0.0,
     };
     // SAFETY: the lengths were checked.
     unsafe { (Kernels::of(isa).depthwise)(&args, 0..height) }

@@ -95,7 +95,7 @@ impl Stored for bf16 {
     #[inline(always)]
     unsafe fn store<V: Vector>(v: V, p: *mut Self, n: usize) {
         // SAFETY: the same contract; bf16 is its bits.
-        unsafe { v.store_bf16(p.cast(), n) }
+        unsafe { v.store_bf16_amx(p.cast(), n) }
     }
 }
 

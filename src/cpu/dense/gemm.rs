@@ -3,7 +3,7 @@
 use super::maps::holds;
 use super::Element;
 use crate::cpu::kernels::backward::OuterArgs;
-use crate::cpu::kernels::conv::{panel_registers, panels, ConvArgs, Residual};
+use crate::cpu::kernels::conv::{panel_registers, panels, ConvArgs};
 use crate::cpu::kernels::Kernels;
 use crate::cpu::Isa;
 
@@ -101,27 +101,13 @@ pub(super) fn product_f32(
     }
     assert!(a_pixel >= b.depth && holds(a.len() + a_pixel - b.depth, pixels, a_pixel), "operand too short");
     assert!(c.len() >= pixels * stride, "result too short");
-    let args = ConvArgs {
-        input: a.as_ptr(),
-        in_row: 0,
-        in_pixel: a_pixel,
-        taps: &[0],
-        run: b.depth,
-        weights: b.values.as_ptr(),
-        bias: b.zeros.as_ptr(),
-        output: c.as_mut_ptr(),
-        out_row: 0,
-        out_pixel: stride,
-        width: pixels,
-        channels: b.channels,
-        slope: 1.0,
-        residual: Residual::None,
-        add: std::ptr::null(),
-        add_row: 0,
-        add_pixel: 0,
-        add_rows: &[],
-        add_columns: &[],
-    };
+    let args = ConvArgs::product(
+        (a.as_ptr(), a_pixel, b.depth),
+        b.values.as_ptr(),
+        b.zeros.as_ptr(),
+        (c.as_mut_ptr(), stride, b.channels),
+        pixels,
+    );
     // SAFETY: the lengths were checked; weights and zeros were packed for these lanes.
     unsafe { (kernels.conv)(&args, 0..1, 0..panels(b.channels, kernels.lanes)) }
 }

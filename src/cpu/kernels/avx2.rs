@@ -1,6 +1,7 @@
 //! AVX2 + FMA kernels: eight lanes, sixteen registers.
 
-use super::{isa_kernels, Vector};
+use super::conv::{Product, Single};
+use super::{conv_kernel, isa_kernels, Vector};
 use std::arch::x86_64::*;
 
 /// Eight floats in a YMM register.
@@ -60,6 +61,60 @@ impl Vector for F32x8 {
         // SAFETY: trait contract.
         Self(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
     }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16, n: usize) -> Self {
+        let mut some = [0u16; 8];
+        // SAFETY: trait contract.
+        Self(unsafe {
+            let p = if n >= 8 {
+                p
+            } else {
+                std::ptr::copy_nonoverlapping(p, some.as_mut_ptr(), n);
+                some.as_ptr()
+            };
+            let half = _mm_loadu_si128(p.cast());
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16, n: usize) {
+        let mut some = [0u16; 8];
+        // SAFETY: trait contract.
+        unsafe {
+            let bits = _mm256_castps_si256(self.0);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            let half = _mm256_srli_epi32::<16>(rounded);
+            let half = _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half));
+            if n >= 8 {
+                _mm_storeu_si128(p.cast(), half);
+            } else {
+                _mm_storeu_si128(some.as_mut_ptr().cast(), half);
+                std::ptr::copy_nonoverlapping(some.as_ptr(), p, n);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8, n: usize) -> Self {
+        let mut some = [0u8; 8];
+        // SAFETY: trait contract.
+        Self(unsafe {
+            std::ptr::copy_nonoverlapping(p, some.as_mut_ptr(), n.min(8));
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(some.as_ptr().cast())))
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_u8(self, p: *mut u8, n: usize) {
+        let mut some = [0u8; 16];
+        // SAFETY: trait contract.
+        unsafe {
+            let inside = _mm256_min_ps(_mm256_max_ps(self.0, _mm256_setzero_ps()), _mm256_set1_ps(255.0));
+            let words = _mm256_cvtps_epi32(inside);
+            let half = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(some.as_mut_ptr().cast(), _mm_packus_epi16(half, half));
+            std::ptr::copy_nonoverlapping(some.as_ptr(), p, n.min(8));
+        }
+    }
     #[cfg(feature = "train")]
     #[inline(always)]
     unsafe fn where_positive(self, a: Self, b: Self) -> Self {
@@ -73,5 +128,97 @@ impl Vector for F32x8 {
     }
 }
 
-isa_kernels!(F32x8, #[target_feature(enable = "avx2,fma")],
+/// Two bf16, in f32.
+pub(crate) struct PairsApart;
+
+// SAFETY of every block below: the trait's contract (the caller is compiled for AVX2 and FMA, the
+// pointers are good for a register or a word).
+impl Product for PairsApart {
+    type Values = F32x8;
+    type Words = __m256i;
+    type Sums = __m256;
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> __m256 {
+        // SAFETY: trait contract.
+        unsafe { _mm256_loadu_ps(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> __m256i {
+        // SAFETY: trait contract.
+        unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> __m256i {
+        // SAFETY: trait contract.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: __m256, input: __m256i, weights: __m256i) -> __m256 {
+        // SAFETY: register arithmetic.
+        unsafe {
+            let high_half = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            let [input_low, low] = [input, weights].map(|v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(v)));
+            let [input_high, high] =
+                [input, weights].map(|v| _mm256_castsi256_ps(_mm256_and_si256(v, high_half)));
+            _mm256_fmadd_ps(input_high, high, _mm256_fmadd_ps(input_low, low, sums))
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: __m256, _: *const f32, _: *const f32) -> F32x8 {
+        F32x8(sums)
+    }
+}
+
+/// Four u8 by i8, by products of 16 bits.
+pub(crate) struct FoursOfU8;
+
+impl Product for FoursOfU8 {
+    type Values = F32x8;
+    type Words = __m256i;
+    type Sums = __m256i;
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> __m256i {
+        // SAFETY: trait contract.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> __m256i {
+        // SAFETY: trait contract.
+        unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> __m256i {
+        // SAFETY: trait contract.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: __m256i, input: __m256i, weights: __m256i) -> __m256i {
+        // SAFETY: register arithmetic.
+        unsafe {
+            // The bytes at even and odd places in 16 bits: products of two fit 32 bits, of u8 and i8 in 16 they would not.
+            let even = _mm256_and_si256(input, _mm256_set1_epi16(0xff));
+            let odd = _mm256_srli_epi16::<8>(input);
+            let even_weights = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(weights));
+            let odd_weights = _mm256_srai_epi16::<8>(weights);
+            let sums = _mm256_add_epi32(sums, _mm256_madd_epi16(even, even_weights));
+            _mm256_add_epi32(sums, _mm256_madd_epi16(odd, odd_weights))
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: __m256i, scale: *const f32, bias: *const f32) -> F32x8 {
+        // SAFETY: trait contract.
+        F32x8(unsafe {
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), _mm256_loadu_ps(scale), _mm256_loadu_ps(bias))
+        })
+    }
+}
+
+conv_kernel!(single, Single<F32x8>, [#[target_feature(enable = "avx2,fma")]],
+    wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
+conv_kernel!(bf16_plain, PairsApart, [#[target_feature(enable = "avx2,fma")]],
+    wide: [4 3 2 1], narrow: [8 7 6 5 4 3 2 1]);
+conv_kernel!(u8_plain, FoursOfU8, [#[target_feature(enable = "avx2,fma")]],
+    wide: [4 3 2 1], narrow: [8 7 6 5 4 3 2 1]);
+
+isa_kernels!(F32x8, [#[target_feature(enable = "avx2,fma")]],
     wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);

@@ -1,6 +1,7 @@
 //! AVX-512 kernels: sixteen lanes, thirty-two registers.
 
-use super::{isa_kernels, Vector};
+use super::conv::{Product, Single};
+use super::{conv_kernel, isa_kernels, Vector};
 use std::arch::x86_64::*;
 
 /// Sixteen floats in a ZMM register.
@@ -14,7 +15,7 @@ fn mask(n: usize) -> __mmask16 {
 }
 
 // SAFETY of every block below: the trait's contract (the caller is compiled for AVX-512 F, BW and VL, for
-// `store_bf16` for BF16 too, which its callers check; the
+// `store_bf16_amx` for BF16 too, which its callers check; the
 // pointers are good for the lanes named).
 impl Vector for F32x16 {
     const LANES: usize = 16;
@@ -67,7 +68,6 @@ impl Vector for F32x16 {
             _mm512_mask_blend_ps(positive, b.0, a.0)
         })
     }
-    #[cfg(feature = "train")]
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16, n: usize) -> Self {
         // SAFETY: trait contract; masked lanes are not touched.
@@ -80,9 +80,24 @@ impl Vector for F32x16 {
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
         })
     }
-    #[cfg(feature = "train")]
     #[inline(always)]
     unsafe fn store_bf16(self, p: *mut u16, n: usize) {
+        // SAFETY: trait contract; masked lanes are not touched.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let half = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
+            if n >= 16 {
+                _mm256_storeu_si256(p.cast(), half);
+            } else {
+                _mm256_mask_storeu_epi16(p.cast(), mask(n), half);
+            }
+        }
+    }
+    #[cfg(feature = "train")]
+    #[inline(always)]
+    unsafe fn store_bf16_amx(self, p: *mut u16, n: usize) {
         // SAFETY: trait contract; masked lanes are not touched.
         unsafe {
             // Only machines with AMX store bf16 here, and those have this instruction; it rounds to nearest even.
@@ -95,11 +110,171 @@ impl Vector for F32x16 {
         }
     }
     #[inline(always)]
+    unsafe fn load_u8(p: *const u8, n: usize) -> Self {
+        // SAFETY: trait contract; masked lanes are not touched.
+        Self(unsafe {
+            let bytes =
+                if n >= 16 { _mm_loadu_si128(p.cast()) } else { _mm_maskz_loadu_epi8(mask(n), p.cast()) };
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_u8(self, p: *mut u8, n: usize) {
+        // SAFETY: trait contract; masked lanes are not touched.
+        unsafe {
+            let inside = _mm512_min_ps(_mm512_max_ps(self.0, _mm512_setzero_ps()), _mm512_set1_ps(255.0));
+            let bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(inside));
+            if n >= 16 {
+                _mm_storeu_si128(p.cast(), bytes);
+            } else {
+                _mm_mask_storeu_epi8(p.cast(), mask(n), bytes);
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn max(self, b: Self) -> Self {
         // SAFETY: trait contract.
         Self(unsafe { _mm512_max_ps(self.0, b.0) })
     }
 }
 
-isa_kernels!(F32x16, #[target_feature(enable = "avx512f,avx512bw,avx512vl")],
+/// Two bf16 by AVX512-BF16's dot product.
+pub(crate) struct PairsOfBf16;
+
+// SAFETY of every block below: the trait's contract (the caller is compiled for the instructions used, the
+// pointers are good for a register or a word).
+impl Product for PairsOfBf16 {
+    type Values = F32x16;
+    type Words = __m512i;
+    type Sums = __m512;
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> __m512 {
+        // SAFETY: trait contract.
+        unsafe { _mm512_loadu_ps(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> __m512i {
+        // SAFETY: trait contract.
+        unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> __m512i {
+        // SAFETY: trait contract.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: __m512, input: __m512i, weights: __m512i) -> __m512 {
+        // SAFETY: trait contract; any bits are bf16.
+        unsafe {
+            _mm512_dpbf16_ps(
+                sums,
+                std::mem::transmute::<__m512i, __m512bh>(input),
+                std::mem::transmute::<__m512i, __m512bh>(weights),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: __m512, _: *const f32, _: *const f32) -> F32x16 {
+        F32x16(sums)
+    }
+}
+
+/// Two bf16 in f32, where there is no dot product.
+pub(crate) struct PairsApart;
+
+impl Product for PairsApart {
+    type Values = F32x16;
+    type Words = __m512i;
+    type Sums = __m512;
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> __m512 {
+        // SAFETY: trait contract.
+        unsafe { _mm512_loadu_ps(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> __m512i {
+        // SAFETY: trait contract.
+        unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> __m512i {
+        // SAFETY: trait contract.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: __m512, input: __m512i, weights: __m512i) -> __m512 {
+        // SAFETY: register arithmetic.
+        unsafe {
+            let low = |v| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(v));
+            let high =
+                |v| _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff_0000_u32 as i32)));
+            let sums = _mm512_fmadd_ps(low(input), low(weights), sums);
+            _mm512_fmadd_ps(high(input), high(weights), sums)
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: __m512, _: *const f32, _: *const f32) -> F32x16 {
+        F32x16(sums)
+    }
+}
+
+/// Four u8 by i8: with VNNI's dot product where `VNNI`, else by products of 16 bits.
+pub(crate) struct FoursOfU8<const VNNI: bool>;
+
+impl<const VNNI: bool> Product for FoursOfU8<VNNI> {
+    type Values = F32x16;
+    type Words = __m512i;
+    type Sums = __m512i;
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> __m512i {
+        // SAFETY: trait contract.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> __m512i {
+        // SAFETY: trait contract.
+        unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> __m512i {
+        // SAFETY: trait contract.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: __m512i, input: __m512i, weights: __m512i) -> __m512i {
+        // SAFETY: register arithmetic.
+        unsafe {
+            if VNNI {
+                return _mm512_dpbusd_epi32(sums, input, weights);
+            }
+            // The bytes at even and odd places in 16 bits: products of two fit 32 bits, of u8 and i8 in 16 they would not.
+            let even = _mm512_and_si512(input, _mm512_set1_epi16(0xff));
+            let odd = _mm512_srli_epi16::<8>(input);
+            let even_weights = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(weights));
+            let odd_weights = _mm512_srai_epi16::<8>(weights);
+            let sums = _mm512_add_epi32(sums, _mm512_madd_epi16(even, even_weights));
+            _mm512_add_epi32(sums, _mm512_madd_epi16(odd, odd_weights))
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: __m512i, scale: *const f32, bias: *const f32) -> F32x16 {
+        // SAFETY: trait contract.
+        F32x16(unsafe {
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_loadu_ps(scale), _mm512_loadu_ps(bias))
+        })
+    }
+}
+
+conv_kernel!(single, Single<F32x16>, [#[target_feature(enable = "avx512f,avx512bw,avx512vl")]],
+    wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
+conv_kernel!(bf16, PairsOfBf16, [#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]],
+    wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
+conv_kernel!(u8, FoursOfU8<true>, [#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]],
+    wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
+conv_kernel!(bf16_plain, PairsApart, [#[target_feature(enable = "avx512f,avx512bw,avx512vl")]],
+    wide: [10 9 8 7 6 5 4 3 2 1], narrow: [10 9 8 7 6 5 4 3 2 1]);
+conv_kernel!(u8_plain, FoursOfU8<false>, [#[target_feature(enable = "avx512f,avx512bw,avx512vl")]],
+    wide: [10 9 8 7 6 5 4 3 2 1], narrow: [10 9 8 7 6 5 4 3 2 1]);
+
+isa_kernels!(F32x16, [#[target_feature(enable = "avx512f,avx512bw,avx512vl")]],
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);

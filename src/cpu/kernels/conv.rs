@@ -1,11 +1,12 @@
 //! Convolution as implicit matrix multiplication over channels-last maps.
 //!
-//! The window of an output pixel is a few runs of consecutive floats (taps): a row of the kernel
+//! The window of an output pixel is a few runs of consecutive values (taps): a row of the kernel
 //! is one run where the input is dense and not dilated, else a kernel position is. A tile holds
 //! MR pixels of one output row x one panel of NR registers of output channels in registers and walks all
 //! taps; nothing is gathered or copied beforehand, since the input's halo holds the zeros.
 
 use super::Vector;
+use crate::cpu::arena::{Format, Storage};
 use std::ops::Range;
 
 /// What is added to a convolution's result, and when.
@@ -19,32 +20,123 @@ pub(crate) enum Residual {
     AfterActivation,
 }
 
-/// One image's convolution. Pointers are to its first output pixel, its window and its residual.
+/// What becomes of a convolution's sums before they are stored, all values in units of the output's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rule {
+    /// Result = max(x, slope * x): 1 none, 0 ReLU, between leaky.
+    pub slope: f32,
+    pub residual: Residual,
+    /// How the residual is stored; `(v - add_zero) * add_scale` is added.
+    pub add: Storage,
+    pub add_scale: f32,
+    pub add_zero: f32,
+    /// How the output is stored; of u8, what stands for zero.
+    pub output: Storage,
+    pub zero: f32,
+}
+
+/// What a convolution's step reads and writes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Formats {
+    pub input: Format,
+    /// Of the residual, where there is one.
+    pub add: Format,
+    pub output: Format,
+}
+
+impl Rule {
+    /// The rule for sums in units of the output.
+    pub fn new(slope: f32, residual: Residual, formats: &Formats) -> Self {
+        let Formats { add, output, .. } = formats;
+        Self {
+            slope,
+            residual,
+            add: add.storage,
+            add_scale: add.scale / output.scale,
+            add_zero: add.zero.into(),
+            output: output.storage,
+            zero: output.zero.into(),
+        }
+    }
+
+    /// The same without a residual, where there `is_none`.
+    pub fn unless(self, is_none: bool) -> Self {
+        Self { residual: if is_none { Residual::None } else { self.residual }, ..self }
+    }
+
+    /// Sums as they are, in f32.
+    pub const PLAIN: Self = Self {
+        slope: 1.0,
+        residual: Residual::None,
+        add: Storage::F32,
+        add_scale: 1.0,
+        add_zero: 0.0,
+        output: Storage::F32,
+        zero: 0.0,
+    };
+
+    /// Activates `v`, adds the residual at `add` where there is one, and stores the first `n <= LANES` lanes at `to`.
+    ///
+    /// # Safety
+    /// So many values are at `add` (where there is a residual), and there is room for them at `to`.
+    #[inline(always)]
+    pub unsafe fn finish<V: Vector>(&self, v: V, add: *const u8, to: *mut u8, n: usize) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let slope = V::splat(self.slope);
+            let v = match self.residual {
+                Residual::None => activate(v, slope),
+                Residual::BeforeActivation => activate(v.add(self.residual::<V>(add, n)), slope),
+                Residual::AfterActivation => activate(v, slope).add(self.residual::<V>(add, n)),
+            };
+            match self.output {
+                Storage::U8 => v.add(V::splat(self.zero)).store_u8(to, n),
+                other => v.store_as(other, to, n),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn residual<V: Vector>(&self, add: *const u8, n: usize) -> V {
+        // SAFETY: the contract of `finish`.
+        unsafe {
+            let v = V::load_as(self.add, add, n);
+            if (self.add_scale, self.add_zero) == (1.0, 0.0) {
+                return v;
+            }
+            v.add(V::splat(-self.add_zero)).mul(V::splat(self.add_scale))
+        }
+    }
+}
+
+/// One image's convolution. Pointers are to its first output pixel, its window and its residual; all strides are bytes.
 pub(crate) struct ConvArgs<'a> {
-    /// First float of the first pixel's window (in the halo where padded).
-    pub input: *const f32,
-    /// Floats between windows of consecutive output rows and pixels (stride counted).
+    /// First byte of the first pixel's window (in the halo where padded).
+    pub input: *const u8,
+    /// Between windows of consecutive output rows and pixels (stride counted).
     pub in_row: usize,
     pub in_pixel: usize,
-    /// Offsets of the taps from the window's first float; each is a run of `run` floats.
+    /// Offsets of the taps from the window's first byte; each is a run of `run` words of four bytes: one f32, two bf16
+    /// or four u8.
     pub taps: &'a [usize],
     pub run: usize,
-    /// Weights, panel after panel; in each `[tap][run][panel width]`.
-    pub weights: *const f32,
-    /// One a lane of every panel, zeros past the channels.
+    /// Weights, panel after panel; in each `[tap][run][panel width]` words like the input's, of i8 where that is u8.
+    pub weights: *const u32,
+    /// What the sums start with, one a lane of every panel: f32, or i32 where the input is u8.
+    pub start: *const u32,
+    /// By what a whole sum is multiplied and what is added then, one a lane; of u8 alone.
+    pub scale: *const f32,
     pub bias: *const f32,
-    pub output: *mut f32,
+    pub output: *mut u8,
     pub out_row: usize,
     pub out_pixel: usize,
     /// Output pixels a row.
     pub width: usize,
     /// Output channels.
     pub channels: usize,
-    /// Result = max(x, slope * x): 1 none, 0 ReLU, between leaky.
-    pub slope: f32,
-    pub residual: Residual,
+    pub rule: Rule,
     /// First value added; rows and pixels of it by the tables (nearest upsampling) or strides.
-    pub add: *const f32,
+    pub add: *const u8,
     pub add_row: usize,
     pub add_pixel: usize,
     /// Source row of every output row and source column of every output column; empty = the same.
@@ -52,25 +144,113 @@ pub(crate) struct ConvArgs<'a> {
     pub add_columns: &'a [u32],
 }
 
+impl<'a> ConvArgs<'a> {
+    /// A matrix product of f32: `pixels` rows of `run` values, `in_pixel` apart, by packed weights to `channels` sums each,
+    /// `out_pixel` apart. `start` has one value a lane.
+    pub fn product(
+        (input, in_pixel, run): (*const f32, usize, usize),
+        weights: *const f32,
+        start: *const f32,
+        (output, out_pixel, channels): (*mut f32, usize, usize),
+        pixels: usize,
+    ) -> Self {
+        Self {
+            input: input.cast(),
+            in_row: 0,
+            in_pixel: in_pixel * size_of::<f32>(),
+            taps: &[0],
+            run,
+            weights: weights.cast(),
+            start: start.cast(),
+            scale: std::ptr::null(),
+            bias: std::ptr::null(),
+            output: output.cast(),
+            out_row: 0,
+            out_pixel: out_pixel * size_of::<f32>(),
+            width: pixels,
+            channels,
+            rule: Rule::PLAIN,
+            add: std::ptr::null(),
+            add_row: 0,
+            add_pixel: 0,
+            add_rows: &[],
+            add_columns: &[],
+        }
+    }
+}
+
 /// MR pixels x one panel.
 pub(crate) struct Tile<'a> {
-    input: *const f32,
+    input: *const u8,
     in_pixel: usize,
     taps: &'a [usize],
     run: usize,
-    weights: *const f32,
+    weights: *const u32,
+    start: *const u32,
+    scale: *const f32,
     bias: *const f32,
-    output: *mut f32,
+    output: *mut u8,
     out_pixel: usize,
     /// Channels of the panel that exist.
     channels: usize,
-    slope: f32,
-    residual: Residual,
+    rule: &'a Rule,
     /// Row of the residual at the panel's first channel.
-    add: *const f32,
+    add: *const u8,
     add_pixel: usize,
     add_columns: *const u32,
     x: usize,
+}
+
+/// What a convolution multiplies: four bytes of input by four of weights, into one sum a lane.
+pub(crate) trait Product {
+    /// Registers of finished sums.
+    type Values: Vector;
+    /// A register of words.
+    type Words: Copy;
+    /// A register of sums.
+    type Sums: Copy;
+    /// Sums that start with the words at `p`.
+    unsafe fn start(p: *const u32) -> Self::Sums;
+    /// The word at `p` in every lane.
+    unsafe fn splat(p: *const u8) -> Self::Words;
+    unsafe fn load(p: *const u32) -> Self::Words;
+    /// `sums + input * weights`.
+    unsafe fn multiply(sums: Self::Sums, input: Self::Words, weights: Self::Words) -> Self::Sums;
+    /// As f32; where they are whole numbers, times those at `scale`, plus those at `bias`.
+    unsafe fn finish(sums: Self::Sums, scale: *const f32, bias: *const f32) -> Self::Values;
+}
+
+/// f32 in the lanes of `V`.
+pub(crate) struct Single<V>(V);
+
+impl<V: Vector> Product for Single<V> {
+    type Values = V;
+    type Words = V;
+    type Sums = V;
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> V {
+        // SAFETY: the caller vouches for a register's words.
+        unsafe { V::load(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> V {
+        // SAFETY: the caller vouches for a word; f32 lie at multiples of four.
+        unsafe { V::splat(*p.cast::<f32>()) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> V {
+        // SAFETY: the caller vouches for a register's words.
+        unsafe { V::load(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: V, input: V, weights: V) -> V {
+        // SAFETY: register arithmetic only; the caller is compiled for V's ISA.
+        unsafe { sums.mul_add(input, weights) }
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: V, _: *const f32, _: *const f32) -> V {
+        sums
+    }
 }
 
 /// The tiles of one ISA.
@@ -117,6 +297,7 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
             for p in panels.clone() {
                 let first = p * 2 * lanes;
                 let wide = panel_registers(a.channels, lanes, p) == 2;
+                let at = |storage: Storage| first * storage.bytes();
                 let add_y = a.add_rows.get(y).map_or(y, |&r| r as usize);
                 let columns =
                     if a.add_columns.is_empty() { std::ptr::null() } else { a.add_columns.as_ptr() };
@@ -129,13 +310,15 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
                         taps: a.taps,
                         run: a.run,
                         weights: a.weights.add(first * depth),
-                        bias: a.bias.add(first),
-                        output: a.output.add(y * a.out_row + x * a.out_pixel + first),
+                        start: a.start.add(first),
+                        // These may be null: no claims.
+                        scale: a.scale.wrapping_add(first),
+                        bias: a.bias.wrapping_add(first),
+                        output: a.output.add(y * a.out_row + x * a.out_pixel + at(a.rule.output)),
                         out_pixel: a.out_pixel,
                         channels: (a.channels - first).min(2 * lanes),
-                        slope: a.slope,
-                        residual: a.residual,
-                        add: a.add.wrapping_add(add_y * a.add_row + first),
+                        rule: &a.rule,
+                        add: a.add.wrapping_add(add_y * a.add_row + at(a.rule.add)),
                         add_pixel: a.add_pixel,
                         add_columns: columns,
                         x,
@@ -165,16 +348,16 @@ macro_rules! unroll {
 #[cfg(feature = "train")]
 pub(crate) use unroll;
 
-/// MR pixels x NR registers of channels, all taps, then bias, residual, activation, store.
+/// MR pixels x NR registers of channels, all taps, then residual, activation, store.
 #[inline(always)]
-pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NR: usize>(t: &Tile) {
+pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile) {
     // SAFETY: the contract of `block`, which made the tile.
     unsafe {
-        let lanes = V::LANES;
-        let mut acc = [[V::splat(0.0); NR]; MR];
-        for r in 0..NR {
-            let bias = V::load(t.bias.add(r * lanes));
-            unroll!(m < MR, { acc[m][r] = bias });
+        let lanes = P::Values::LANES;
+        let mut sums = [[P::start(t.start); NR]; MR];
+        for r in 1..NR {
+            let start = P::start(t.start.add(r * lanes));
+            unroll!(m < MR, { sums[m][r] = start });
         }
         // Every third pixel has a pointer, its two neighbours are reached by the index register: more
         // pointers than that would be spilled and reloaded for every value.
@@ -187,57 +370,86 @@ pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NR: usize>(t: &Tile)
                 *p = a.wrapping_add(3 * i * stride);
             }
             for _ in 0..t.run {
-                let mut wk = [V::splat(0.0); NR];
+                let mut wk = [P::load(w); NR];
                 for (r, wk) in wk.iter_mut().enumerate() {
-                    *wk = V::load(w.add(r * lanes));
+                    *wk = P::load(w.add(r * lanes));
                 }
                 w = w.add(NR * lanes);
                 unroll!(m < MR, {
-                    let v = V::splat(*p[m / 3].add(m % 3 * stride));
+                    let v = P::splat(p[m / 3].add(m % 3 * stride));
                     for r in 0..NR {
-                        acc[m][r] = acc[m][r].mul_add(v, wk[r]);
+                        sums[m][r] = P::multiply(sums[m][r], v, wk[r]);
                     }
                 });
                 for p in p.iter_mut() {
-                    *p = p.wrapping_add(1);
+                    *p = p.wrapping_add(4);
                 }
             }
         }
-        let slope = V::splat(t.slope);
-        if t.residual == Residual::None && t.channels >= NR * lanes {
-            unroll!(m < MR, {
-                let out = t.output.add(m * t.out_pixel);
-                for r in 0..NR {
-                    activate(acc[m][r], slope).store(out.add(r * lanes));
+        if t.rule.residual == Residual::None && t.channels >= NR * lanes {
+            let slope = P::Values::splat(t.rule.slope);
+            match t.rule.output {
+                Storage::F32 => {
+                    unroll!(m < MR, {
+                        let out = t.output.add(m * t.out_pixel).cast::<f32>();
+                        for r in 0..NR {
+                            activate(finish::<P>(t, sums[m][r], r), slope).store(out.add(r * lanes));
+                        }
+                    });
                 }
-            });
+                Storage::Bf16 => {
+                    unroll!(m < MR, {
+                        let out = t.output.add(m * t.out_pixel).cast::<u16>();
+                        for r in 0..NR {
+                            activate(finish::<P>(t, sums[m][r], r), slope)
+                                .store_bf16(out.add(r * lanes), lanes);
+                        }
+                    });
+                }
+                Storage::U8 => {
+                    let zero = P::Values::splat(t.rule.zero);
+                    unroll!(m < MR, {
+                        let out = t.output.add(m * t.out_pixel);
+                        for r in 0..NR {
+                            let v = activate(finish::<P>(t, sums[m][r], r), slope).add(zero);
+                            v.store_u8(out.add(r * lanes), lanes);
+                        }
+                    });
+                }
+            }
             return;
         }
-        unroll!(m < MR, { finish::<V, NR>(t, m, acc[m], slope) });
+        unroll!(m < MR, {
+            let mut values = [P::Values::splat(0.0); NR];
+            for r in 0..NR {
+                values[r] = finish::<P>(t, sums[m][r], r);
+            }
+            store(t, m, values);
+        });
     }
+}
+
+/// Register `r` of a tile's sums in f32.
+#[inline(always)]
+unsafe fn finish<P: Product>(t: &Tile, sums: P::Sums, r: usize) -> P::Values {
+    let at = r * P::Values::LANES;
+    // SAFETY: the contract of `block`.
+    unsafe { P::finish(sums, t.scale.wrapping_add(at), t.bias.wrapping_add(at)) }
 }
 
 /// Residual, activation and partial store of pixel `m`.
 #[inline(always)]
-unsafe fn finish<V: Vector, const NR: usize>(t: &Tile, m: usize, acc: [V; NR], slope: V) {
+unsafe fn store<V: Vector, const NR: usize>(t: &Tile, m: usize, values: [V; NR]) {
     // SAFETY: the contract of `block`.
     unsafe {
-        let lanes = V::LANES;
         let out = t.output.add(m * t.out_pixel);
         let column = if t.add_columns.is_null() { t.x + m } else { *t.add_columns.add(t.x + m) as usize };
         let add = t.add.wrapping_add(column * t.add_pixel);
         for r in 0..NR {
-            let n = t.channels.saturating_sub(r * lanes);
-            let v = match t.residual {
-                Residual::None => activate(acc[r], slope),
-                Residual::BeforeActivation => {
-                    activate(acc[r].add(V::load_upto(add.wrapping_add(r * lanes), n)), slope)
-                }
-                Residual::AfterActivation => {
-                    activate(acc[r], slope).add(V::load_upto(add.wrapping_add(r * lanes), n))
-                }
-            };
-            v.store_upto(out.wrapping_add(r * lanes), n);
+            let at = r * V::LANES;
+            let n = t.channels.saturating_sub(at).min(V::LANES);
+            let to = out.wrapping_add(at * t.rule.output.bytes());
+            t.rule.finish(values[r], add.wrapping_add(at * t.rule.add.bytes()), to, n);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Portable kernels: four lanes of plain arithmetic, which compilers turn into SSE, NEON or scalar code.
 
-use super::{isa_kernels, Vector};
+use super::conv::{Product, Single};
+use super::{conv_kernel, isa_kernels, Vector};
 
 /// Four floats.
 #[derive(Clone, Copy)]
@@ -62,4 +63,81 @@ impl Vector for F32x4 {
     }
 }
 
-isa_kernels!(F32x4, , wide: [4 3 2 1], narrow: [4 3 2 1]);
+/// Two bf16, in f32.
+pub(crate) struct PairsApart;
+
+impl Product for PairsApart {
+    type Values = F32x4;
+    type Words = [u32; 4];
+    type Sums = [f32; 4];
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> [f32; 4] {
+        // SAFETY: the caller vouches for four floats at `p`.
+        unsafe { p.cast::<[f32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> [u32; 4] {
+        // SAFETY: the caller vouches for four bytes at `p`.
+        [unsafe { p.cast::<u32>().read_unaligned() }; 4]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> [u32; 4] {
+        // SAFETY: the caller vouches for four words at `p`.
+        unsafe { p.cast::<[u32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: [f32; 4], input: [u32; 4], weights: [u32; 4]) -> [f32; 4] {
+        // The half at the lower address is the first, on every machine that this compiles for.
+        let (first, second) = (|v: u32| f32::from_bits(v << 16), |v: u32| f32::from_bits(v & 0xffff_0000));
+        std::array::from_fn(|i| {
+            sums[i] + first(input[i]) * first(weights[i]) + second(input[i]) * second(weights[i])
+        })
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: [f32; 4], _: *const f32, _: *const f32) -> F32x4 {
+        F32x4(sums)
+    }
+}
+
+/// Four u8 by i8.
+pub(crate) struct FoursOfU8;
+
+impl Product for FoursOfU8 {
+    type Values = F32x4;
+    type Words = [u32; 4];
+    type Sums = [i32; 4];
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> [i32; 4] {
+        // SAFETY: the caller vouches for four words at `p`.
+        unsafe { p.cast::<[i32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> [u32; 4] {
+        // SAFETY: the caller vouches for four bytes at `p`.
+        [unsafe { p.cast::<u32>().read_unaligned() }; 4]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> [u32; 4] {
+        // SAFETY: the caller vouches for four words at `p`.
+        unsafe { p.cast::<[u32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: [i32; 4], input: [u32; 4], weights: [u32; 4]) -> [i32; 4] {
+        std::array::from_fn(|i| {
+            let (a, w) = (input[i].to_ne_bytes(), weights[i].to_ne_bytes());
+            (0..4).fold(sums[i], |sum, k| sum + i32::from(a[k]) * i32::from(w[k] as i8))
+        })
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: [i32; 4], scale: *const f32, bias: *const f32) -> F32x4 {
+        // SAFETY: the caller vouches for four floats at each.
+        let [scale, bias] = [scale, bias].map(|p| unsafe { p.cast::<[f32; 4]>().read_unaligned() });
+        F32x4(std::array::from_fn(|i| sums[i] as f32 * scale[i] + bias[i]))
+    }
+}
+
+conv_kernel!(single, Single<F32x4>, [], wide: [4 3 2 1], narrow: [4 3 2 1]);
+conv_kernel!(bf16_plain, PairsApart, [], wide: [4 3 2 1], narrow: [4 3 2 1]);
+conv_kernel!(u8_plain, FoursOfU8, [], wide: [4 3 2 1], narrow: [4 3 2 1]);
+
+isa_kernels!(F32x4, [], wide: [4 3 2 1], narrow: [4 3 2 1]);

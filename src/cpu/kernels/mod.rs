@@ -19,6 +19,7 @@ pub(crate) mod generic;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 
+use super::arena::Storage;
 use super::isa::Isa;
 use conv::ConvArgs;
 use depthwise::DepthwiseArgs;
@@ -52,7 +53,6 @@ pub(crate) trait Vector: Copy {
     unsafe fn where_positive(self, a: Self, b: Self) -> Self;
 
     /// Loads `n <= LANES` bf16 values (their bits), zeros in the other lanes.
-    #[cfg(feature = "train")]
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16, n: usize) -> Self {
         let mut lanes = [0.0f32; 16];
@@ -65,7 +65,6 @@ pub(crate) trait Vector: Copy {
     }
 
     /// Stores the first `n <= LANES` lanes as bf16, rounded to nearest even.
-    #[cfg(feature = "train")]
     #[inline(always)]
     unsafe fn store_bf16(self, p: *mut u16, n: usize) {
         let mut lanes = [0.0f32; 16];
@@ -74,6 +73,57 @@ pub(crate) trait Vector: Copy {
             self.store(lanes.as_mut_ptr());
             for (i, lane) in lanes.iter().enumerate().take(n) {
                 *p.add(i) = bf16_bits(*lane);
+            }
+        }
+    }
+
+    /// Loads `n <= LANES` values from 0 to 255, zeros in the other lanes.
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8, n: usize) -> Self {
+        let mut lanes = [0.0f32; 16];
+        for (i, lane) in lanes.iter_mut().enumerate().take(n) {
+            // SAFETY: the caller vouches for `n` values at `p`.
+            *lane = f32::from(unsafe { *p.add(i) });
+        }
+        // SAFETY: no ISA has more than 16 lanes.
+        unsafe { Self::load(lanes.as_ptr()) }
+    }
+
+    /// Stores the first `n <= LANES` lanes as the nearest whole numbers from 0 to 255, ties to even.
+    #[inline(always)]
+    unsafe fn store_u8(self, p: *mut u8, n: usize) {
+        let mut lanes = [0.0f32; 16];
+        // SAFETY: no ISA has more than 16 lanes; the caller vouches for room for `n` values at `p`.
+        unsafe {
+            self.store(lanes.as_mut_ptr());
+            for (i, lane) in lanes.iter().enumerate().take(n) {
+                *p.add(i) = lane.round_ties_even() as u8;
+            }
+        }
+    }
+
+    /// Loads `n <= LANES` values that are stored so, zeros in the other lanes.
+    #[inline(always)]
+    unsafe fn load_as(storage: Storage, p: *const u8, n: usize) -> Self {
+        // SAFETY: the contract is the same, for such values.
+        unsafe {
+            match storage {
+                Storage::F32 => Self::load_upto(p.cast(), n),
+                Storage::Bf16 => Self::load_bf16(p.cast(), n),
+                Storage::U8 => Self::load_u8(p, n),
+            }
+        }
+    }
+
+    /// Stores the first `n <= LANES` lanes so, rounded to the nearest.
+    #[inline(always)]
+    unsafe fn store_as(self, storage: Storage, p: *mut u8, n: usize) {
+        // SAFETY: the contract is the same, for such values.
+        unsafe {
+            match storage {
+                Storage::F32 => self.store_upto(p.cast(), n),
+                Storage::Bf16 => self.store_bf16(p.cast(), n),
+                Storage::U8 => self.store_u8(p, n),
             }
         }
     }
@@ -92,6 +142,7 @@ pub(crate) trait Vector: Copy {
     }
 
     /// Loads all lanes (`FULL`, known to the compiler) or the first `n < LANES`.
+    #[cfg(feature = "train")]
     #[inline(always)]
     unsafe fn load_lanes<const FULL: bool>(p: *const f32, n: usize) -> Self {
         // SAFETY: the contract is the same.
@@ -104,17 +155,12 @@ pub(crate) trait Vector: Copy {
         }
     }
 
-    /// Stores all lanes (`FULL`, known to the compiler) or the first `n < LANES`.
+    /// As [`Vector::store_bf16`], on machines with AMX alone, by their instruction where there is one.
+    #[cfg(feature = "train")]
     #[inline(always)]
-    unsafe fn store_lanes<const FULL: bool>(self, p: *mut f32, n: usize) {
+    unsafe fn store_bf16_amx(self, p: *mut u16, n: usize) {
         // SAFETY: the contract is the same.
-        unsafe {
-            if FULL {
-                self.store(p)
-            } else {
-                self.store_first(p, n)
-            }
-        }
+        unsafe { self.store_bf16(p, n) }
     }
 
     /// Stores `n` lanes, `n <= LANES`.
@@ -133,19 +179,51 @@ pub(crate) trait Vector: Copy {
 
 /// The bf16 nearest to `v`, ties to even, by integer rounding: infinities stay, and the NaNs that arithmetic makes
 /// stay NaN.
-#[cfg(feature = "train")]
 #[inline(always)]
 pub(crate) fn bf16_bits(v: f32) -> u16 {
     let bits = v.to_bits();
     (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16
 }
 
+/// Computes rows x output-channel panels.
+pub(crate) type ConvRun = unsafe fn(&ConvArgs, rows: std::ops::Range<usize>, panels: std::ops::Range<usize>);
+
+/// A convolution of one kind of input.
+#[derive(Clone, Copy)]
+pub(crate) struct ConvKernel {
+    /// Output channels of a register: weights are packed in panels of one or two of them.
+    pub lanes: usize,
+    pub run: ConvRun,
+}
+
+impl ConvKernel {
+    /// The convolution of values that are stored so. Having an [`Isa`] value is having checked the CPU for it; what goes beyond
+    /// that is asked for here.
+    pub fn of(isa: Isa, input: Storage) -> Self {
+        let kernels = Kernels::of(isa);
+        match input {
+            Storage::F32 => Self { lanes: kernels.lanes, run: kernels.conv },
+            #[cfg(target_arch = "x86_64")]
+            Storage::Bf16 if isa == Isa::Avx512 && is_x86_feature_detected!("avx512bf16") => {
+                avx512::bf16::KERNEL
+            }
+            #[cfg(target_arch = "x86_64")]
+            Storage::U8 if isa == Isa::Avx512 && is_x86_feature_detected!("avx512vnni") => avx512::u8::KERNEL,
+            Storage::Bf16 => kernels.conv_bf16,
+            Storage::U8 => kernels.conv_u8,
+        }
+    }
+}
+
 /// The kernels of one ISA.
 pub(crate) struct Kernels {
     /// Lanes of its registers: weights are packed in panels of one or two of them.
     pub lanes: usize,
-    /// Convolution, rows x output-channel panels.
-    pub conv: unsafe fn(&ConvArgs, rows: std::ops::Range<usize>, panels: std::ops::Range<usize>),
+    /// Convolution of f32.
+    pub conv: ConvRun,
+    /// Convolution of bf16 and of u8, where the CPU has no better one.
+    conv_bf16: ConvKernel,
+    conv_u8: ConvKernel,
     /// Depthwise convolution, rows.
     pub depthwise: unsafe fn(&DepthwiseArgs, rows: std::ops::Range<usize>),
     /// Max pooling, rows.
@@ -183,49 +261,61 @@ impl Kernels {
     }
 }
 
-/// Compiles the bodies for one ISA and makes its table. `wide` and `narrow` list the tile heights
-/// (pixels) for panels of two registers and of one; the first is the tallest that fits the register file.
-macro_rules! isa_kernels {
-    ($vector:ty, $(#[$attr:meta])?, wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
-        $(#[$attr])?
-        unsafe fn tile_wide<const MR: usize>(t: &$crate::cpu::kernels::conv::Tile) {
-            // SAFETY: the caller keeps the contract of the function called.
-            unsafe { $crate::cpu::kernels::conv::tile::<$vector, MR, 2>(t) }
-        }
+/// Compiles the convolution of one [`conv::Product`] for one ISA, as a module. `wide` and `narrow` list the tile heights (pixels)
+/// for panels of two registers and of one; the first is the tallest that fits the register file.
+macro_rules! conv_kernel {
+    ($module:ident, $product:ty, [$(#[$attr:meta])?], wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
+        pub(in $crate::cpu::kernels) mod $module {
+            use super::*;
+            use $crate::cpu::kernels::{conv, Vector};
 
-        $(#[$attr])?
-        unsafe fn tile_narrow<const MR: usize>(t: &$crate::cpu::kernels::conv::Tile) {
-            // SAFETY: the caller keeps the contract of the function called.
-            unsafe { $crate::cpu::kernels::conv::tile::<$vector, MR, 1>(t) }
-        }
-
-        struct Tiles;
-        impl $crate::cpu::kernels::conv::Tiles for Tiles {
-            const WIDE: usize = { let all = [$($wide),+]; all[0] };
-            const NARROW: usize = { let all = [$($narrow),+]; all[0] };
-            const LANES: usize = <$vector as $crate::cpu::kernels::Vector>::LANES;
-            #[inline(always)]
-            unsafe fn run(pixels: usize, wide: bool, t: &$crate::cpu::kernels::conv::Tile) {
+            $(#[$attr])?
+            unsafe fn tile_wide<const MR: usize>(t: &conv::Tile) {
                 // SAFETY: the caller keeps the contract of the function called.
-                unsafe {
-                    match (wide, pixels) {
-                        $((true, $wide) => tile_wide::<$wide>(t),)+
-                        $((false, $narrow) => tile_narrow::<$narrow>(t),)+
-                        _ => unreachable!("tile heights are dense"),
+                unsafe { conv::tile::<$product, MR, 2>(t) }
+            }
+
+            $(#[$attr])?
+            unsafe fn tile_narrow<const MR: usize>(t: &conv::Tile) {
+                // SAFETY: the caller keeps the contract of the function called.
+                unsafe { conv::tile::<$product, MR, 1>(t) }
+            }
+
+            pub(super) struct Tiles;
+            impl conv::Tiles for Tiles {
+                const WIDE: usize = { let all = [$($wide),+]; all[0] };
+                const NARROW: usize = { let all = [$($narrow),+]; all[0] };
+                const LANES: usize = <<$product as conv::Product>::Values as Vector>::LANES;
+                #[inline(always)]
+                unsafe fn run(pixels: usize, wide: bool, t: &conv::Tile) {
+                    // SAFETY: the caller keeps the contract of the function called.
+                    unsafe {
+                        match (wide, pixels) {
+                            $((true, $wide) => tile_wide::<$wide>(t),)+
+                            $((false, $narrow) => tile_narrow::<$narrow>(t),)+
+                            _ => unreachable!("tile heights are dense"),
+                        }
                     }
                 }
             }
-        }
 
-        $(#[$attr])?
-        unsafe fn conv(
-            a: &$crate::cpu::kernels::conv::ConvArgs,
-            rows: std::ops::Range<usize>,
-            panels: std::ops::Range<usize>,
-        ) {
-            // SAFETY: the caller keeps the contract of the function called.
-            unsafe { $crate::cpu::kernels::conv::block::<Tiles>(a, rows, panels) }
+            $(#[$attr])?
+            unsafe fn run(a: &conv::ConvArgs, rows: std::ops::Range<usize>, panels: std::ops::Range<usize>) {
+                // SAFETY: the caller keeps the contract of the function called.
+                unsafe { conv::block::<Tiles>(a, rows, panels) }
+            }
+
+            pub(in $crate::cpu::kernels) static KERNEL: $crate::cpu::kernels::ConvKernel =
+                $crate::cpu::kernels::ConvKernel { lanes: <Tiles as conv::Tiles>::LANES, run };
         }
+    };
+}
+pub(crate) use conv_kernel;
+
+/// Compiles the other bodies for one ISA and makes its table; the convolution of f32 is module `single`.
+macro_rules! isa_kernels {
+    ($vector:ty, [$(#[$attr:meta])?], wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
+        use single::Tiles;
 
         $(#[$attr])?
         unsafe fn depthwise(a: &$crate::cpu::kernels::depthwise::DepthwiseArgs, rows: std::ops::Range<usize>) {
@@ -265,7 +355,9 @@ macro_rules! isa_kernels {
 
         pub(super) static KERNELS: $crate::cpu::kernels::Kernels = $crate::cpu::kernels::Kernels {
             lanes: <$vector as $crate::cpu::kernels::Vector>::LANES,
-            conv,
+            conv: single::KERNEL.run,
+            conv_bf16: bf16_plain::KERNEL,
+            conv_u8: u8_plain::KERNEL,
             depthwise,
             max_pool,
             resize,

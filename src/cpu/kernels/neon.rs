@@ -1,6 +1,7 @@
 //! NEON kernels: four lanes, thirty-two registers.
 
-use super::{isa_kernels, Vector};
+use super::conv::{Product, Single};
+use super::{conv_kernel, isa_kernels, Vector};
 use std::arch::aarch64::*;
 
 /// Four floats in a Q register.
@@ -72,5 +73,98 @@ impl Vector for F32x4 {
     }
 }
 
-isa_kernels!(F32x4, #[target_feature(enable = "neon")],
+/// Two bf16, in f32.
+pub(crate) struct PairsApart;
+
+// SAFETY of every block below: the trait's contract (NEON is part of AArch64, the
+// pointers are good for a register or a word).
+impl Product for PairsApart {
+    type Values = F32x4;
+    type Words = uint32x4_t;
+    type Sums = float32x4_t;
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> float32x4_t {
+        // SAFETY: trait contract.
+        unsafe { vld1q_f32(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> uint32x4_t {
+        // SAFETY: trait contract.
+        unsafe { vdupq_n_u32(p.cast::<u32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> uint32x4_t {
+        // SAFETY: trait contract.
+        unsafe { vld1q_u32(p) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: float32x4_t, input: uint32x4_t, weights: uint32x4_t) -> float32x4_t {
+        // SAFETY: register arithmetic.
+        unsafe {
+            let high_half = vdupq_n_u32(0xffff_0000);
+            let [input_low, low] = [input, weights].map(|v| vreinterpretq_f32_u32(vshlq_n_u32::<16>(v)));
+            let [input_high, high] = [input, weights].map(|v| vreinterpretq_f32_u32(vandq_u32(v, high_half)));
+            vfmaq_f32(vfmaq_f32(sums, input_low, low), input_high, high)
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: float32x4_t, _: *const f32, _: *const f32) -> F32x4 {
+        F32x4(sums)
+    }
+}
+
+/// Four u8 by i8, by products of 16 bits.
+pub(crate) struct FoursOfU8;
+
+impl Product for FoursOfU8 {
+    type Values = F32x4;
+    type Words = uint32x4_t;
+    type Sums = int32x4_t;
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> int32x4_t {
+        // SAFETY: trait contract.
+        unsafe { vld1q_s32(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> uint32x4_t {
+        // SAFETY: trait contract.
+        unsafe { vdupq_n_u32(p.cast::<u32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> uint32x4_t {
+        // SAFETY: trait contract.
+        unsafe { vld1q_u32(p) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: int32x4_t, input: uint32x4_t, weights: uint32x4_t) -> int32x4_t {
+        // SAFETY: register arithmetic.
+        unsafe {
+            let (input, weights) = (vreinterpretq_u8_u32(input), vreinterpretq_s8_u32(weights));
+            let low = |v| vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(v)));
+            // All lanes of the input are the same word, so its lower half stands for the upper one too.
+            let input = low(input);
+            let [low, high] = [vmovl_s8(vget_low_s8(weights)), vmovl_s8(vget_high_s8(weights))];
+            let products = |w: int16x8_t| {
+                let first = vmull_s16(vget_low_s16(input), vget_low_s16(w));
+                let second = vmull_s16(vget_high_s16(input), vget_high_s16(w));
+                vpaddq_s32(first, second)
+            };
+            vaddq_s32(sums, vpaddq_s32(products(low), products(high)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: int32x4_t, scale: *const f32, bias: *const f32) -> F32x4 {
+        // SAFETY: trait contract.
+        F32x4(unsafe { vfmaq_f32(vld1q_f32(bias), vcvtq_f32_s32(sums), vld1q_f32(scale)) })
+    }
+}
+
+conv_kernel!(single, Single<F32x4>, [#[target_feature(enable = "neon")]],
+    wide: [12 11 10 9 8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
+conv_kernel!(bf16_plain, PairsApart, [#[target_feature(enable = "neon")]],
+    wide: [8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
+conv_kernel!(u8_plain, FoursOfU8, [#[target_feature(enable = "neon")]],
+    wide: [8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
+
+isa_kernels!(F32x4, [#[target_feature(enable = "neon")]],
     wide: [12 11 10 9 8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);

@@ -2,12 +2,15 @@
 
 use super::conv::activate;
 use super::Vector;
+use crate::cpu::arena::Storage;
 use std::ops::Range;
 
 /// Max pooling of one image. Windows are clipped to the map, so padding never wins.
 pub(crate) struct PoolArgs {
+    /// How input and output are stored; strides count values.
+    pub storage: Storage,
     /// First pixel of the map.
-    pub input: *const f32,
+    pub input: *const u8,
     pub in_row: usize,
     pub in_pixel: usize,
     /// Rows and columns of the map.
@@ -16,7 +19,7 @@ pub(crate) struct PoolArgs {
     pub stride: [usize; 2],
     /// Padding above and to the left.
     pub pad: [usize; 2],
-    pub output: *mut f32,
+    pub output: *mut u8,
     pub out_row: usize,
     pub out_pixel: usize,
     pub width: usize,
@@ -46,11 +49,12 @@ pub(crate) unsafe fn max_pool<V: Vector>(a: &PoolArgs, rows: Range<usize>) {
                     let mut best = V::splat(f32::NEG_INFINITY);
                     for iy in y0..y1 {
                         for ix in x0..x1 {
-                            let p = a.input.add(iy * a.in_row + ix * a.in_pixel + c);
-                            best = best.max(V::load_upto(p, lanes));
+                            let p = iy * a.in_row + ix * a.in_pixel + c;
+                            best = best.max(V::load_as(a.storage, a.input.add(p * a.storage.bytes()), lanes));
                         }
                     }
-                    best.store_upto(a.output.add(y * a.out_row + x * a.out_pixel + c), lanes);
+                    let to = y * a.out_row + x * a.out_pixel + c;
+                    best.store_as(a.storage, a.output.add(to * a.storage.bytes()), lanes);
                 }
                 c += V::LANES;
             }
@@ -70,13 +74,15 @@ pub(crate) struct Blend {
 
 /// Interpolation of one image.
 pub(crate) struct ResizeArgs<'a> {
-    pub input: *const f32,
+    /// How input and output are stored; strides count values.
+    pub storage: Storage,
+    pub input: *const u8,
     pub in_row: usize,
     pub in_pixel: usize,
     /// One an output row, one an output column.
     pub rows: &'a [Blend],
     pub columns: &'a [Blend],
-    pub output: *mut f32,
+    pub output: *mut u8,
     pub out_row: usize,
     pub out_pixel: usize,
     pub channels: usize,
@@ -98,15 +104,16 @@ pub(crate) unsafe fn resize<V: Vector>(a: &ResizeArgs, rows: Range<usize>) {
                 let lanes = (a.channels - c).min(V::LANES);
                 // SAFETY: the caller's contract; the indices are inside the map.
                 unsafe {
-                    let at = |o: usize| V::load_upto(a.input.add(o + c), lanes);
-                    let out = a.output.add(y * a.out_row + x * a.out_pixel + c);
+                    let at =
+                        |o: usize| V::load_as(a.storage, a.input.add((o + c) * a.storage.bytes()), lanes);
+                    let out = a.output.add((y * a.out_row + x * a.out_pixel + c) * a.storage.bytes());
                     if by.t == 0.0 && bx.t == 0.0 {
-                        at(top + left).store_upto(out, lanes);
+                        at(top + left).store_as(a.storage, out, lanes);
                     } else {
                         let mix = |p: V, q: V, t: f32| p.mul(V::splat(1.0 - t)).mul_add(q, V::splat(t));
                         let upper = mix(at(top + left), at(top + right), bx.t);
                         let lower = mix(at(bottom + left), at(bottom + right), bx.t);
-                        mix(upper, lower, by.t).store_upto(out, lanes);
+                        mix(upper, lower, by.t).store_as(a.storage, out, lanes);
                     }
                 }
                 c += V::LANES;
@@ -115,22 +122,51 @@ pub(crate) unsafe fn resize<V: Vector>(a: &ResizeArgs, rows: Range<usize>) {
     }
 }
 
+/// What `output = activation(a [+ b])` reads, pixel by pixel.
+#[derive(Clone, Copy)]
+pub(crate) struct Operand {
+    pub storage: Storage,
+    /// Its first value; null where it is not there.
+    pub values: *const u8,
+    /// Values from row to row and pixel to pixel.
+    pub row: usize,
+    pub pixel: usize,
+    /// Stands for `(v - zero) * scale`, in units of the output.
+    pub scale: f32,
+    pub zero: f32,
+}
+
+impl Operand {
+    /// Channels `c .. c + lanes` of pixel (y, x).
+    #[inline(always)]
+    unsafe fn load<V: Vector>(&self, y: usize, x: usize, c: usize, lanes: usize) -> V {
+        let at = y * self.row + x * self.pixel + c;
+        // SAFETY: the contract of `add_or_copy`.
+        unsafe {
+            let v = V::load_as(self.storage, self.values.add(at * self.storage.bytes()), lanes);
+            if (self.scale, self.zero) == (1.0, 0.0) {
+                return v;
+            }
+            v.add(V::splat(-self.zero)).mul(V::splat(self.scale))
+        }
+    }
+}
+
 /// `output = activation(a [+ b])`, pixel by pixel.
 pub(crate) struct RowArgs {
-    pub a: *const f32,
-    pub a_row: usize,
-    pub a_pixel: usize,
-    /// Null for a copy.
-    pub b: *const f32,
-    pub b_row: usize,
-    pub b_pixel: usize,
-    pub output: *mut f32,
+    pub a: Operand,
+    pub b: Operand,
+    /// How the output is stored; strides count values.
+    pub storage: Storage,
+    pub output: *mut u8,
     pub out_row: usize,
     pub out_pixel: usize,
     pub width: usize,
     pub channels: usize,
     /// Result = max(x, slope * x).
     pub slope: f32,
+    /// The u8 that stands for zero in the output.
+    pub zero: f32,
 }
 
 /// Computes output rows `rows`.
@@ -141,17 +177,20 @@ pub(crate) struct RowArgs {
 pub(crate) unsafe fn add_or_copy<V: Vector>(a: &RowArgs, rows: Range<usize>) {
     // SAFETY: the caller's contract.
     unsafe {
-        let slope = V::splat(a.slope);
+        let (slope, zero) = (V::splat(a.slope), V::splat(a.zero));
         for y in rows {
             for x in 0..a.width {
                 let mut c = 0;
                 while c < a.channels {
                     let lanes = (a.channels - c).min(V::LANES);
-                    let mut v = V::load_upto(a.a.add(y * a.a_row + x * a.a_pixel + c), lanes);
-                    if !a.b.is_null() {
-                        v = v.add(V::load_upto(a.b.add(y * a.b_row + x * a.b_pixel + c), lanes));
+                    let mut v = a.a.load::<V>(y, x, c, lanes);
+                    if !a.b.values.is_null() {
+                        v = v.add(a.b.load::<V>(y, x, c, lanes));
                     }
-                    activate(v, slope).store_upto(a.output.add(y * a.out_row + x * a.out_pixel + c), lanes);
+                    let v = activate(v, slope);
+                    let v = if a.storage == Storage::U8 { v.add(zero) } else { v };
+                    let to = (y * a.out_row + x * a.out_pixel + c) * a.storage.bytes();
+                    v.store_as(a.storage, a.output.add(to), lanes);
                     c += V::LANES;
                 }
             }

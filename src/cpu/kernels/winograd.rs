@@ -2,8 +2,9 @@
 //! `A^T ((G g G^T) * (B^T d B)) A` of its 6x6 inputs `d` and the 3x3 kernel `g`, where `*` is a product for each of the 36
 //! positions, summed over the input channels: 36 multiplications where the plain sum takes 144.
 
-use super::conv::{activate, Residual};
+use super::conv::Rule;
 use super::Vector;
+use crate::cpu::arena::Storage;
 
 /// Rows and columns of a tile of outputs.
 pub(crate) const TILE: usize = 4;
@@ -24,8 +25,10 @@ pub(crate) const G: [[f64; 3]; PATCH] = [
 
 /// One tile's inputs.
 pub(crate) struct InputArgs<'a> {
+    /// How they are stored.
+    pub storage: Storage,
     /// Its pixels, row by row.
-    pub pixels: &'a [*const f32; POSITIONS],
+    pub pixels: &'a [*const u8; POSITIONS],
     /// Transformed: position p at `p * stride`.
     pub output: *mut f32,
     pub stride: usize,
@@ -35,7 +38,7 @@ pub(crate) struct InputArgs<'a> {
 /// `B^T d B` of all channels.
 ///
 /// # Safety
-/// Every pixel has `channels` floats, and every position of the output room for them.
+/// Every pixel has `channels` values, and every position of the output room for them.
 #[inline(always)]
 pub(crate) unsafe fn input<V: Vector>(a: &InputArgs) {
     let mut c = 0;
@@ -47,7 +50,8 @@ pub(crate) unsafe fn input<V: Vector>(a: &InputArgs) {
             for column in 0..PATCH {
                 let mut d = [V::splat(0.0); PATCH];
                 for (row, d) in d.iter_mut().enumerate() {
-                    *d = V::load_upto(a.pixels[row * PATCH + column].add(c), lanes);
+                    let p = a.pixels[row * PATCH + column].add(c * a.storage.bytes());
+                    *d = V::load_as(a.storage, p, lanes);
                 }
                 half[column] = transform_input(d);
             }
@@ -95,23 +99,21 @@ pub(crate) struct OutputArgs {
     pub stride: usize,
     /// One a channel.
     pub bias: *const f32,
-    /// First pixel; rows and columns of them that exist.
-    pub output: *mut f32,
+    /// First pixel; rows and columns of them that exist. Strides are bytes.
+    pub output: *mut u8,
     pub out_row: usize,
     pub out_pixel: usize,
     pub size: [usize; 2],
     pub channels: usize,
-    /// Result = max(x, slope * x).
-    pub slope: f32,
-    pub residual: Residual,
+    pub rule: Rule,
     /// The residual's pixels, row by row; anything where there is none.
-    pub add: [*const f32; TILE * TILE],
+    pub add: [*const u8; TILE * TILE],
 }
 
 /// `A^T m A` of all channels, bias, residual and activation.
 ///
 /// # Safety
-/// Every position of the products, the bias, every pixel that exists and the residual's have `channels` floats.
+/// Every position of the products, the bias, every pixel that exists and the residual's have `channels` values.
 #[inline(always)]
 pub(crate) unsafe fn output<V: Vector>(a: &OutputArgs) {
     let mut c = 0;
@@ -119,7 +121,6 @@ pub(crate) unsafe fn output<V: Vector>(a: &OutputArgs) {
         let lanes = (a.channels - c).min(V::LANES);
         // SAFETY: the caller's contract, for channels c .. c + lanes.
         unsafe {
-            let slope = V::splat(a.slope);
             let bias = V::load_upto(a.bias.add(c), lanes);
             let mut half = [[V::splat(0.0); TILE]; PATCH];
             for column in 0..PATCH {
@@ -135,19 +136,10 @@ pub(crate) unsafe fn output<V: Vector>(a: &OutputArgs) {
                     *m = half[column][row];
                 }
                 let m = transform_output(m);
-                let to = a.output.add(row * a.out_row + c);
+                let to = a.output.add(row * a.out_row + c * a.rule.output.bytes());
                 for column in 0..a.size[1] {
-                    let v = m[column].add(bias);
-                    let v = match a.residual {
-                        Residual::None => activate(v, slope),
-                        Residual::BeforeActivation => {
-                            activate(v.add(V::load_upto(a.add[row * TILE + column].add(c), lanes)), slope)
-                        }
-                        Residual::AfterActivation => {
-                            activate(v, slope).add(V::load_upto(a.add[row * TILE + column].add(c), lanes))
-                        }
-                    };
-                    v.store_upto(to.add(column * a.out_pixel), lanes);
+                    let add = a.add[row * TILE + column].wrapping_add(c * a.rule.add.bytes());
+                    a.rule.finish(m[column].add(bias), add, to.add(column * a.out_pixel), lanes);
                 }
             }
         }

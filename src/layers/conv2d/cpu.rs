@@ -1,7 +1,8 @@
 //! Lowering of convolutions to the CPU kernels.
 
 use super::Conv2d;
-use crate::cpu::conv::{ConvOp, DepthwiseOp, Residual, Window};
+use crate::cpu::arena::Storage;
+use crate::cpu::conv::{ConvOp, DepthwiseOp, Formats, Residual, Window};
 use crate::cpu::program::Kind;
 use crate::cpu::winograd::WinogradOp;
 use crate::cpu::{Isa, Op};
@@ -9,15 +10,15 @@ use crate::error::Result;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-/// The op for `conv` with folded `weight` and `bias`, activation `max(x, slope * x)` and the place
+/// The op for `conv` with folded `weight` and `bias`; `rule` is the slope of its activation `max(x, slope * x)` and the place
 /// where a second input is added.
 pub(crate) fn lower(
     conv: &Conv2d,
     isa: Isa,
     weight: &[f32],
     bias: &[f32],
-    slope: f32,
-    residual: Residual,
+    rule: (f32, Residual),
+    formats: Formats,
 ) -> Result<Op> {
     let Conv2d { kernel, stride, dilation, padding, groups, in_channels, out_channels, .. } = *conv;
     let window = Window { kernel, stride, dilation, padding };
@@ -28,23 +29,27 @@ pub(crate) fn lower(
             in_channels,
             weight,
             bias,
-            slope,
+            rule.0,
+            [formats.input, formats.output],
         )))));
     }
     let channels = [in_channels, out_channels];
-    if winograd_pays(conv) {
-        let op = WinogradOp::new(isa, padding, channels, weight, bias, slope, residual)?;
+    if winograd_pays(conv, &formats) {
+        let op = WinogradOp::new(isa, padding, channels, weight, bias, rule, formats)?;
         return Ok(Op(Kind::Winograd(op)));
     }
-    Ok(Op(Kind::Conv(Arc::new(ConvOp::new(isa, window, groups, channels, weight, bias, slope, residual)))))
+    Ok(Op(Kind::Conv(Arc::new(ConvOp::new(isa, window, groups, channels, weight, bias, rule, formats)))))
 }
 
 /// Channels, at either side, with which Winograd's algorithm is the faster: with fewer its transforms take longer than they
 /// save, with more its weights, four times as large as the kernels, are what it waits for.
 const WINOGRAD_CHANNELS: RangeInclusive<usize> = 16..=512;
 
-/// Whether a convolution is computed by Winograd's algorithm.
-fn winograd_pays(conv: &Conv2d) -> bool {
+/// Whether a convolution is computed by Winograd's algorithm, in f32 whatever its tensors are stored as.
+fn winograd_pays(conv: &Conv2d, formats: &Formats) -> bool {
+    if [formats.input, formats.output].iter().any(|f| f.storage == Storage::U8) {
+        return false;
+    }
     let plain = conv.kernel == [3, 3] && conv.stride == [1, 1] && conv.dilation == [1, 1] && conv.groups == 1;
     plain && [conv.in_channels, conv.out_channels].iter().all(|c| WINOGRAD_CHANNELS.contains(c))
 }

@@ -2,7 +2,7 @@
 //! makes its weight `[out, C, H, W]`.
 
 use super::Linear;
-use crate::cpu::conv::{ConvOp, Residual, Window};
+use crate::cpu::conv::{ConvOp, Formats, Residual, Window};
 use crate::cpu::program::Kind;
 use crate::cpu::{Isa, Op};
 use std::sync::Arc;
@@ -14,10 +14,10 @@ pub(crate) fn lower(
     size: [usize; 2],
     weight: &[f32],
     bias: &[f32],
-    slope: f32,
-    residual: Residual,
+    rule: (f32, Residual),
+    formats: Formats,
 ) -> Op {
     let window = Window { kernel: size, stride: [1; 2], dilation: [1; 2], padding: [0; 4] };
     let channels = [linear.in_features / (size[0] * size[1]), linear.out_features];
-    Op(Kind::Conv(Arc::new(ConvOp::new(isa, window, 1, channels, weight, bias, slope, residual))))
+    Op(Kind::Conv(Arc::new(ConvOp::new(isa, window, 1, channels, weight, bias, rule, formats))))
 }

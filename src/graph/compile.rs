@@ -1,0 +1,222 @@
+//! A network with its weights packed for one ISA: every step of the [draft](super::fuse) gets its op, for the formats that its
+//! tensors have.
+
+use super::build::{Graph, NodeId, ParamId};
+use super::fold::{fold_batchnorm, Affine};
+use super::formats::{assign, Numbers};
+use super::fuse::{channels, root, Chain, Draft, DraftStep, Value, ValueId, Work};
+use super::weights::Weights;
+use crate::cpu::arena::Format;
+use crate::cpu::conv::Formats;
+use crate::cpu::pair::PairOp;
+use crate::cpu::program::Kind;
+use crate::cpu::{Isa, Op};
+use crate::error::{Error, Result};
+use crate::layers::{
+    activation, batchnorm, combine, conv2d, conv_transpose2d, linear, pool, roi_align, upsample, Layer,
+};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// An op and the values it reads and writes.
+pub(crate) struct CompiledStep {
+    pub op: Arc<Op>,
+    pub inputs: Vec<ValueId>,
+    pub output: ValueId,
+    /// Node that names the step in listings and whose multiply-adds it does.
+    pub node: NodeId,
+    /// The node that is computed with it, of a pair.
+    pub then: Option<NodeId>,
+}
+
+/// A network with its weights packed for one ISA, independent of input sizes; shared by sessions.
+pub struct Compiled {
+    pub(crate) graph: Graph,
+    pub(crate) values: Vec<Value>,
+    /// How each value is stored.
+    pub(crate) formats: Vec<Format>,
+    pub(crate) steps: Vec<CompiledStep>,
+    pub(crate) inputs: Vec<ValueId>,
+    pub(crate) outputs: Vec<ValueId>,
+    pub(crate) isa: Isa,
+}
+
+/// Rows and columns of a node where they do not depend on the network's input.
+fn static_size(graph: &Graph, id: NodeId) -> Option<[usize; 2]> {
+    let node = &graph.nodes[id.0];
+    match node.layer()? {
+        Layer::RoiAlign(r) => Some(r.output),
+        Layer::Linear(_) | Layer::GlobalAvgPool(_) => Some([1, 1]),
+        Layer::Conv2d(c) => {
+            let [h, w] = static_size(graph, node.inputs[0])?;
+            let s = c.out_shape(crate::shape::Shape::new(1, c.in_channels, h, w)).ok()?;
+            Some([s.h, s.w])
+        }
+        Layer::MaxPool(p) => {
+            let [h, w] = static_size(graph, node.inputs[0])?;
+            let s = p.out_shape(crate::shape::Shape::new(1, 1, h, w)).ok()?;
+            Some([s.h, s.w])
+        }
+        Layer::BatchNorm(_) | Layer::Activation(_) | Layer::Add(_) | Layer::Concat(_) => {
+            static_size(graph, node.inputs[0])
+        }
+        _ => None,
+    }
+}
+
+impl Compiled {
+    /// Folds, fuses and packs `graph` with `weights` for `isa`, in f32.
+    pub fn new(graph: &Graph, weights: &Weights, isa: Isa) -> Result<Self> {
+        Self::in_numbers(graph, weights, isa, &Numbers::F32)
+    }
+
+    /// As [`Compiled::new`], computing in these numbers. Inputs and outputs are f32 all the same.
+    pub fn in_numbers(graph: &Graph, weights: &Weights, isa: Isa, numbers: &Numbers) -> Result<Self> {
+        let mut compiled = Self::in_steps(graph, weights, isa, numbers)?;
+        compiled.pair();
+        Ok(compiled)
+    }
+
+    /// As [`Compiled::in_numbers`], every step by itself.
+    pub(crate) fn in_steps(graph: &Graph, weights: &Weights, isa: Isa, numbers: &Numbers) -> Result<Self> {
+        weights.check(graph)?;
+        let mut draft = Draft::new(graph);
+        let formats = assign(&mut draft, numbers);
+        // Chains by the first parameter of their start, with their ops.
+        let mut made: HashMap<Option<ParamId>, Vec<(Chain, Formats, Arc<Op>)>> = HashMap::new();
+        let Draft { graph, values, steps, inputs, outputs } = draft;
+        let lower = |step: DraftStep| {
+            let DraftStep { work, inputs, output, node } = step;
+            let format = |v: ValueId| formats[v.0];
+            let input = format(inputs[0]);
+            let add = inputs.get(1).map_or(Format::F32, |&v| format(v));
+            let all = Formats { input, add, output: format(output) };
+            let op = match work {
+                Work::Copy => Arc::new(combine::cpu::copy([input, all.output])),
+                Work::Plain(layer, slope) => Arc::new(lower_plain(&layer, slope, all)?),
+                Work::Chain(chain) => {
+                    let made = made.entry(graph.nodes[node.0].params.first().copied()).or_default();
+                    match made.iter().find(|(other, f, _)| *f == all && chain.is_like(other, &graph)) {
+                        Some((_, _, op)) => op.clone(),
+                        None => {
+                            let op = Arc::new(lower_chain(&graph, weights, isa, &chain, all)?);
+                            made.push((chain, all, op.clone()));
+                            op
+                        }
+                    }
+                }
+            };
+            Ok(CompiledStep { op, inputs, output, node, then: None })
+        };
+        let steps = steps.into_iter().map(lower).collect::<Result<_>>()?;
+        Ok(Self { values, formats, steps, inputs, outputs, isa, graph })
+    }
+
+    /// Makes one step of a depthwise convolution and the pointwise one that alone reads it.
+    fn pair(&mut self) {
+        let mut pairs: Vec<Arc<Op>> = Vec::new();
+        let mut i = 0;
+        while i < self.steps.len() {
+            let value = self.steps[i].output;
+            let readers: Vec<usize> =
+                (i + 1..self.steps.len()).filter(|&j| self.steps[j].inputs.contains(&value)).collect();
+            let alone = !self.outputs.contains(&value) && self.values[value.0].parent.is_none();
+            let [j] = readers[..] else {
+                i += 1;
+                continue;
+            };
+            let (first, second) = (&self.steps[i], &self.steps[j]);
+            let takes = second.inputs[0] == value && !second.inputs[1..].contains(&value);
+            let pair = match (&first.op.0, &second.op.0) {
+                (Kind::Depthwise(d), Kind::Conv(c)) if alone && takes => PairOp::new(d, c),
+                _ => None,
+            };
+            let Some(pair) = pair else {
+                i += 1;
+                continue;
+            };
+            // Heads have theirs on every level.
+            let made = pairs.iter().find(|op| matches!(&op.0, Kind::Pair(p) if p.is(&pair))).cloned();
+            let op = made.unwrap_or_else(|| {
+                pairs.push(Arc::new(Op(Kind::Pair(pair))));
+                pairs[pairs.len() - 1].clone()
+            });
+            let first = self.steps.remove(i);
+            let second = &mut self.steps[j - 1];
+            second.op = op;
+            second.inputs[0] = first.inputs[0];
+            second.then = Some(second.node);
+            second.node = first.node;
+        }
+    }
+
+    /// The value whose buffer this one is in, which is itself or the concatenation that it is part of, and its first channel
+    /// there.
+    pub(crate) fn root(&self, id: ValueId) -> (ValueId, usize) {
+        root(&self.values, id)
+    }
+
+    /// Every step's layer name and kernel, in the order of `Plan::run_timed`'s times for a plan that wants everything.
+    pub fn listing(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        self.steps.iter().map(|s| (self.graph.nodes[s.node.0].name.as_str(), s.op.name()))
+    }
+
+    /// Bytes of packed weights; those that several steps share count once.
+    pub fn weight_bytes(&self) -> usize {
+        let ops: HashMap<_, _> = self.steps.iter().map(|s| (Arc::as_ptr(&s.op), s.op.bytes())).collect();
+        ops.into_values().sum()
+    }
+
+    /// The ISA the weights are packed for.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+/// The op of a chain.
+fn lower_chain(graph: &Graph, weights: &Weights, isa: Isa, chain: &Chain, formats: Formats) -> Result<Op> {
+    let node = &graph.nodes[chain.start.0];
+    let affine = Affine::of(graph, chain.start, weights)?;
+    let mut affine = affine.ok_or_else(|| Error::Internal(format!("layer {} starts no chain", node.name)))?;
+    for norm in &chain.norms {
+        let node = &graph.nodes[norm.0];
+        if let Some(Layer::BatchNorm(bn)) = node.layer() {
+            fold_batchnorm(&mut affine, graph, node, bn.eps, weights)?;
+        }
+    }
+    let Affine { weight, bias, .. } = &affine;
+    let rule = (chain.slope, chain.residual);
+    match node.layer() {
+        Some(Layer::Conv2d(c)) => conv2d::cpu::lower(c, isa, weight, bias, rule, formats),
+        Some(Layer::ConvTranspose2d(c)) => Ok(conv_transpose2d::cpu::lower(c, weight, bias)),
+        Some(Layer::BatchNorm(b)) => {
+            Ok(batchnorm::cpu::lower(b, isa, weight, bias, chain.slope, [formats.input, formats.output]))
+        }
+        Some(Layer::Linear(l)) => {
+            let size = static_size(graph, node.inputs[0])
+                .filter(|[h, w]| channels(graph, node.inputs[0]) * h * w == l.in_features)
+                .ok_or_else(|| {
+                    let (name, features) = (&node.name, l.in_features);
+                    Error::InvalidModel(format!(
+                        "layer {name}: linear needs a map of fixed size, {features} values"
+                    ))
+                })?;
+            Ok(linear::cpu::lower(l, isa, size, weight, bias, rule, formats))
+        }
+        _ => Err(Error::Internal(format!("layer {} starts no chain", node.name))),
+    }
+}
+
+/// The op of a layer without weights, with an activation of this slope behind it where it is a sum.
+fn lower_plain(layer: &Layer, slope: f32, f: Formats) -> Result<Op> {
+    Ok(match layer {
+        Layer::Activation(a) => activation::cpu::lower(a, [f.input, f.output]),
+        Layer::MaxPool(p) => pool::cpu::lower_max(p),
+        Layer::GlobalAvgPool(_) => pool::cpu::lower_global_avg(),
+        Layer::Upsample(u) => upsample::cpu::lower(u),
+        Layer::Crop(c) => combine::cpu::crop(c, [f.input, f.output]),
+        Layer::RoiAlign(r) => roi_align::cpu::lower(r),
+        Layer::Add(_) => combine::cpu::add(slope, [f.input, f.add, f.output]),
+        other => return Err(Error::Internal(format!("{} is not a plain layer", other.kind()))),
+    })
+}
