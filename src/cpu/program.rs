@@ -74,6 +74,11 @@ impl Op {
         }
     }
 
+    /// Whether it is a convolution over channels.
+    pub fn is_dense(&self) -> bool {
+        matches!(self.0, Kind::Conv(_) | Kind::Winograd(_))
+    }
+
     /// Bytes of packed weights.
     pub fn bytes(&self) -> usize {
         match &self.0 {
@@ -459,6 +464,38 @@ impl Program {
 }
 
 impl Program {
+    /// Runs all steps, one after the other, all threads of the pool together in each; after every step `watch` is shown its number,
+    /// its output and the arena. Masks are not for this.
+    pub fn run_watched(
+        &self,
+        arena: &mut Arena,
+        pool: &mut Pool,
+        watch: &mut dyn FnMut(usize, &View, &[f32]),
+    ) {
+        assert!(arena.floats().len() >= self.floats, "arena smaller than the program needs");
+        assert!(self.gates.is_empty(), "a program with masks");
+        let each = self.scratch();
+        let mut own = pool.take_scratch(each);
+        let scratch = Base(own.floats_mut().as_mut_ptr().cast());
+        for (i, step) in self.steps.iter().enumerate() {
+            let base = Base(arena.floats_mut().as_mut_ptr().cast());
+            pool.run(&|team| {
+                let (base, scratch) = (&base, &scratch);
+                // SAFETY: Program::new validated the step and the inputs; each job ends before the next begins.
+                unsafe {
+                    if i == 0 {
+                        self.inputs.iter().for_each(|view| simple::zero_halo(base.0, view, team));
+                        team.barrier();
+                    }
+                    let scratch = scratch.0.add(team.index * each * size_of::<f32>());
+                    step.run(self.kernels, [base.0, scratch], None, team);
+                }
+            });
+            watch(i, &step.output, arena.floats());
+        }
+        pool.give_scratch(own);
+    }
+
     /// This thread's part of what a step is asked for; makes its mask where it is not there.
     ///
     /// # Safety

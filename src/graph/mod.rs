@@ -2,6 +2,7 @@
 //! in an arena, run.
 
 pub mod build;
+pub mod calibrate;
 pub mod compile;
 pub mod demand;
 pub mod exec;
@@ -16,6 +17,7 @@ pub mod reach;
 pub mod weights;
 
 pub use build::{Builder, Graph, NodeId};
+pub use calibrate::{Calibration, Clip};
 pub use compile::Compiled;
 pub use demand::Want;
 pub use exec::run_reference;

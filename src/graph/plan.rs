@@ -178,6 +178,16 @@ impl Plan {
         self.program.run_timed(arena, pool, Some(times));
     }
 
+    /// Runs on one thread; after every step `watch` is shown its number, its output and the arena.
+    pub(crate) fn run_watched(
+        &self,
+        arena: &mut Arena,
+        pool: &mut Pool,
+        watch: &mut dyn FnMut(usize, &View, &[f32]),
+    ) {
+        self.program.run_watched(arena, pool, watch);
+    }
+
     /// Writes `inputs` into the arena (grown where too small), runs, and copies the outputs out, in the
     /// graph's order. For tests and tools; a session writes its inputs in place.
     pub fn run_tensors(&self, arena: &mut Arena, pool: &mut Pool, inputs: &[Tensor]) -> Result<Vec<Tensor>> {

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Our engine against ONNX Runtime, OpenVINO and ncnn: same networks, same weights, same picture, interleaved in one run.
 
-    pip install numpy onnxruntime openvino ncnn pnnx
-    python3 tests/bench/compare.py [NETWORK[@WxH] ..] [--numbers f32 bf16] [--threads 1 2] [--seconds 6] [--engines ..]
+    pip install numpy onnx onnxruntime openvino ncnn pnnx
+    python3 tests/bench/compare.py [NETWORK[@WxH] ..] [--numbers f32 bf16 int8] [--threads 1 2] [--seconds 6] [--engines ..]
 
 A NETWORK is a detector's name, one of tests/bench/networks.rs, or a model file; without any, those of `NETWORKS`. ONNX files for the
-others are written by our worker (`bench_worker`, built where `--ours` names none). Every engine runs in a process of its
+others are written by our worker (`bench_worker`, built where `--ours` names none); for int8 ONNX Runtime quantizes them. Every engine runs in a process of its
 own with its threads capped; rounds go engine by engine, so that all see the same noise. At one thread the processor time
 counts, at more the wall clock. Medians are printed with their ratio ours / theirs (below 1: ours is faster). The run fails
-where outputs differ by more than 1e-3 of their mean (bf16: 5e-2).
+where outputs differ by more than 1e-3 of their mean (bf16: 5e-2; int8, where every engine rounds in other places: 0.3).
 """
 import argparse
 import json
@@ -21,7 +21,10 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Ours first.
-ENGINES = {"f32": ("farface", "onnxruntime", "openvino-f32", "ncnn"), "bf16": ("farface-bf16", "openvino-bf16")}
+ENGINES = {"f32": ("farface", "onnxruntime", "openvino-f32", "ncnn"), "bf16": ("farface-bf16", "openvino-bf16"),
+           "int8": ("farface-int8", "openvino-int8", "onnxruntime-int8")}
+# Largest difference of an output's prints, relative to its mean.
+TOLERANCE = {"f32": 1e-3, "bf16": 5e-2, "int8": 0.3}
 NETWORKS = ("fpn-finest-r50@800x800", "fpn-finest-r18@800x800", "retinanet-r18@640x480", "yunet-like@640x480",
             "ultra-light-like@640x480", "farface-nano@640x480", "farface-small@640x480", "retinaface-mobile025@640x480")
 
@@ -34,7 +37,7 @@ def peer(engine, model, threads):
     names = json.load(open(os.path.splitext(model)[0] + ".json"))
     height, width = names["size"]
     x = picture(np, [1, 3, height, width])
-    if engine == "onnxruntime":
+    if engine.startswith("onnxruntime"):
         import onnxruntime as ort
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -45,10 +48,10 @@ def peer(engine, model, threads):
     elif engine.startswith("openvino"):
         import openvino as ov
         core = ov.Core()
-        # OpenVINO computes in bf16 unless told otherwise.
+        # OpenVINO computes in bf16 unless told otherwise; of a quantized network what is not in int8.
+        hint = {} if engine.endswith("int8") else {"INFERENCE_PRECISION_HINT": engine.removeprefix("openvino-")}
         compiled = core.compile_model(core.read_model(model), "CPU", {
-            "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1",
-            "INFERENCE_PRECISION_HINT": engine.removeprefix("openvino-")})
+            "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1", **hint})
         request = compiled.create_infer_request()
 
         def run():
@@ -108,22 +111,42 @@ def ask(worker, runs):
     return [tuple(map(float, p.split(","))) for p in worker.stdout.readline().split()]
 
 
-def agree(engines, prints):
+def quantize(onnx, quantized, shape):
+    """Static quantization as ONNX Runtime does it, with ranges from the picture: u8 tensors, i8 weights by channel."""
+    import logging
+    import numpy as np
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    import onnx as onnx_format
+    name = onnx_format.load(onnx).graph.input[0].name
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.inputs = iter([{name: picture(np, shape)}])
+
+        def get_next(self):
+            return next(self.inputs, None)
+
+    logging.disable(logging.WARNING)
+    quantize_static(onnx, quantized, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+                    weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8)
+    logging.disable(logging.NOTSET)
+
+
+def agree(engines, prints, tolerance):
     """Each output's mean of |x| and wave sum, against the first engine's."""
     ours = prints[engines[0]]
     for e in engines[1:]:
-        tolerance = 5e-2 if "bf16" in e else 1e-3
         # ncnn numbers its outputs anew; the order is the same.
         for i, (a, b) in enumerate(zip(ours, prints[e], strict=True)):
             if not abs(a - b) <= tolerance * max(abs(ours[i // 2 * 2]), 1e-6):
                 sys.exit(f"error: output {i // 2} differs: {engines[0]} {a}, {e} {b}")
 
 
-def compare(engines, commands, seconds):
+def compare(engines, commands, seconds, tolerance):
     workers, prints, times = {}, {}, {e: [] for e in engines}
     for e in engines:
         workers[e], prints[e] = start(e, commands[e])
-    agree(engines, prints)
+    agree(engines, prints, tolerance)
     # As many runs a round as take a tenth of a second, and so many rounds that every engine has its seconds.
     slowest = max(statistics.median(w for w, _ in ask(workers[e], 3)) for e in engines)
     inner = max(1, min(20, int(0.1 / slowest)))
@@ -168,11 +191,15 @@ def main():
                 import pnnx
                 subprocess.run([pnnx.EXEC_PATH, onnx, f"inputshape=[1,3,{height},{width}]", "fp16=0"], cwd=folder, check=True,
                                capture_output=True)
+            if "int8" in args.numbers:
+                quantize(onnx, os.path.join(folder, "int8.onnx"), [1, 3, int(height), int(width)])
+                json.dump({"size": [int(height), int(width)]}, open(os.path.join(folder, "int8.json"), "w"))
             for numbers, threads in [(n, t) for n in args.numbers for t in args.threads]:
                 engines = [e for i, e in enumerate(ENGINES[numbers]) if i == 0 or not args.engines or e in args.engines]
-                commands = {e: [sys.executable, __file__, "--worker", e, onnx, str(threads)] for e in engines}
+                model = os.path.join(folder, "int8.onnx") if numbers == "int8" else onnx
+                commands = {e: [sys.executable, __file__, "--worker", e, model, str(threads)] for e in engines}
                 commands[engines[0]] = [worker, name, width, height, str(threads), numbers]
-                times, memory = compare(engines, commands, args.seconds)
+                times, memory = compare(engines, commands, args.seconds, TOLERANCE[numbers])
                 column = 1 if threads == 1 else 0
                 median = {e: statistics.median(t[column] for t in times[e]) * 1e3 for e in engines}
                 ours = median[engines[0]]

@@ -8,7 +8,7 @@ mod networks;
 
 use farface::cpu::{isa, Arena, Pool};
 use farface::graph::onnx::to_onnx;
-use farface::graph::{Compiled, Numbers, Plan};
+use farface::graph::{Calibration, Clip, Compiled, Numbers, Plan};
 use farface::shape::{Shape, Tensor};
 use std::io::BufRead;
 use std::time::Instant;
@@ -47,6 +47,11 @@ fn prints(output: &Tensor) -> [f64; 2] {
     [sum, waves].map(|v| v / output.data.len() as f64)
 }
 
+/// The same picture as in compare.py: value i of the channels-last tensor.
+fn picture(shape: Shape) -> Tensor {
+    Tensor::from_vec(shape, (0..shape.len()).map(|i| (i * 7919 % 255) as f32 - 100.0).collect())
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     if let [flag, file, name, width, height] = &args[..] {
@@ -59,18 +64,24 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     let [name, width, height, threads, numbers] = &args[..] else {
-        let usage = "usage: worker NETWORK WIDTH HEIGHT THREADS f32|bf16 | --onnx FILE NETWORK WIDTH HEIGHT";
+        let usage =
+            "usage: worker NETWORK WIDTH HEIGHT THREADS f32|bf16|int8 | --onnx FILE NETWORK WIDTH HEIGHT";
         return Err(usage.into());
-    };
-    let numbers = match numbers.as_str() {
-        "f32" => Numbers::F32,
-        "bf16" => Numbers::Bf16,
-        other => return Err(format!("{other}: expected f32 or bf16").into()),
     };
     let start = Instant::now();
     let shape = Shape::new(1, 3, height.parse()?, width.parse()?);
     let (network, outputs) = {
         let (graph, weights) = networks::network(name)?;
+        let numbers = match numbers.as_str() {
+            "f32" => Numbers::F32,
+            "bf16" => Numbers::Bf16,
+            "int8" => {
+                let mut calibration = Calibration::new(&graph, &weights)?;
+                calibration.watch_tensors(&mut Pool::new(1)?, &[picture(shape)])?;
+                Numbers::Int8(calibration.ranges(Clip::Extremes)?)
+            }
+            other => return Err(format!("{other}: expected f32, bf16 or int8").into()),
+        };
         (Compiled::in_numbers(&graph, &weights, isa::detected(), &numbers)?, graph.outputs.len())
     };
     let plan = Plan::new(&network, &[shape])?;
@@ -78,17 +89,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     arena.reserve(plan.floats())?;
     let mut pool = Pool::new(threads.parse()?)?;
     let input = plan.inputs()[0];
-    let mut pixel = 0usize;
-    for y in 0..shape.h {
-        for x in 0..shape.w {
-            for c in 0..3 {
-                // The same picture as in compare.py: value i of the channels-last tensor.
-                arena.floats_mut()[input.at(0, y, x) + c] = (pixel * 7919 % 255) as f32 - 100.0;
-                pixel += 1;
-            }
-        }
-    }
-    let picture = arena.read(&input);
+    let picture = picture(shape);
+    arena.write(&input, &picture);
     plan.run(&mut arena, &mut pool);
     let prints = plan.outputs()[..outputs].iter().flat_map(|v| prints(&arena.read(v)));
     let prints: Vec<String> = prints.map(|p| format!("{p:e}")).collect();

@@ -22,6 +22,11 @@ unsafe fn mask(n: usize) -> __m256i {
 impl Vector for F32x8 {
     const LANES: usize = 8;
     #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch may point anywhere.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         // SAFETY: trait contract.
         Self(unsafe { _mm256_set1_ps(v) })

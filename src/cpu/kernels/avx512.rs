@@ -20,6 +20,11 @@ fn mask(n: usize) -> __mmask16 {
 impl Vector for F32x16 {
     const LANES: usize = 16;
     #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch may point anywhere.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         // SAFETY: trait contract.
         Self(unsafe { _mm512_set1_ps(v) })

@@ -120,6 +120,8 @@ pub(crate) struct ConvArgs<'a> {
     /// or four u8.
     pub taps: &'a [usize],
     pub run: usize,
+    /// The input may be in memory that is far away: it is asked for ahead.
+    pub far: bool,
     /// Weights, panel after panel; in each `[tap][run][panel width]` words like the input's, of i8 where that is u8.
     pub weights: *const u32,
     /// What the sums start with, one a lane of every panel: f32, or i32 where the input is u8.
@@ -160,6 +162,7 @@ impl<'a> ConvArgs<'a> {
             in_pixel: in_pixel * size_of::<f32>(),
             taps: &[0],
             run,
+            far: false,
             weights: weights.cast(),
             start: start.cast(),
             scale: std::ptr::null(),
@@ -199,6 +202,8 @@ pub(crate) struct Tile<'a> {
     add_pixel: usize,
     add_columns: *const u32,
     x: usize,
+    /// Bytes from a pixel of the input to the one at the same place of the tile that comes next, to be asked for; 0 for none.
+    ahead: usize,
 }
 
 /// What a convolution multiplies: four bytes of input by four of weights, into one sum a lane.
@@ -290,10 +295,17 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
     // Tiles of a row differ by one pixel at most: 20 pixels are 10 + 10, not 14 + 6.
     let tiles = a.width.div_ceil(tallest);
     let (short, longer) = (a.width / tiles, a.width % tiles);
+    // Windows of one run: the next tile's are other lines, far apart, which the CPU does not foresee. The first panel asks for them.
+    let single = a.taps.len() == 1 && a.far;
     for y in rows {
         let mut x = 0;
         for i in 0..tiles {
             let pixels = short + usize::from(i < longer);
+            let ahead = match () {
+                _ if !single => 0,
+                _ if i + 1 < tiles => pixels * a.in_pixel,
+                _ => a.in_row.wrapping_sub(x * a.in_pixel),
+            };
             for p in panels.clone() {
                 let first = p * 2 * lanes;
                 let wide = panel_registers(a.channels, lanes, p) == 2;
@@ -322,6 +334,7 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
                         add_pixel: a.add_pixel,
                         add_columns: columns,
                         x,
+                        ahead: if p == panels.start { ahead } else { 0 },
                     };
                     T::run(pixels, wide, &t);
                 }
@@ -363,26 +376,42 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
         // pointers than that would be spilled and reloaded for every value.
         let stride = t.in_pixel;
         let mut w = t.weights;
+        if t.rule.residual != Residual::None {
+            unroll!(m < MR, { P::Values::prefetch(residual(t, m)) });
+            if NR * lanes * t.rule.add.bytes() > LINE {
+                unroll!(m < MR, { P::Values::prefetch(residual(t, m).wrapping_add(LINE)) });
+            }
+        }
         for &tap in t.taps {
             let a = t.input.add(tap);
             let mut p = [a; 5];
             for (i, p) in p.iter_mut().enumerate() {
                 *p = a.wrapping_add(3 * i * stride);
             }
-            for _ in 0..t.run {
-                let mut wk = [P::load(w); NR];
-                for (r, wk) in wk.iter_mut().enumerate() {
-                    *wk = P::load(w.add(r * lanes));
+            let mut left = t.run;
+            while left > 0 {
+                if t.ahead != 0 {
+                    unroll!(m < MR, {
+                        P::Values::prefetch(p[m / 3].wrapping_add(m % 3 * stride).wrapping_add(t.ahead))
+                    });
                 }
-                w = w.add(NR * lanes);
-                unroll!(m < MR, {
-                    let v = P::splat(p[m / 3].add(m % 3 * stride));
-                    for r in 0..NR {
-                        sums[m][r] = P::multiply(sums[m][r], v, wk[r]);
+                let line = left.min(LINE / 4);
+                left -= line;
+                for _ in 0..line {
+                    let mut wk = [P::load(w); NR];
+                    for (r, wk) in wk.iter_mut().enumerate() {
+                        *wk = P::load(w.add(r * lanes));
                     }
-                });
-                for p in p.iter_mut() {
-                    *p = p.wrapping_add(4);
+                    w = w.add(NR * lanes);
+                    unroll!(m < MR, {
+                        let v = P::splat(p[m / 3].add(m % 3 * stride));
+                        for r in 0..NR {
+                            sums[m][r] = P::multiply(sums[m][r], v, wk[r]);
+                        }
+                    });
+                    for p in p.iter_mut() {
+                        *p = p.wrapping_add(4);
+                    }
                 }
             }
         }
@@ -419,6 +448,17 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
             }
             return;
         }
+        if t.channels >= NR * lanes && t.rule.add == t.rule.output && t.rule.output != Storage::U8 {
+            match t.rule.output {
+                Storage::F32 => {
+                    unroll!(m < MR, { add_and_store::<P, NR, false>(t, m, sums[m]) });
+                }
+                _ => {
+                    unroll!(m < MR, { add_and_store::<P, NR, true>(t, m, sums[m]) });
+                }
+            }
+            return;
+        }
         unroll!(m < MR, {
             let mut values = [P::Values::splat(0.0); NR];
             for r in 0..NR {
@@ -429,6 +469,18 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
     }
 }
 
+/// Bytes of a cache line, on most CPUs.
+const LINE: usize = 64;
+
+/// Where the residual of pixel `m` is.
+#[inline(always)]
+unsafe fn residual(t: &Tile, m: usize) -> *const u8 {
+    // SAFETY: the contract of `block`.
+    let column =
+        if t.add_columns.is_null() { t.x + m } else { unsafe { *t.add_columns.add(t.x + m) as usize } };
+    t.add.wrapping_add(column * t.add_pixel)
+}
+
 /// Register `r` of a tile's sums in f32.
 #[inline(always)]
 unsafe fn finish<P: Product>(t: &Tile, sums: P::Sums, r: usize) -> P::Values {
@@ -437,14 +489,37 @@ unsafe fn finish<P: Product>(t: &Tile, sums: P::Sums, r: usize) -> P::Values {
     unsafe { P::finish(sums, t.scale.wrapping_add(at), t.bias.wrapping_add(at)) }
 }
 
+/// Residual, activation and store of pixel `m`, all of f32 or bf16 and all lanes there.
+#[inline(always)]
+unsafe fn add_and_store<P: Product, const NR: usize, const BF16: bool>(
+    t: &Tile,
+    m: usize,
+    sums: [P::Sums; NR],
+) {
+    let storage = if BF16 { Storage::Bf16 } else { Storage::F32 };
+    // SAFETY: the contract of `block`.
+    unsafe {
+        let lanes = P::Values::LANES;
+        let (add, out) = (residual(t, m), t.output.add(m * t.out_pixel));
+        let slope = P::Values::splat(t.rule.slope);
+        let after = t.rule.residual == Residual::AfterActivation;
+        for r in 0..NR {
+            let at = r * lanes * storage.bytes();
+            let v = finish::<P>(t, sums[r], r);
+            let other = P::Values::load_as(storage, add.add(at), lanes);
+            let v = if after { activate(v, slope).add(other) } else { activate(v.add(other), slope) };
+            v.store_as(storage, out.add(at), lanes);
+        }
+    }
+}
+
 /// Residual, activation and partial store of pixel `m`.
 #[inline(always)]
 unsafe fn store<V: Vector, const NR: usize>(t: &Tile, m: usize, values: [V; NR]) {
     // SAFETY: the contract of `block`.
     unsafe {
         let out = t.output.add(m * t.out_pixel);
-        let column = if t.add_columns.is_null() { t.x + m } else { *t.add_columns.add(t.x + m) as usize };
-        let add = t.add.wrapping_add(column * t.add_pixel);
+        let add = residual(t, m);
         for r in 0..NR {
             let at = r * V::LANES;
             let n = t.channels.saturating_sub(at).min(V::LANES);

@@ -34,6 +34,9 @@ use winograd::{InputArgs, OutputArgs};
 pub(crate) trait Vector: Copy {
     /// Lanes.
     const LANES: usize;
+    /// Asks for the cache line at `p`, wherever that points, ahead of its use.
+    #[inline(always)]
+    unsafe fn prefetch(_p: *const u8) {}
     unsafe fn splat(v: f32) -> Self;
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn store(self, p: *mut f32);
