@@ -45,22 +45,29 @@ pub(crate) enum Kind {
 impl Op {
     /// Kernel name for listings.
     pub fn name(&self) -> &'static str {
+        let pick = |storage, [single, bf16, int8]: [&'static str; 3]| match storage {
+            Storage::F32 => single,
+            Storage::Bf16 => bf16,
+            Storage::U8 => int8,
+        };
         match &self.0 {
-            Kind::Conv(c) => match (c.formats.input.storage, c.window.kernel) {
-                (Storage::F32, [1, 1]) => "conv 1x1",
-                (Storage::F32, [3, 3]) => "conv 3x3",
-                (Storage::F32, _) => "conv",
-                (Storage::Bf16, [1, 1]) => "conv 1x1 bf16",
-                (Storage::Bf16, [3, 3]) => "conv 3x3 bf16",
-                (Storage::Bf16, _) => "conv bf16",
-                (Storage::U8, [1, 1]) => "conv 1x1 int8",
-                (Storage::U8, [3, 3]) => "conv 3x3 int8",
-                (Storage::U8, _) => "conv int8",
+            Kind::Conv(c) => match (c.window.kernel, c.formats.input.storage) {
+                ([1, 1], s) => pick(s, ["conv 1x1", "conv 1x1 bf16", "conv 1x1 int8"]),
+                ([3, 3], s) => pick(s, ["conv 3x3", "conv 3x3 bf16", "conv 3x3 int8"]),
+                (_, s) => pick(s, ["conv", "conv bf16", "conv int8"]),
             },
-            Kind::Winograd(_) => "winograd 3x3",
-            Kind::Depthwise(d) if d.window.kernel == [3, 3] => "depthwise 3x3",
-            Kind::Depthwise(_) => "depthwise",
-            Kind::Pair(_) => "depthwise, conv 1x1",
+            Kind::Winograd(c) => pick(
+                c.formats.input.storage,
+                ["winograd 3x3", "winograd 3x3 of bf16", "winograd 3x3 of int8"],
+            ),
+            Kind::Depthwise(d) => match (d.window.kernel, d.formats[0].storage) {
+                ([3, 3], s) => pick(s, ["depthwise 3x3", "depthwise 3x3 of bf16", "depthwise 3x3 of int8"]),
+                (_, s) => pick(s, ["depthwise", "depthwise of bf16", "depthwise of int8"]),
+            },
+            Kind::Pair(p) => pick(
+                p.pointwise.formats.input.storage,
+                ["depthwise, conv 1x1", "depthwise, conv 1x1 bf16", "depthwise, conv 1x1 int8"],
+            ),
             Kind::ConvTranspose(_) => "conv transpose",
             Kind::MaxPool(_) => "max pool",
             Kind::GlobalAvgPool => "global average",

@@ -1,8 +1,9 @@
 //! What the tensors of a network hold on given inputs: the ranges that int8 needs.
 
 use super::build::Graph;
-use super::compile::Compiled;
+use super::compile::{Compiled, CompiledStep};
 use super::formats::{Numbers, Ranges};
+use super::fuse::Draft;
 use super::plan::Plan;
 use super::weights::Weights;
 use crate::cpu::{isa, Arena, Pool, View};
@@ -126,14 +127,16 @@ impl Values {
 /// Watches a network at work in f32.
 pub struct Calibration {
     network: Compiled,
-    values: BTreeMap<String, Values>,
+    names: Vec<String>,
+    /// By value.
+    values: BTreeMap<usize, Values>,
 }
 
 impl Calibration {
     /// For this network.
     pub fn new(graph: &Graph, weights: &Weights) -> Result<Self> {
         let network = Compiled::in_steps(graph, weights, isa::detected(), &Numbers::F32)?;
-        Ok(Self { network, values: BTreeMap::new() })
+        Ok(Self { network, names: Draft::new(graph).names(), values: BTreeMap::new() })
     }
 
     /// A plan for inputs of these sizes, to be given to [`Calibration::watch`].
@@ -143,17 +146,13 @@ impl Calibration {
 
     /// Runs the network on the inputs that are in the arena and counts what its tensors hold.
     pub fn watch(&mut self, plan: &Plan, arena: &mut Arena, pool: &mut Pool) {
-        let Self { network, values } = self;
+        let Self { network, values, .. } = self;
         plan.run_watched(arena, pool, &mut |step, view, floats| {
             let output = network.steps[step].output;
-            let name = |node: crate::graph::NodeId| network.graph.nodes[node.0].name.as_str();
-            let own = name(network.values[output.0].node);
-            let root = name(network.values[network.root(output).0 .0].node);
-            for name in [Some(own), Some(root).filter(|r| *r != own)].into_iter().flatten() {
-                if !values.contains_key(name) {
-                    values.insert(name.to_string(), Values::new());
-                }
-                let histogram = values.get_mut(name).expect("inserted");
+            let root = network.root(output).0;
+            // A part of a concatenation counts for the whole, too.
+            for value in [Some(output), Some(root).filter(|&r| r != output)].into_iter().flatten() {
+                let histogram = values.entry(value.0).or_insert_with(Values::new);
                 each_value(view, floats, |v| histogram.add(v));
             }
         });
@@ -175,13 +174,13 @@ impl Calibration {
         if self.values.is_empty() {
             return Err(Error::InvalidArgument("no inputs to calibrate with".into()));
         }
-        let values = self.values.iter().map(|(name, v)| (name.clone(), v.range(clip))).collect();
+        let values = self.values.iter().map(|(&i, v)| (self.names[i].clone(), v.range(clip))).collect();
         Ok(Ranges { values, ..Ranges::default() })
     }
 
     /// Names of the layers that could be computed in eight bits, in their order.
     pub fn layers(&self) -> Vec<&str> {
-        let dense = |s: &&super::compile::CompiledStep| s.op.is_dense();
+        let dense = |s: &&CompiledStep| s.op.is_dense();
         let mut names: Vec<&str> = Vec::new();
         for step in self.network.steps.iter().filter(dense) {
             let name = self.network.graph.nodes[step.node.0].name.as_str();

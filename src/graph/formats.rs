@@ -25,14 +25,15 @@ pub enum Numbers {
 /// What the tensors of a network hold, found on pictures.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ranges {
-    /// Least and greatest value that shall be told apart, by the layer whose output it is.
+    /// Least and greatest value that shall be told apart, by the layer whose output it is (`name#2` where it is the second of
+    /// that name).
     pub values: BTreeMap<String, [f32; 2]>,
     /// Layers that are computed in f32 all the same.
     pub keep: BTreeSet<String>,
 }
 
 impl Ranges {
-    /// The format for the output of a layer.
+    /// The format for a tensor.
     fn format(&self, layer: &str) -> Option<Format> {
         let [low, high] = *self.values.get(layer)?;
         // Zero is told exactly: it is what lies around a map, and what a ReLU leaves.
@@ -109,8 +110,9 @@ pub(crate) fn assign(draft: &mut Draft, numbers: &Numbers) -> Vec<Format> {
     if *numbers == Numbers::F32 {
         return vec![Format::F32; draft.values.len()];
     }
+    let names = draft.names();
     let steps = std::mem::take(&mut draft.steps);
-    let mut a = Assignment::new(draft, numbers, &steps);
+    let mut a = Assignment::new(draft, numbers, names, &steps);
     steps.into_iter().for_each(|step| a.place(step));
     let Assignment { steps, formats, .. } = a;
     let format = |i: usize| formats.get(&root(&draft.values, ValueId(i)).0).copied().unwrap_or(Format::F32);
@@ -122,6 +124,8 @@ pub(crate) fn assign(draft: &mut Draft, numbers: &Numbers) -> Vec<Format> {
 struct Assignment<'a> {
     draft: &'a mut Draft,
     numbers: &'a Numbers,
+    /// Of the values that the draft had.
+    names: Vec<String>,
     /// Of values that are no part of another: the format, once it is decided.
     formats: HashMap<ValueId, Format>,
     /// Those that some step would read if they were stored in the numbers asked for, and no output is in.
@@ -134,7 +138,7 @@ struct Assignment<'a> {
 }
 
 impl<'a> Assignment<'a> {
-    fn new(draft: &'a mut Draft, numbers: &'a Numbers, steps: &[DraftStep]) -> Self {
+    fn new(draft: &'a mut Draft, numbers: &'a Numbers, names: Vec<String>, steps: &[DraftStep]) -> Self {
         let root = |v: ValueId| root(&draft.values, v).0;
         let storage = if *numbers == Numbers::Bf16 { Storage::Bf16 } else { Storage::U8 };
         let mut welcome = BTreeSet::new();
@@ -149,7 +153,7 @@ impl<'a> Assignment<'a> {
         });
         let joined = draft.values.iter().filter_map(|v| v.parent).map(|(parent, _)| root(parent).0).collect();
         let formats = draft.inputs.iter().map(|&v| (v, Format::F32)).collect();
-        Self { numbers, formats, welcome, joined, singles: HashMap::new(), steps: Vec::new(), draft }
+        Self { numbers, names, formats, welcome, joined, singles: HashMap::new(), steps: Vec::new(), draft }
     }
 
     fn root(&self, value: ValueId) -> ValueId {
@@ -166,9 +170,7 @@ impl<'a> Assignment<'a> {
         match self.numbers {
             Numbers::F32 => None,
             Numbers::Bf16 => Some(Format::BF16),
-            Numbers::Int8(ranges) => {
-                ranges.format(&self.draft.graph.nodes[self.draft.values[value.0].node.0].name)
-            }
+            Numbers::Int8(ranges) => self.names.get(value.0).and_then(|name| ranges.format(name)),
         }
     }
 

@@ -277,6 +277,25 @@ impl Draft {
         d
     }
 
+    /// A name for every value, the same whenever the same network is drafted: the layer's that its step starts with, numbered from the
+    /// second of that name on.
+    pub fn names(&self) -> Vec<String> {
+        let mut nodes: Vec<NodeId> = self.values.iter().map(|v| v.node).collect();
+        self.steps.iter().for_each(|s| nodes[s.output.0] = s.node);
+        let mut seen: HashMap<&str, usize> = HashMap::new();
+        let name = |node: NodeId| {
+            let name = self.graph.nodes[node.0].name.as_str();
+            let count = seen.entry(name).or_default();
+            *count += 1;
+            if *count > 1 {
+                format!("{name}#{count}")
+            } else {
+                name.to_string()
+            }
+        };
+        nodes.into_iter().map(name).collect()
+    }
+
     pub fn value(&mut self, node: NodeId) -> ValueId {
         self.values.push(Value { node, parent: None });
         ValueId(self.values.len() - 1)

@@ -6,6 +6,7 @@ mod common;
 mod fusion;
 mod kernels;
 mod nano;
+mod numbers;
 mod random;
 mod retinaface;
 mod support;

@@ -1,0 +1,183 @@
+//! bf16 and int8 against f32: every kind of step, on every instruction set, within what the rounding of the numbers explains; the
+//! same bits on every number of threads, whatever the memory held before.
+
+use crate::support::random_tensor;
+use farface::cpu::{Arena, Isa, Pool};
+use farface::graph::init::Rng;
+use farface::graph::{Builder, Calibration, Clip, Compiled, Graph, NodeId, Numbers, Plan, Weights};
+use farface::layers::{Activation, Conv2d, Interpolation, Linear, MaxPool};
+use farface::shape::{Shape, Tensor};
+
+/// Root of the mean squared difference, relative to that of the expected values.
+fn noise(got: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(got.shape, expected.shape);
+    let square = |v: f32| f64::from(v) * f64::from(v);
+    let sum: f64 = expected.data.iter().map(|&v| square(v)).sum();
+    let difference: f64 = got.data.iter().zip(&expected.data).map(|(g, e)| square(g - e)).sum();
+    if difference.is_finite() {
+        (difference / sum.max(1e-30)).sqrt()
+    } else {
+        f64::INFINITY
+    }
+}
+
+fn run(graph: &Graph, isa: Isa, numbers: &Numbers, inputs: &[Tensor]) -> Vec<Tensor> {
+    let network = Compiled::in_numbers(graph, &Weights::random(graph, 3), isa, numbers).unwrap();
+    let shapes: Vec<Shape> = inputs.iter().map(|x| x.shape).collect();
+    let plan = Plan::new(&network, &shapes).unwrap();
+    let mut first: Option<Vec<Tensor>> = None;
+    let mut arena = Arena::default();
+    arena.reserve(plan.floats() + 64).unwrap();
+    for (threads, fill) in [(1, f32::NAN), (2, 3e37), (3, -3e37)] {
+        arena.floats_mut().fill(fill);
+        let got = plan.run_tensors(&mut arena, &mut Pool::new(threads).unwrap(), inputs).unwrap();
+        let tail = &arena.floats()[plan.floats()..];
+        assert!(tail.iter().all(|v| v.to_bits() == fill.to_bits()), "wrote past the plan's floats");
+        match &first {
+            None => first = Some(got),
+            Some(first) => {
+                let bits = |t: &Tensor| t.data.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                let same = first.iter().zip(&got).all(|(a, b)| bits(a) == bits(b));
+                assert!(same, "{}: {threads} threads give other bits than one", isa.name());
+            }
+        }
+    }
+    first.unwrap()
+}
+
+/// Holds a network to itself in f32; `steps` are the kernels that must be among those of int8.
+fn holds(what: &str, channels: usize, limits: [f64; 2], layers: impl FnOnce(&mut Builder, NodeId)) {
+    let mut b = Builder::new();
+    let x = b.input("x", channels);
+    layers(&mut b, x);
+    let graph = b.finish();
+    let inputs = [random_tensor(Shape::new(2, channels, 13, 22), &mut Rng::new(5))];
+    let expected = run(&graph, Isa::Generic, &Numbers::F32, &inputs);
+    let mut calibration = Calibration::new(&graph, &Weights::random(&graph, 3)).unwrap();
+    calibration.watch_tensors(&mut Pool::new(1).unwrap(), &inputs).unwrap();
+    let int8 = Numbers::Int8(calibration.ranges(Clip::Extremes).unwrap());
+    for (numbers, limit, mark) in [(Numbers::Bf16, limits[0], "bf16"), (int8, limits[1], "int8")] {
+        for isa in Isa::supported() {
+            let network = Compiled::in_numbers(&graph, &Weights::random(&graph, 3), isa, &numbers).unwrap();
+            let low = network.listing().filter(|(_, kernel)| kernel.contains(mark)).count();
+            assert!(low > 0, "{what}: nothing is computed in {mark}");
+            let got = run(&graph, isa, &numbers, &inputs);
+            for (i, (g, e)) in got.iter().zip(&expected).enumerate() {
+                let noise = noise(g, e);
+                assert!(noise <= limit, "{what}, {mark} on {}: output {i} is off by {noise:.1e}", isa.name());
+                println!("{what}, {mark} on {}: output {i}: noise {noise:.1e}", isa.name());
+            }
+        }
+    }
+}
+
+fn conv(b: &mut Builder, name: &str, x: NodeId, conv: Conv2d, activation: Option<Activation>) -> NodeId {
+    let y = b.conv(name, x, conv.bias());
+    activation.map_or(y, |a| b.activation(y, a))
+}
+
+const RELU: Option<Activation> = Some(Activation::Relu);
+const LEAKY: Option<Activation> = Some(Activation::LeakyRelu(0.1));
+
+#[test]
+fn convolutions_of_every_window() {
+    for (kernel, stride, dilation) in [(1, 1, 1), (3, 1, 1), (3, 2, 1), (5, 1, 1), (3, 1, 2), (1, 2, 1)] {
+        for (middle, out, activation) in [(8, 5, RELU), (24, 40, LEAKY), (36, 17, None)] {
+            holds(
+                &format!("{kernel}x{kernel}, stride {stride}, {middle} to {out}"),
+                6,
+                [0.02, 0.05],
+                |b, x| {
+                    let y = conv(b, "first", x, Conv2d::new(6, middle, 3), activation);
+                    let c = Conv2d::new(middle, out, kernel).stride(stride).dilation(dilation);
+                    let y = conv(b, "second", y, c, None);
+                    b.output("y", y);
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn residuals_before_and_behind_the_activation_of_the_same_size_and_enlarged() {
+    for after in [false, true] {
+        for enlarged in [false, true] {
+            holds(&format!("residual, after {after}, enlarged {enlarged}"), 3, [0.02, 0.08], |b, x| {
+                let x = conv(b, "first", x, Conv2d::new(3, 20, 3), LEAKY);
+                let other =
+                    if enlarged { conv(b, "small", x, Conv2d::new(20, 20, 3).stride(2), None) } else { x };
+                let mut y = b.conv("second", x, Conv2d::new(20, 20, 1).bias());
+                if after {
+                    y = b.relu(y);
+                }
+                let other = if enlarged { b.upsample_to(other, Interpolation::Nearest, y) } else { other };
+                let sum = b.add(y, other);
+                let sum = if after { sum } else { b.relu(sum) };
+                let last = conv(b, "last", sum, Conv2d::new(20, 7, 1), None);
+                b.output("y", last);
+            });
+        }
+    }
+}
+
+#[test]
+fn depthwise_pooling_interpolation_and_concatenation() {
+    holds("depthwise and pointwise", 3, [0.02, 0.1], |b, x| {
+        let x = conv(b, "first", x, Conv2d::new(3, 24, 3).stride(2), RELU);
+        let x = conv(b, "depth", x, Conv2d::depthwise(24, 3), RELU);
+        let x = conv(b, "point", x, Conv2d::new(24, 32, 1), LEAKY);
+        let x = conv(b, "depth2", x, Conv2d::depthwise(32, 3).stride(2), LEAKY);
+        let y = conv(b, "point2", x, Conv2d::new(32, 6, 1), None);
+        b.output("y", y);
+        let z = conv(b, "depth3", x, Conv2d::depthwise(32, 5), None);
+        b.output("z", z);
+    });
+    holds("pooling and interpolation", 3, [0.02, 0.1], |b, x| {
+        let x = conv(b, "first", x, Conv2d::new(3, 16, 3), LEAKY);
+        let small = b.max_pool(x, MaxPool::new(3, 2, 1));
+        let small = conv(b, "small", small, Conv2d::new(16, 16, 1), None);
+        let up = b.upsample_to(small, Interpolation::Bilinear, x);
+        let sum = b.add(x, up);
+        let y = conv(b, "last", sum, Conv2d::new(16, 5, 3), None);
+        b.output("y", y);
+        b.output("pooled", small);
+    });
+    holds("parts of a concatenation", 3, [0.02, 0.1], |b, x| {
+        let x = conv(b, "first", x, Conv2d::new(3, 16, 3), RELU);
+        let a = conv(b, "a", x, Conv2d::new(16, 8, 3), None);
+        let c = conv(b, "c", x, Conv2d::depthwise(16, 3), None);
+        let pooled = b.max_pool(x, MaxPool::new(3, 1, 1));
+        let all = b.concat(&[a, c, x, pooled]);
+        let all = b.relu(all);
+        let y = conv(b, "last", all, Conv2d::new(56, 9, 1), None);
+        b.output("y", y);
+        let d = conv(b, "d", all, Conv2d::depthwise(56, 3), None);
+        b.output("d", d);
+    });
+    holds("outputs that others read, and steps that only f32 has", 3, [0.02, 0.1], |b, x| {
+        let x = conv(b, "first", x, Conv2d::new(3, 16, 3), RELU);
+        let y = conv(b, "y", x, Conv2d::new(16, 8, 1), None);
+        b.output("y", y);
+        let p = b.activation(y, Activation::Sigmoid);
+        b.output("p", p);
+        let z = conv(b, "z", y, Conv2d::new(8, 4, 3), None);
+        b.output("z", z);
+        let mean = b.global_avg_pool(x);
+        let mean = b.linear("mean", mean, Linear { in_features: 16, out_features: 4, bias: true });
+        b.output("mean", mean);
+    });
+}
+
+#[test]
+fn tensors_of_one_name_have_ranges_of_their_own() {
+    // Activations and sums are all called the same.
+    holds("two scales", 3, [0.02, 0.08], |b, x| {
+        let x = conv(b, "first", x, Conv2d::new(3, 16, 3), RELU);
+        let y = conv(b, "large", x, Conv2d::new(16, 16, 3), RELU);
+        let large = (0..6).fold(y, |y, _| b.add(y, y));
+        b.output("large", large);
+        let small = conv(b, "small", x, Conv2d::new(16, 8, 1), RELU);
+        let small = conv(b, "last", small, Conv2d::new(8, 4, 1), None);
+        b.output("small", small);
+    });
+}
