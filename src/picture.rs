@@ -58,6 +58,12 @@ pub fn upright_size(path: &Path) -> Result<(u32, u32)> {
     Ok(if turned { (h, w) } else { (w, h) })
 }
 
+/// Whether a file has the extension of a picture.
+pub fn is_picture(path: &Path) -> bool {
+    let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
+    extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()))
+}
+
 /// The picture file that an annotation means: `path` itself, or the same name with one of the [`EXTENSIONS`] behind it or in
 /// place of its own (data sets get re-encoded). None where there is no such file.
 pub fn find(path: &Path) -> Option<PathBuf> {

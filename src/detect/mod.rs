@@ -30,6 +30,7 @@ pub mod nms;
 pub mod options;
 mod passes;
 pub mod pyramid;
+pub mod quantize;
 pub mod refineface;
 pub mod retinaface;
 pub mod second_stage;

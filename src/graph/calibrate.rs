@@ -2,6 +2,7 @@
 
 use super::build::Graph;
 use super::compile::{Compiled, CompiledStep};
+use super::equalize::equalized;
 use super::formats::{Numbers, Ranges};
 use super::fuse::Draft;
 use super::plan::Plan;
@@ -71,14 +72,27 @@ pub enum Clip {
 struct Values {
     negative: Histogram,
     positive: Histogram,
+    /// Largest magnitude of every channel.
+    channels: Vec<f32>,
 }
 
 impl Values {
     fn new() -> Self {
-        Self { negative: Histogram::new(), positive: Histogram::new() }
+        Self { negative: Histogram::new(), positive: Histogram::new(), channels: Vec::new() }
     }
 
-    fn add(&mut self, v: f32) {
+    /// A pixel's channels from number `first` on.
+    fn add(&mut self, first: usize, pixel: &[f32]) {
+        if self.channels.len() < first + pixel.len() {
+            self.channels.resize(first + pixel.len(), 0.0);
+        }
+        for (most, v) in self.channels[first..].iter_mut().zip(pixel) {
+            *most = most.max(v.abs());
+        }
+        pixel.iter().for_each(|&v| self.add_value(v));
+    }
+
+    fn add_value(&mut self, v: f32) {
         if v < 0.0 {
             self.negative.add(-v);
         } else if v > 0.0 {
@@ -149,11 +163,13 @@ impl Calibration {
         let Self { network, values, .. } = self;
         plan.run_watched(arena, pool, &mut |step, view, floats| {
             let output = network.steps[step].output;
-            let root = network.root(output).0;
+            let (root, first) = network.root(output);
             // A part of a concatenation counts for the whole, too.
-            for value in [Some(output), Some(root).filter(|&r| r != output)].into_iter().flatten() {
-                let histogram = values.entry(value.0).or_insert_with(Values::new);
-                each_value(view, floats, |v| histogram.add(v));
+            for (value, first) in
+                [(output, 0), (root, first)].into_iter().take(1 + usize::from(root != output))
+            {
+                let seen = values.entry(value.0).or_insert_with(Values::new);
+                each_pixel(view, floats, |pixel| seen.add(first, pixel));
             }
         });
     }
@@ -178,6 +194,16 @@ impl Calibration {
         Ok(Ranges { values, ..Ranges::default() })
     }
 
+    /// Weights of the same network, the ranges of its channels made more alike by what was seen.
+    pub fn equalized(&self, graph: &Graph, weights: &Weights) -> Result<Weights> {
+        equalized(graph, weights, |value| self.largest(value))
+    }
+
+    /// Largest magnitudes of the channels of a value.
+    pub(crate) fn largest(&self, value: usize) -> Option<Vec<f32>> {
+        self.values.get(&value).map(|v| v.channels.clone())
+    }
+
     /// Names of the layers that could be computed in eight bits, in their order.
     pub fn layers(&self) -> Vec<&str> {
         let dense = |s: &&CompiledStep| s.op.is_dense();
@@ -192,12 +218,12 @@ impl Calibration {
     }
 }
 
-fn each_value(view: &View, floats: &[f32], mut f: impl FnMut(f32)) {
+fn each_pixel(view: &View, floats: &[f32], mut f: impl FnMut(&[f32])) {
     let s = view.shape;
     for n in 0..s.n {
         for y in 0..s.h {
             for x in 0..s.w {
-                floats[view.at(n, y, x)..][..s.c].iter().for_each(|&v| f(v));
+                f(&floats[view.at(n, y, x)..][..s.c]);
             }
         }
     }

@@ -142,8 +142,12 @@ impl<'a> Assignment<'a> {
         let root = |v: ValueId| root(&draft.values, v).0;
         let storage = if *numbers == Numbers::Bf16 { Storage::Bf16 } else { Storage::U8 };
         let mut welcome = BTreeSet::new();
-        for step in steps {
+        for step in steps.iter().rev() {
             let deals = Deals::of(draft, step, numbers);
+            // What writes what it reads should not read what nobody wants it to write.
+            if matches!(deals, Deals::Scales | Deals::Same) && !welcome.contains(&root(step.output).0) {
+                continue;
+            }
             let read = step.inputs.iter().enumerate().filter(|&(k, _)| deals.reads(k, storage));
             welcome.extend(read.map(|(_, &v)| root(v).0));
         }

@@ -5,6 +5,7 @@ pub mod build;
 pub mod calibrate;
 pub mod compile;
 pub mod demand;
+mod equalize;
 pub mod exec;
 mod fold;
 pub mod formats;

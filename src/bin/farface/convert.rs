@@ -146,8 +146,8 @@ fn refuse_pytorch_files(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// As a safetensors file.
-fn serialise(weights: &Weights, half: bool) -> Result<Vec<u8>> {
+/// As a safetensors file, tensors of several axes in half precision where asked for.
+pub fn serialise(weights: &Weights, half: bool) -> Result<Vec<u8>> {
     let mut stored = Vec::new();
     for (name, tensor) in &weights.tensors {
         // What has one axis is small, and variances do not bear rounding.

@@ -1,4 +1,4 @@
-//! The `farface` program: `detect`, `inspect`, `bench`, `eval`, `convert`,
+//! The `farface` program: `detect`, `inspect`, `bench`, `eval`, `convert`, `quantize`,
 //! `detectors`, `train`, `plot`.
 //!
 //! Results go to standard output, progress and errors to standard error. Exit code 0: all went
@@ -22,6 +22,7 @@ mod peak;
 mod picture;
 mod plot;
 mod progress;
+mod quantize;
 mod report;
 mod settings;
 #[cfg(feature = "train")]
@@ -46,6 +47,7 @@ enum Command {
     Bench(bench::Args),
     Eval(eval::Args),
     Convert(convert::Args),
+    Quantize(quantize::Args),
     Detectors(detectors::Args),
     #[cfg(feature = "train")]
     Train(train::Args),
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args, &mut out),
         Command::Eval(args) => eval::run(&args, &mut out),
         Command::Convert(args) => convert::run(&args, &mut out),
+        Command::Quantize(args) => quantize::run(&args, &mut out),
         Command::Detectors(args) => detectors::run(&args, &mut out),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&args, &mut out),

@@ -1,9 +1,9 @@
 //! `farface eval`: the protocols of the published tables, on result files or on a model run here.
 
 mod fddb;
-mod runner;
+pub mod runner;
 mod voc;
-mod wider;
+pub mod wider;
 
 use crate::Outcome;
 use anyhow::Result;

@@ -43,14 +43,18 @@ impl RunArgs {
         let Some(dir) = &self.images else { bail!("name the results, or the folder of pictures to run on") };
         let model = self.model.load()?;
         let paths = names.iter().map(|name| picture::find(&dir.join(name))).collect::<Result<Vec<_>>>()?;
-        let mut options = self.settings.evaluation_options(&model, 0);
-        let sessions = options.threads;
-        options.threads = 1;
-        let bar = progress::bar(paths.len(), "detecting");
-        let found = parallel(&model, &options, sessions.min(paths.len()), &paths, &bar);
-        bar.finish_and_clear();
-        found
+        detect_all(&model, self.settings.evaluation_options(&model, 0), &paths)
     }
+}
+
+/// Faces of every picture, by as many sessions side by side as the options have threads.
+pub fn detect_all(model: &Model, options: Options, paths: &[PathBuf]) -> Result<Vec<Found>> {
+    let sessions = options.threads.min(paths.len());
+    let options = Options { threads: 1, ..options };
+    let bar = progress::bar(paths.len(), "detecting");
+    let found = parallel(model, &options, sessions, paths, &bar);
+    bar.finish_and_clear();
+    found
 }
 
 /// Runs sessions side by side; the first error stops all.

@@ -122,7 +122,8 @@ fn curves(report: &Report) -> Vec<(Subset, &PrCurve)> {
     graded.chain([(Subset::All, &report.all)]).collect()
 }
 
-fn ground_truth(sources: &[PathBuf], lists: &[PathBuf]) -> Result<GroundTruth> {
+/// The ground truth of these sources, restricted to the pictures of the lists where there are any.
+pub fn ground_truth(sources: &[PathBuf], lists: &[PathBuf]) -> Result<GroundTruth> {
     let gt = match sources {
         [dir] if dir.is_dir() => GroundTruth::from_mat(dir)?,
         files => joined(files)?,

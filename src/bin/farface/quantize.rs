@@ -1,0 +1,330 @@
+//! `farface quantize`.
+
+use crate::convert::serialise;
+use crate::eval::runner::detect_all;
+use crate::picture::{self, Picture};
+use crate::{progress, Outcome};
+use anyhow::{bail, Context, Result};
+use farface::detect::quantize::Quantizer;
+use farface::detect::{Detection, Model, Options, Precision};
+use farface::eval::wider::{Evaluator, GroundTruth, Image, Predictions};
+use farface::files;
+use farface::graph::{Clip, Ranges, Weights};
+use serde_json::json;
+use std::collections::HashSet;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Make a model for int8
+///
+/// Runs the model on pictures, notes what its tensors hold, and writes it with the ranges found, by which sessions compute it
+/// in eight bits. Where annotations are given, its AP before and after is measured, and layers that lose too much of it stay in
+/// f32, those first that add most to the noise of the outputs.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  farface quantize model.safetensors --data pictures --output model-int8.safetensors
+      with the ranges of 64 of the pictures below that folder
+  farface quantize model.safetensors --data WIDER_val/images --gt ground_truth --list dev.txt --output model-int8.safetensors
+      and AP before and after, on the pictures of the list; ranges come from the others
+  farface bench --model model-int8.safetensors --layers")]
+pub struct Args {
+    /// Model file (safetensors)
+    model: PathBuf,
+    /// Folder of typical pictures, searched with all below it
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// Model file to write
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// Pictures that ranges are taken from, at most
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    count: usize,
+    /// What becomes of rare large values: `extremes` (keep all), `percentile:SHARE` (keep this share, such as 0.9999), `mse` (least
+    /// squared error of the values), `auto` (whichever gives the outputs least noise)
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = parse_clips)]
+    clip: Clips,
+    /// Ground truth of pictures in the folder, as `farface eval wider` takes it
+    #[arg(long, num_args = 1.., value_name = "DIR|FILE")]
+    gt: Vec<PathBuf>,
+    /// Measure AP on the pictures of this text list only; may be given several times
+    #[arg(long, value_name = "FILE", requires = "gt")]
+    list: Vec<PathBuf>,
+    /// AP that may be lost, points of 100
+    #[arg(long, value_name = "POINTS", default_value_t = 0.5)]
+    max_loss: f64,
+    /// Layers that stay in f32 whatever they lose
+    #[arg(long, value_name = "LAYER", num_args = 1..)]
+    keep: Vec<String>,
+    /// Store weights in half precision
+    #[arg(long)]
+    f16: bool,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    threads: usize,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// The choices for the ranges.
+#[derive(Clone, Debug, PartialEq)]
+struct Clips(Vec<Clip>);
+
+fn parse_clips(text: &str) -> Result<Clips, String> {
+    let bad =
+        || "expected auto, extremes, mse or percentile:SHARE with a SHARE above 0.5, at most 1".to_string();
+    Ok(Clips(match (text, text.strip_prefix("percentile:")) {
+        ("auto", _) => {
+            vec![
+                Clip::Extremes,
+                Clip::Percentile(0.99999),
+                Clip::Percentile(0.9999),
+                Clip::Percentile(0.999),
+                Clip::Mse,
+            ]
+        }
+        ("extremes", _) => vec![Clip::Extremes],
+        ("mse", _) => vec![Clip::Mse],
+        (_, Some(share)) => {
+            let share = share.parse().ok().filter(|s| (0.5..=1.0).contains(s) && *s > 0.5);
+            vec![Clip::Percentile(share.ok_or_else(bad)?)]
+        }
+        _ => return Err(bad()),
+    }))
+}
+
+fn clip_name(clip: Clip) -> String {
+    match clip {
+        Clip::Extremes => "extremes".into(),
+        Clip::Percentile(share) => format!("percentile:{share}"),
+        Clip::Mse => "mse".into(),
+    }
+}
+
+/// Average precision by subset, those that there is ground truth for.
+type Scores = Vec<(&'static str, f64)>;
+
+/// Annotated pictures.
+struct Judge {
+    truth: GroundTruth,
+    paths: Vec<PathBuf>,
+    threads: usize,
+}
+
+impl Judge {
+    fn open(args: &Args, threads: usize) -> Result<Option<Self>> {
+        if args.gt.is_empty() {
+            return Ok(None);
+        }
+        let truth = crate::eval::wider::ground_truth(&args.gt, &args.list)?;
+        let path = |i: &Image| picture::find(&args.data.join(&i.path));
+        let paths = truth.images.iter().map(path).collect::<Result<_>>()?;
+        Ok(Some(Self { truth, paths, threads }))
+    }
+
+    fn scores(&self, model: &Model, precision: Precision) -> Result<Scores> {
+        let options = Options { precision, threads: self.threads, ..Options::for_evaluation(model.config()) };
+        let mut predictions = Predictions::new();
+        for (image, found) in self.truth.images.iter().zip(detect_all(model, options, &self.paths)?) {
+            let faces = found.faces.iter().map(|f| Detection { bbox: f.bbox, score: f.score });
+            predictions.insert(&image.event, &image.stem, faces.collect());
+        }
+        let report = Evaluator::new(&self.truth, &predictions, &mut |_, _| {}).report()?;
+        let named = [
+            ("easy", report.easy),
+            ("medium", report.medium),
+            ("hard", report.hard),
+            ("all", Some(report.all)),
+        ];
+        Ok(named.into_iter().filter_map(|(name, curve)| Some((name, curve?.ap))).collect())
+    }
+}
+
+/// Most points of 100 that a subset loses.
+fn loss(before: &Scores, after: &Scores) -> f64 {
+    before.iter().zip(after).map(|((_, b), (_, a))| (b - a) * 100.0).fold(f64::NEG_INFINITY, f64::max)
+}
+
+pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
+    if args.count == 0 {
+        bail!("--count 0: ranges need at least one picture");
+    }
+    let threads = match args.threads {
+        0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+        n => n,
+    };
+    let in_file = || args.model.display().to_string();
+    let weights = Weights::load(&args.model)?;
+    let mut quantizer = Quantizer::new(&weights, threads).with_context(in_file)?;
+    if let Some(unknown) = args.keep.iter().find(|k| !quantizer.layers().contains(&k.as_str())) {
+        bail!("--keep {unknown}: no convolution of that name; `farface inspect` lists them");
+    }
+    let judge = Judge::open(args, threads)?;
+    watch(args, &judge, &mut quantizer, "equalizing")?;
+    let mut quantizer = quantizer.equalized()?;
+    watch(args, &judge, &mut quantizer, "calibrating")?;
+
+    let mut best: Option<(Clip, Ranges, f64)> = None;
+    let bar = progress::bar(args.clip.0.len(), "clipping");
+    for &clip in &args.clip.0 {
+        let ranges = Ranges { keep: args.keep.iter().cloned().collect(), ..quantizer.ranges(clip)? };
+        let noise = quantizer.noise(&ranges)?;
+        if best.as_ref().is_none_or(|(_, _, least)| noise < *least) {
+            best = Some((clip, ranges, noise));
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let (clip, mut ranges, mut noise) = best.context("no ranges")?;
+
+    let model =
+        |ranges: &Ranges, q: &Quantizer| -> Result<Model> { Ok(Model::from_weights(&q.quantized(ranges)?)?) };
+    let mut scores = None;
+    if let Some(judge) = &judge {
+        let before = judge.scores(&Model::from_weights(&weights)?, Precision::F32)?;
+        let mut after = judge.scores(&model(&ranges, &quantizer)?, Precision::Int8)?;
+        if loss(&before, &after) > args.max_loss {
+            let order = by_gain(&mut quantizer, &ranges, noise)?;
+            let own = ranges.keep.clone();
+            let mut count = 1;
+            // One layer more, then twice as many each time, until it is enough.
+            while loss(&before, &after) > args.max_loss && count < 2 * order.len() {
+                ranges.keep = own.iter().chain(order.iter().take(count)).cloned().collect();
+                after = judge.scores(&model(&ranges, &quantizer)?, Precision::Int8)?;
+                count *= 2;
+            }
+            noise = quantizer.noise(&ranges)?;
+        }
+        scores = Some((before, after));
+    }
+    let bytes = serialise(&quantizer.quantized(&ranges)?, args.f16).with_context(in_file)?;
+    files::write_whole(&args.output, &bytes)?;
+    report(args, &quantizer, (clip, &ranges, noise), scores.as_ref(), bytes.len(), out)?;
+    match &scores {
+        Some((before, after)) if loss(before, after) > args.max_loss => Ok(Outcome::Partial),
+        _ => Ok(Outcome::Complete),
+    }
+}
+
+/// Shows the quantizer its pictures.
+fn watch(args: &Args, judge: &Option<Judge>, quantizer: &mut Quantizer, what: &'static str) -> Result<()> {
+    let mut all = Vec::new();
+    pictures_below(&args.data, &mut all)?;
+    all.sort();
+    if all.is_empty() {
+        bail!("{}: no pictures there ({})", args.data.display(), farface::picture::FORMATS);
+    }
+    // What AP is measured on should not have made the ranges.
+    let judged: HashSet<&PathBuf> = judge.iter().flat_map(|j| &j.paths).collect();
+    let others: Vec<&PathBuf> = all.iter().filter(|p| !judged.contains(p)).collect();
+    let from: Vec<&PathBuf> = if others.is_empty() { all.iter().collect() } else { others };
+    let count = args.count.min(from.len());
+    let bar = progress::bar(count, what);
+    for i in 0..count {
+        // Spread over the whole list.
+        let path = from[i * from.len() / count];
+        let picture = Picture::open(path)?;
+        quantizer.add(&picture.view()?).with_context(|| path.display().to_string())?;
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+fn pictures_below(folder: &Path, into: &mut Vec<PathBuf>) -> Result<()> {
+    let in_folder = || folder.display().to_string();
+    for entry in std::fs::read_dir(folder).with_context(in_folder)? {
+        let entry = entry.with_context(in_folder)?;
+        let path = entry.path();
+        if entry.file_type().with_context(in_folder)?.is_dir() {
+            pictures_below(&path, into)?;
+        } else if farface::picture::is_picture(&path) {
+            into.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// The layers by how much less noise the outputs have where one of them alone stays in f32, most first.
+fn by_gain(quantizer: &mut Quantizer, ranges: &Ranges, noise: f64) -> Result<Vec<String>> {
+    let layers: Vec<String> = quantizer.layers().into_iter().map(String::from).collect();
+    let bar = progress::bar(layers.len(), "layers");
+    let mut gains = Vec::with_capacity(layers.len());
+    for layer in layers.into_iter().filter(|l| !ranges.keep.contains(l)) {
+        let mut without = ranges.clone();
+        without.keep.insert(layer.clone());
+        gains.push((noise - quantizer.noise(&without)?, layer));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    gains.sort_by(|a, b| b.0.total_cmp(&a.0));
+    Ok(gains.into_iter().map(|(_, layer)| layer).collect())
+}
+
+fn report(
+    args: &Args,
+    quantizer: &Quantizer,
+    (clip, ranges, noise): (Clip, &Ranges, f64),
+    scores: Option<&(Scores, Scores)>,
+    bytes: usize,
+    out: &mut dyn Write,
+) -> Result<()> {
+    let (layers, kept) = (quantizer.layers().len(), ranges.keep.len());
+    if args.json {
+        let ap = |scores: &Scores| {
+            scores.iter().map(|(n, v)| (n.to_string(), json!(v))).collect::<serde_json::Map<_, _>>()
+        };
+        let value = json!({
+            "output": args.output, "bytes": bytes, "pictures": quantizer.pictures(), "clip": clip_name(clip),
+            "output_noise": noise, "convolutions": layers, "kept_in_f32": ranges.keep,
+            "ap_before": scores.map(|(b, _)| ap(b)), "ap_after": scores.map(|(_, a)| ap(a)),
+        });
+        serde_json::to_writer_pretty(&mut *out, &value).map_err(std::io::Error::from)?;
+        writeln!(out)?;
+        return Ok(());
+    }
+    writeln!(out, "{}: {bytes} bytes", args.output.display())?;
+    writeln!(out, "  ranges from {} pictures, {}", quantizer.pictures(), clip_name(clip))?;
+    writeln!(
+        out,
+        "  {} of {layers} convolutions in int8; noise of the outputs {:.1} %",
+        layers - kept,
+        noise * 100.0
+    )?;
+    for layer in &ranges.keep {
+        writeln!(out, "  {layer} stays in f32")?;
+    }
+    if let Some((before, after)) = scores {
+        writeln!(out, "  {:<8} {:>8} {:>8} {:>8}", "AP", "before", "after", "points")?;
+        for ((name, b), (_, a)) in before.iter().zip(after) {
+            writeln!(out, "  {name:<8} {b:>8.4} {a:>8.4} {:>+8.2}", (a - b) * 100.0)?;
+        }
+        if loss(before, after) > args.max_loss {
+            writeln!(out, "  more than {} points are lost whatever stays in f32", args.max_loss)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clips_have_names() {
+        for name in ["extremes", "mse", "percentile:0.999"] {
+            let Clips(clips) = parse_clips(name).unwrap();
+            assert_eq!(clips.into_iter().map(clip_name).collect::<Vec<_>>(), [name]);
+        }
+        assert_eq!(parse_clips("auto").unwrap().0.len(), 5);
+        for wrong in ["", "percentile", "percentile:", "percentile:0.5", "percentile:1.1", "percentile:nan"] {
+            assert!(parse_clips(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_loss_is_that_of_the_subset_that_loses_most() {
+        let before = vec![("hard", 0.8), ("all", 0.7)];
+        assert!((loss(&before, &vec![("hard", 0.79), ("all", 0.71)]) - 1.0).abs() < 1e-9);
+    }
+}
