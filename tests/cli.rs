@@ -516,6 +516,65 @@ fn bench_times_parts_and_steps() {
 }
 
 #[test]
+fn quantize_writes_a_model_that_runs_in_int8() {
+    let bench = Bench::new();
+    for i in 0..3 {
+        bench.picture(&format!("pictures/deep/{i}.png"), 150 + 20 * i, 130);
+    }
+    std::fs::write(bench.path("pictures/notes.txt"), "no picture").unwrap();
+    let base = ["quantize", "m.safetensors", "--data", "pictures", "--output", "q.safetensors"];
+    let text = bench.ok(&base);
+    assert!(text.contains("ranges from 3 pictures") && text.contains("noise of the outputs"), "{text}");
+    let report: Value =
+        serde_json::from_str(&bench.ok(&[&base[..], &["--json", "--keep", "fpn.output1.0"]].concat()))
+            .unwrap();
+    assert_eq!(report["kept_in_f32"], serde_json::json!(["fpn.output1.0"]));
+    assert!(report["output_noise"].as_f64().unwrap() < 0.2 && report["ap_after"].is_null(), "{report}");
+
+    // Its own numbers are int8, others on request; the file it was made of has none.
+    let kernels = |args: &[&str]| bench.ok(&[&["inspect"], args].concat());
+    assert!(kernels(&["q.safetensors"]).contains("int8"));
+    assert!(!kernels(&["q.safetensors", "--precision", "f32"]).contains("int8"));
+    assert!(kernels(&["m.safetensors", "--precision", "bf16"]).contains("bf16"));
+    let error = bench.error(&["inspect", "m.safetensors", "--precision", "int8"]);
+    assert!(error.contains("farface quantize"), "{error}");
+    let detect = |model: &str, precision: &str| {
+        let args = ["detect", "-m", model, "--json", "--precision", precision, "pictures/deep/1.png"];
+        boxes(&serde_json::from_str(&bench.ok(&args)).unwrap())
+    };
+    let single = detect("q.safetensors", "f32");
+    assert!(!single.is_empty());
+    for other in
+        [detect("q.safetensors", "auto"), detect("q.safetensors", "bf16"), detect("m.safetensors", "f32")]
+    {
+        assert!(
+            other.len().abs_diff(single.len()) <= 1 + single.len() / 3,
+            "{} and {}",
+            other.len(),
+            single.len()
+        );
+    }
+
+    // AP before and after on annotated pictures, ranges from the others.
+    std::fs::write(bench.path("gt.txt"), "deep/1.png\n1\n20 20 40 40 0 0 0 0 0 0\n").unwrap();
+    let report = bench.ok(&[&base[..], &["--gt", "gt.txt", "--max-loss", "100"]].concat());
+    assert!(report.contains("from 2 pictures") && report.contains("before"), "{report}");
+
+    for (args, what) in [
+        (["quantize", "m.safetensors", "--data", "none", "--output", "q.safetensors"], "none"),
+        (
+            ["quantize", "none.safetensors", "--data", "pictures", "--output", "q.safetensors"],
+            "none.safetensors",
+        ),
+    ] {
+        let error = bench.error(&args);
+        assert!(error.contains(what), "{error}");
+    }
+    let error = bench.error(&[&base[..], &["--keep", "nothing"]].concat());
+    assert!(error.contains("nothing"), "{error}");
+}
+
+#[test]
 fn convert_makes_models_of_public_weights_and_refuses_others() {
     let bench = Bench::new();
     bench.picture("a.png", 160, 120);

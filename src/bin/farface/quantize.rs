@@ -40,7 +40,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 64)]
     count: usize,
     /// What becomes of rare large values: `extremes` (keep all), `percentile:SHARE` (keep this share, such as 0.9999), `mse` (least
-    /// squared error of the values), `auto` (whichever gives the outputs least noise)
+    /// squared error of the values), `auto` (whichever of some loses least AP, or gives the outputs least noise)
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = parse_clips)]
     clip: Clips,
     /// Ground truth of pictures in the folder, as `farface eval wider` takes it
@@ -164,45 +164,79 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     let mut quantizer = quantizer.equalized()?;
     watch(args, &judge, &mut quantizer, "calibrating")?;
 
-    let mut best: Option<(Clip, Ranges, f64)> = None;
+    let before = match &judge {
+        Some(judge) => judge.scores(&Model::from_weights(&weights)?, Precision::F32)?,
+        None => Scores::new(),
+    };
+    let mut best: Option<Trial> = None;
     let bar = progress::bar(args.clip.0.len(), "clipping");
     for &clip in &args.clip.0 {
         let ranges = Ranges { keep: args.keep.iter().cloned().collect(), ..quantizer.ranges(clip)? };
-        let noise = quantizer.noise(&ranges)?;
-        if best.as_ref().is_none_or(|(_, _, least)| noise < *least) {
-            best = Some((clip, ranges, noise));
+        let trial = Trial::new(clip, ranges, &mut quantizer, &judge)?;
+        if best.as_ref().is_none_or(|best| trial.is_better(best, &before)) {
+            best = Some(trial);
         }
         bar.inc(1);
     }
     bar.finish_and_clear();
-    let (clip, mut ranges, mut noise) = best.context("no ranges")?;
-
-    let model =
-        |ranges: &Ranges, q: &Quantizer| -> Result<Model> { Ok(Model::from_weights(&q.quantized(ranges)?)?) };
-    let mut scores = None;
-    if let Some(judge) = &judge {
-        let before = judge.scores(&Model::from_weights(&weights)?, Precision::F32)?;
-        let mut after = judge.scores(&model(&ranges, &quantizer)?, Precision::Int8)?;
-        if loss(&before, &after) > args.max_loss {
-            let order = by_gain(&mut quantizer, &ranges, noise)?;
-            let own = ranges.keep.clone();
-            let mut count = 1;
-            // One layer more, then twice as many each time, until it is enough.
-            while loss(&before, &after) > args.max_loss && count < 2 * order.len() {
-                ranges.keep = own.iter().chain(order.iter().take(count)).cloned().collect();
-                after = judge.scores(&model(&ranges, &quantizer)?, Precision::Int8)?;
-                count *= 2;
+    let mut best = best.context("no ranges")?;
+    if judge.is_some() && best.loss(&before) > args.max_loss {
+        let order = by_gain(&mut quantizer, &best)?;
+        let mut count = 1;
+        // One layer more, then twice as many each time, until it is enough.
+        loop {
+            let mut ranges = best.ranges.clone();
+            ranges.keep.extend(order.iter().take(count).cloned());
+            let trial = Trial::new(best.clip, ranges, &mut quantizer, &judge)?;
+            let enough = trial.loss(&before) <= args.max_loss;
+            if trial.is_better(&best, &before) {
+                best = trial;
             }
-            noise = quantizer.noise(&ranges)?;
+            if enough || count >= order.len() {
+                break;
+            }
+            count *= 2;
         }
-        scores = Some((before, after));
     }
-    let bytes = serialise(&quantizer.quantized(&ranges)?, args.f16).with_context(in_file)?;
+    let bytes = serialise(&quantizer.quantized(&best.ranges)?, args.f16).with_context(in_file)?;
     files::write_whole(&args.output, &bytes)?;
-    report(args, &quantizer, (clip, &ranges, noise), scores.as_ref(), bytes.len(), out)?;
-    match &scores {
-        Some((before, after)) if loss(before, after) > args.max_loss => Ok(Outcome::Partial),
-        _ => Ok(Outcome::Complete),
+    report(args, &quantizer, &best, &before, bytes.len(), out)?;
+    let too_much = judge.is_some() && best.loss(&before) > args.max_loss;
+    Ok(if too_much { Outcome::Partial } else { Outcome::Complete })
+}
+
+/// Ranges, and what they do.
+struct Trial {
+    clip: Clip,
+    ranges: Ranges,
+    noise: f64,
+    /// Empty where nobody judges.
+    scores: Scores,
+}
+
+impl Trial {
+    fn new(clip: Clip, ranges: Ranges, quantizer: &mut Quantizer, judge: &Option<Judge>) -> Result<Self> {
+        let noise = quantizer.noise(&ranges)?;
+        let scores = match judge {
+            Some(judge) => {
+                judge.scores(&Model::from_weights(&quantizer.quantized(&ranges)?)?, Precision::Int8)?
+            }
+            None => Scores::new(),
+        };
+        Ok(Self { clip, ranges, noise, scores })
+    }
+
+    fn loss(&self, before: &Scores) -> f64 {
+        loss(before, &self.scores)
+    }
+
+    /// By AP where it is known, else by the noise of the outputs.
+    fn is_better(&self, other: &Self, before: &Scores) -> bool {
+        if before.is_empty() {
+            self.noise < other.noise
+        } else {
+            self.loss(before) < other.loss(before)
+        }
     }
 }
 
@@ -246,7 +280,8 @@ fn pictures_below(folder: &Path, into: &mut Vec<PathBuf>) -> Result<()> {
 }
 
 /// The layers by how much less noise the outputs have where one of them alone stays in f32, most first.
-fn by_gain(quantizer: &mut Quantizer, ranges: &Ranges, noise: f64) -> Result<Vec<String>> {
+fn by_gain(quantizer: &mut Quantizer, of: &Trial) -> Result<Vec<String>> {
+    let Trial { ranges, noise, .. } = of;
     let layers: Vec<String> = quantizer.layers().into_iter().map(String::from).collect();
     let bar = progress::bar(layers.len(), "layers");
     let mut gains = Vec::with_capacity(layers.len());
@@ -264,44 +299,41 @@ fn by_gain(quantizer: &mut Quantizer, ranges: &Ranges, noise: f64) -> Result<Vec
 fn report(
     args: &Args,
     quantizer: &Quantizer,
-    (clip, ranges, noise): (Clip, &Ranges, f64),
-    scores: Option<&(Scores, Scores)>,
+    trial: &Trial,
+    before: &Scores,
     bytes: usize,
     out: &mut dyn Write,
 ) -> Result<()> {
-    let (layers, kept) = (quantizer.layers().len(), ranges.keep.len());
+    let (layers, keep) = (quantizer.layers().len(), &trial.ranges.keep);
+    let clip = clip_name(trial.clip);
     if args.json {
         let ap = |scores: &Scores| {
-            scores.iter().map(|(n, v)| (n.to_string(), json!(v))).collect::<serde_json::Map<_, _>>()
+            let all = scores.iter().map(|(n, v)| (n.to_string(), json!(v)));
+            (!scores.is_empty()).then(|| all.collect::<serde_json::Map<_, _>>())
         };
         let value = json!({
-            "output": args.output, "bytes": bytes, "pictures": quantizer.pictures(), "clip": clip_name(clip),
-            "output_noise": noise, "convolutions": layers, "kept_in_f32": ranges.keep,
-            "ap_before": scores.map(|(b, _)| ap(b)), "ap_after": scores.map(|(_, a)| ap(a)),
+            "output": args.output, "bytes": bytes, "pictures": quantizer.pictures(), "clip": clip,
+            "output_noise": trial.noise, "convolutions": layers, "kept_in_f32": keep,
+            "ap_before": ap(before), "ap_after": ap(&trial.scores),
         });
         serde_json::to_writer_pretty(&mut *out, &value).map_err(std::io::Error::from)?;
         writeln!(out)?;
         return Ok(());
     }
     writeln!(out, "{}: {bytes} bytes", args.output.display())?;
-    writeln!(out, "  ranges from {} pictures, {}", quantizer.pictures(), clip_name(clip))?;
-    writeln!(
-        out,
-        "  {} of {layers} convolutions in int8; noise of the outputs {:.1} %",
-        layers - kept,
-        noise * 100.0
-    )?;
-    for layer in &ranges.keep {
-        writeln!(out, "  {layer} stays in f32")?;
+    writeln!(out, "  ranges from {} pictures, {clip}", quantizer.pictures())?;
+    let (count, noise) = (layers - keep.len(), trial.noise * 100.0);
+    writeln!(out, "  {count} of {layers} convolutions in int8; noise of the outputs {noise:.1} %")?;
+    keep.iter().try_for_each(|layer| writeln!(out, "  {layer} stays in f32"))?;
+    if before.is_empty() {
+        return Ok(());
     }
-    if let Some((before, after)) = scores {
-        writeln!(out, "  {:<8} {:>8} {:>8} {:>8}", "AP", "before", "after", "points")?;
-        for ((name, b), (_, a)) in before.iter().zip(after) {
-            writeln!(out, "  {name:<8} {b:>8.4} {a:>8.4} {:>+8.2}", (a - b) * 100.0)?;
-        }
-        if loss(before, after) > args.max_loss {
-            writeln!(out, "  more than {} points are lost whatever stays in f32", args.max_loss)?;
-        }
+    writeln!(out, "  {:<8} {:>8} {:>8} {:>8}", "AP", "before", "after", "points")?;
+    for ((name, b), (_, a)) in before.iter().zip(&trial.scores) {
+        writeln!(out, "  {name:<8} {b:>8.4} {a:>8.4} {:>+8.2}", (a - b) * 100.0)?;
+    }
+    if trial.loss(before) > args.max_loss {
+        writeln!(out, "  more than {} points are lost whatever stays in f32", args.max_loss)?;
     }
     Ok(())
 }
