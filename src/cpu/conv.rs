@@ -26,6 +26,18 @@ pub(crate) struct Window {
 }
 
 impl Window {
+    /// Kernel, stride, dilation and padding above and to the left.
+    pub fn sides(&self) -> [[usize; 2]; 4] {
+        [self.kernel, self.stride, self.dilation, [self.padding[0], self.padding[1]]]
+    }
+
+    /// From a map's row 0 to the first byte of the window of output row `y`, pixel 0; may lie before it.
+    fn start(&self, y: usize, input: &View) -> isize {
+        let row = (y * self.stride[0]) as isize - self.padding[0] as isize;
+        let values = row * input.row as isize - (self.padding[1] * input.pixel) as isize;
+        values * input.storage.bytes() as isize
+    }
+
     /// Index of the first value of the first output pixel's window.
     fn first(&self, input: &View) -> usize {
         input.offset - self.padding[0] * input.row - self.padding[1] * input.pixel
@@ -157,6 +169,12 @@ impl ConvOp {
         }
     }
 
+    /// Whether it is 1x1 and every output pixel has its input's place.
+    pub fn is_pointwise(&self) -> bool {
+        let w = &self.window;
+        w.kernel == [1, 1] && w.stride == [1, 1] && w.padding == [0; 4]
+    }
+
     /// Bytes of packed weights.
     pub fn bytes(&self) -> usize {
         [&self.weights, &self.start, &self.scale, &self.bias].map(Arena::bytes).iter().sum()
@@ -208,49 +226,49 @@ impl ConvOp {
         }
     }
 
-    /// A 1x1 convolution of one group on rows that lie densely from `from` on, into rows `rows` of image `n`.
+    /// Rows `rows` of one image, of one group. `from` and `to` are where row 0 of input and output is, or would be if it were there;
+    /// the views tell how rows and pixels lie. `add` is row 0 of the residual. `far`: the input may be far from the processor.
     ///
     /// # Safety
-    /// As [`ConvOp::run`] for residual and output; `from` has all pixels of as many rows.
-    pub unsafe fn rows_from(
+    /// The windows of these rows are there, and the residual's pixels, and room for the rows.
+    pub unsafe fn rows(
         &self,
-        from: *const u8,
-        base: *mut u8,
-        [add_rows, add_columns]: &[Vec<u32>; 2],
-        add: Option<&View>,
-        output: &View,
-        n: usize,
+        tables: &ConvTables,
+        [from, to]: [*const u8; 2],
+        [input, output]: [&View; 2],
+        add: Option<(*const u8, &View)>,
         rows: Range<usize>,
+        far: bool,
     ) {
+        let [in_bytes, out_bytes] = [input, output].map(|v| v.storage.bytes());
+        let (out_row, width) = (output.row * out_bytes, output.shape.w);
         // The residual's rows by their table, where there is one, else as the output's.
-        let (add_rows, add_first) = match add_rows.get(rows.clone()) {
+        let (add_rows, add_first) = match tables.add_rows.get(rows.clone()) {
             Some(table) => (table, 0),
             None => (&[][..], rows.start),
         };
-        let pixel = self.in_channels * self.formats.input.storage.bytes();
-        let bytes = output.storage.bytes();
+        let add_row = add.map_or(0, |(_, v)| v.row * v.storage.bytes());
+        let args = ConvArgs {
+            input: from.wrapping_offset(self.window.start(rows.start, input)),
+            in_row: self.window.stride[0] * input.row * in_bytes,
+            in_pixel: self.window.stride[1] * input.pixel * in_bytes,
+            taps: &tables.taps,
+            run: tables.run,
+            far,
+            output: to.cast_mut().wrapping_add(rows.start * out_row),
+            out_row,
+            out_pixel: output.pixel * out_bytes,
+            width,
+            rule: self.rule.unless(add.is_none()),
+            add: add.map_or(std::ptr::null(), |(first, _)| first.wrapping_add(add_first * add_row)),
+            add_row,
+            add_pixel: add.map_or(0, |(_, v)| v.pixel * v.storage.bytes()),
+            add_rows,
+            add_columns: &tables.add_columns,
+            ..self.args(0)
+        };
         // SAFETY: the caller's contract.
-        unsafe {
-            let args = ConvArgs {
-                input: from,
-                in_row: output.shape.w * pixel,
-                in_pixel: pixel,
-                run: pixel / size_of::<f32>(),
-                far: false,
-                output: output.byte(base, output.at(n, rows.start, 0)),
-                out_row: output.row * bytes,
-                out_pixel: output.pixel * bytes,
-                width: output.shape.w,
-                rule: self.rule.unless(add.is_none()),
-                add: add.map_or(std::ptr::null(), |v| v.byte(base, v.at(n, add_first, 0)).cast_const()),
-                add_row: add.map_or(0, |v| v.row * v.storage.bytes()),
-                add_pixel: add.map_or(0, |v| v.pixel * v.storage.bytes()),
-                add_rows,
-                add_columns,
-                ..self.args(0)
-            };
-            (self.kernel.run)(&args, 0..rows.len(), 0..panels(self.out_channels, self.kernel.lanes));
-        }
+        unsafe { (self.kernel.run)(&args, 0..rows.len(), 0..panels(self.out_channels, self.kernel.lanes)) };
     }
 
     /// Computes this thread's share of the output, or of what is `asked` for of it.
@@ -413,7 +431,6 @@ impl DepthwiseOp {
     fn args(&self, input: &View) -> DepthwiseArgs {
         let w = &self.window;
         DepthwiseArgs {
-            storage: self.formats[0].storage,
             input: std::ptr::null(),
             in_row: w.stride[0] * input.row,
             in_pixel: w.stride[1] * input.pixel,
@@ -432,33 +449,21 @@ impl DepthwiseOp {
         }
     }
 
-    /// Rows `rows` of image `n`, each `width` pixels, densely from `to` on.
+    /// As [`ConvOp::rows`].
     ///
     /// # Safety
-    /// As [`ConvOp::run`] for the input; `to` has room for as many pixels.
-    pub unsafe fn rows_into(
-        &self,
-        base: *mut u8,
-        input: &View,
-        n: usize,
-        rows: Range<usize>,
-        width: usize,
-        to: *mut u8,
-    ) {
-        let args = self.args(input);
+    /// As [`ConvOp::rows`].
+    pub unsafe fn rows(&self, [from, to]: [*const u8; 2], [input, output]: [&View; 2], rows: Range<usize>) {
+        let args = DepthwiseArgs {
+            input: from.wrapping_offset(self.window.start(rows.start, input)),
+            output: to.cast_mut().wrapping_add(rows.start * output.row * output.storage.bytes()),
+            out_row: output.row,
+            out_pixel: output.pixel,
+            width: output.shape.w,
+            ..self.args(input)
+        };
         // SAFETY: the caller's contract.
-        unsafe {
-            let args = DepthwiseArgs {
-                input: input
-                    .byte(base, self.window.first(input) + n * input.image + rows.start * args.in_row),
-                output: to,
-                out_row: width * self.channels,
-                out_pixel: self.channels,
-                width,
-                ..args
-            };
-            (self.kernels.depthwise)(&args, 0..rows.len());
-        }
+        unsafe { (self.kernels.depthwise(self.formats[0].storage))(&args, 0..rows.len()) };
     }
 
     /// Computes this thread's part of the output.
@@ -479,7 +484,7 @@ impl DepthwiseOp {
                     width: columns.len(),
                     ..args
                 };
-                (self.kernels.depthwise)(&args, rows);
+                (self.kernels.depthwise(self.formats[0].storage))(&args, rows);
             }
         });
     }

@@ -2,12 +2,12 @@
 //! plan. Knows nothing of layers.
 
 pub mod arena;
+pub(crate) mod cascade;
 pub(crate) mod conv;
 #[cfg(feature = "train")]
 pub mod dense;
 pub mod isa;
 mod kernels;
-pub(crate) mod pair;
 pub(crate) mod part;
 pub(crate) mod program;
 pub(crate) mod simple;

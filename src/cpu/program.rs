@@ -4,11 +4,11 @@
 //! each step needs, and that no step's output overlaps an input. Running it is therefore safe.
 
 use super::arena::{Arena, Format, Storage, View};
+use super::cascade::{CascadeOp, CascadeTables, Stage};
 use super::conv::{residual_tables, ConvOp, ConvTables, DepthwiseOp, Formats};
 use super::isa::Isa;
 use super::kernels::simple::Blend;
 use super::kernels::Kernels;
-use super::pair::PairOp;
 use super::part::{Mask, Part};
 use super::simple::{self, blends, AddOp, ConvTransposeOp, PoolOp, RoiAlignOp};
 use super::threads::{Pool, Team};
@@ -26,7 +26,7 @@ pub(crate) enum Kind {
     Conv(Arc<ConvOp>),
     Winograd(WinogradOp),
     Depthwise(Arc<DepthwiseOp>),
-    Pair(PairOp),
+    Cascade(CascadeOp),
     ConvTranspose(ConvTransposeOp),
     MaxPool(PoolOp),
     GlobalAvgPool,
@@ -64,10 +64,17 @@ impl Op {
                 ([3, 3], s) => pick(s, ["depthwise 3x3", "depthwise 3x3 of bf16", "depthwise 3x3 of int8"]),
                 (_, s) => pick(s, ["depthwise", "depthwise of bf16", "depthwise of int8"]),
             },
-            Kind::Pair(p) => pick(
-                p.pointwise.formats.input.storage,
-                ["depthwise, conv 1x1", "depthwise, conv 1x1 bf16", "depthwise, conv 1x1 int8"],
-            ),
+            Kind::Cascade(c) => match (&c.stages[..], c.stages[c.stages.len() - 1].formats()[0].storage) {
+                ([Stage::Depthwise(_), Stage::Conv(_)], s) => {
+                    pick(s, ["depthwise, conv 1x1", "depthwise, conv 1x1 bf16", "depthwise, conv 1x1 int8"])
+                }
+                (stages, s) => match stages.len() {
+                    2 => pick(s, ["two in bands", "two in bands, bf16", "two in bands, int8"]),
+                    3 => pick(s, ["three in bands", "three in bands, bf16", "three in bands, int8"]),
+                    4 => pick(s, ["four in bands", "four in bands, bf16", "four in bands, int8"]),
+                    _ => pick(s, ["more in bands", "more in bands, bf16", "more in bands, int8"]),
+                },
+            },
             Kind::ConvTranspose(_) => "conv transpose",
             Kind::MaxPool(_) => "max pool",
             Kind::GlobalAvgPool => "global average",
@@ -92,7 +99,7 @@ impl Op {
             Kind::Conv(c) => c.bytes(),
             Kind::Winograd(c) => c.bytes(),
             Kind::Depthwise(d) => d.bytes(),
-            Kind::Pair(p) => p.bytes(),
+            Kind::Cascade(c) => c.bytes(),
             Kind::ConvTranspose(c) => c.bytes(),
             _ => 0,
         }
@@ -103,7 +110,7 @@ impl Op {
         match &self.0 {
             Kind::Conv(c) => c.window.padding,
             Kind::Depthwise(d) => d.window.padding,
-            Kind::Pair(p) => p.depthwise.window.padding,
+            Kind::Cascade(c) => c.stages[0].halo(),
             _ => [0; 4],
         }
     }
@@ -120,7 +127,7 @@ impl Op {
             | Kind::Crop(_)
             | Kind::Sigmoid
             | Kind::Softmax(_) => true,
-            // Pairs could, but no network asks for part of one.
+            // Cascades could, but no network asks for part of one.
             _ => false,
         }
     }
@@ -147,7 +154,7 @@ impl Op {
     }
 
     /// The output shape these inputs must have, where they follow from each other.
-    fn check(&self, inputs: &[View], out: Shape) -> std::result::Result<(), &'static str> {
+    fn check(&self, inputs: &[View], between: &[Shape], out: Shape) -> std::result::Result<(), &'static str> {
         let a = inputs.first().ok_or("no input")?;
         let s = a.shape;
         let windowed = |w: &super::conv::Window, channels: usize| {
@@ -175,11 +182,8 @@ impl Op {
                     && inputs.get(1).is_none_or(same_size)
             }
             Kind::Depthwise(d) => windowed(&d.window, d.channels) && s.c == d.channels,
-            Kind::Pair(p) => {
-                windowed(&p.depthwise.window, p.pointwise.out_channels)
-                    && s.c == p.depthwise.channels
-                    && inputs.len() <= 2
-                    && inputs.get(1).is_none_or(same_size)
+            Kind::Cascade(c) => {
+                c.fits(a, between, out) && inputs.len() <= 2 && inputs.get(1).is_none_or(same_size)
             }
             Kind::ConvTranspose(c) => {
                 let side = |i, a: usize| {
@@ -226,9 +230,10 @@ impl Op {
             Kind::Conv(c) => conv(&c.formats),
             Kind::Winograd(c) => conv(&c.formats),
             Kind::Depthwise(d) => is(&inputs[0], &d.formats[0]) && is(output, &d.formats[1]),
-            Kind::Pair(p) => {
-                let f = &p.pointwise.formats;
-                conv(&Formats { input: p.depthwise.formats[0], ..*f })
+            Kind::Cascade(c) => {
+                let (first, last) = (&c.stages[0], &c.stages[c.stages.len() - 1]);
+                let add = if let Stage::Conv(c) = last { c.formats.add } else { Format::F32 };
+                conv(&Formats { input: first.formats()[0], add, output: last.formats()[1] })
             }
             Kind::Add(a) => {
                 let [of_a, of_b, of_output] = &a.formats;
@@ -251,6 +256,7 @@ enum Tables {
     /// Rows and columns of the residual.
     Residual([Vec<u32>; 2]),
     Resize([Vec<Blend>; 2]),
+    Cascade(CascadeTables),
 }
 
 /// One op on its views.
@@ -300,6 +306,8 @@ pub struct StepSpec {
     pub inputs: Vec<View>,
     /// Output.
     pub output: View,
+    /// Sizes of what lies between the steps of a cascade.
+    pub between: Vec<Shape>,
     /// The pixels of the output that are computed, where not all are.
     pub near: Option<Near>,
 }
@@ -362,16 +370,15 @@ impl Program {
             if s.inputs.iter().any(|v| v.overlaps(&s.output)) {
                 return Err(bad(i, "the output overlaps an input"));
             }
-            s.op.check(&s.inputs, s.output.shape).map_err(|why| bad(i, why))?;
+            s.op.check(&s.inputs, &s.between, s.output.shape).map_err(|why| bad(i, why))?;
             if !s.op.stored(&s.inputs, &s.output) {
                 return Err(bad(i, "a tensor is stored in another way"));
             }
             let (a, out) = (s.inputs[0], s.output.shape);
             let tables = match &s.op.0 {
                 Kind::Conv(c) => Tables::Conv(c.prepare(&a, s.inputs.get(1), &s.output)),
-                Kind::Winograd(_) | Kind::Pair(_) => {
-                    Tables::Residual(residual_tables(s.inputs.get(1), &s.output))
-                }
+                Kind::Winograd(_) => Tables::Residual(residual_tables(s.inputs.get(1), &s.output)),
+                Kind::Cascade(c) => Tables::Cascade(c.prepare(&a, &s.between, s.inputs.get(1), &s.output)),
                 Kind::Resize { bilinear } => {
                     Tables::Resize([blends(a.shape.h, out.h, *bilinear), blends(a.shape.w, out.w, *bilinear)])
                 }
@@ -406,6 +413,7 @@ impl Program {
             Tables::None => 0,
             Tables::Conv(c) => c.bytes(),
             Tables::Residual(t) => t.iter().map(|v| v.capacity() * size_of::<u32>()).sum(),
+            Tables::Cascade(c) => c.bytes(),
             Tables::Resize(b) => b.iter().map(|v| v.capacity() * size_of::<Blend>()).sum(),
         };
         let steps = self.steps.iter().map(|s| tables(&s.tables) + s.inputs.capacity() * size_of::<View>());
@@ -417,9 +425,10 @@ impl Program {
 
     /// Floats of memory that each thread of the pool needs beside the arena.
     pub fn scratch(&self) -> usize {
-        let of = |s: &Step| match &s.op.0 {
-            Kind::Winograd(c) => c.scratch(s.output.shape),
-            Kind::Pair(p) => p.scratch([s.output.shape.h, s.output.shape.w]),
+        let of = |s: &Step| match (&s.op.0, &s.tables) {
+            (Kind::Winograd(c), _) => c.scratch(s.output.shape),
+            // Whole lines, so that each thread's memory begins with one.
+            (_, Tables::Cascade(t)) => t.scratch().div_ceil(size_of::<f32>()).next_multiple_of(16),
             _ => 0,
         };
         self.steps.iter().map(of).max().unwrap_or(0)
@@ -544,7 +553,7 @@ impl Step {
                 (Kind::Winograd(c), Tables::Residual(t)) => {
                     c.run(base, scratch.cast(), t, [a, out], b, asked, team)
                 }
-                (Kind::Pair(p), Tables::Residual(t)) => p.run(base, scratch, t, [a, out], b, team),
+                (Kind::Cascade(c), Tables::Cascade(t)) => c.run(k, base, scratch, t, [a, out], b, team),
                 (Kind::Depthwise(d), _) => d.run(base, a, out, part),
                 (Kind::ConvTranspose(c), _) => c.run(floats, a, out, team),
                 (Kind::MaxPool(p), _) => p.run(k, base, a, out, team),
@@ -563,7 +572,7 @@ impl Step {
                 (Kind::RoiAlign(r), _) => {
                     r.run(floats, a, b.expect("validated: RoIAlign has boxes"), out, team)
                 }
-                (Kind::Conv(_) | Kind::Winograd(_) | Kind::Pair(_) | Kind::Resize { .. }, _) => {
+                (Kind::Conv(_) | Kind::Winograd(_) | Kind::Cascade(_) | Kind::Resize { .. }, _) => {
                     unreachable!("tables are made with the step")
                 }
             }

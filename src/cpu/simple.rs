@@ -6,6 +6,7 @@ use super::kernels::simple::{Blend, Operand, PoolArgs, ResizeArgs, RowArgs};
 use super::kernels::Kernels;
 use super::part::Part;
 use super::threads::{for_images, Team};
+use std::ops::Range;
 
 /// Source positions along one axis, as PyTorch computes them. Nearest: floor(dst * (in/out)) with the
 /// ratio rounded to f32. Bilinear: half-pixel centres, clamped at the edges.
@@ -25,7 +26,7 @@ pub(crate) fn blends(input: usize, output: usize, bilinear: bool) -> Vec<Blend> 
 }
 
 /// Max pooling geometry.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct PoolOp {
     pub kernel: [usize; 2],
     pub stride: [usize; 2],
@@ -43,24 +44,42 @@ impl PoolOp {
         for_images(team.share(output.shape.n * output.shape.h), output.shape.h, |n, rows| {
             // SAFETY: the caller's contract.
             unsafe {
-                let args = PoolArgs {
-                    storage: input.storage,
-                    input: input.byte(base, input.at(n, 0, 0)),
-                    in_row: input.row,
-                    in_pixel: input.pixel,
-                    in_size: [input.shape.h, input.shape.w],
-                    kernel: self.kernel,
-                    stride: self.stride,
-                    pad: self.pad,
-                    output: output.byte(base, output.at(n, 0, 0)),
-                    out_row: output.row,
-                    out_pixel: output.pixel,
-                    width: output.shape.w,
-                    channels: output.shape.c,
-                };
-                (k.max_pool)(&args, rows);
+                let from = input.byte(base, input.at(n, 0, 0)).cast_const();
+                let to = output.byte(base, output.at(n, 0, 0)).cast_const();
+                self.rows(k, [from, to], [input, output], rows);
             }
         });
+    }
+
+    /// Rows `rows` of one image. `from` and `to` are where row 0 of input and output is, or would be if it were there; the views tell
+    /// how rows and pixels lie.
+    ///
+    /// # Safety
+    /// The rows under the windows are there, and room for the output's.
+    pub unsafe fn rows(
+        &self,
+        k: &Kernels,
+        [from, to]: [*const u8; 2],
+        [input, output]: [&View; 2],
+        rows: Range<usize>,
+    ) {
+        let args = PoolArgs {
+            storage: input.storage,
+            input: from,
+            in_row: input.row,
+            in_pixel: input.pixel,
+            in_size: [input.shape.h, input.shape.w],
+            kernel: self.kernel,
+            stride: self.stride,
+            pad: self.pad,
+            output: to.cast_mut(),
+            out_row: output.row,
+            out_pixel: output.pixel,
+            width: output.shape.w,
+            channels: output.shape.c,
+        };
+        // SAFETY: the caller's contract.
+        unsafe { (k.max_pool)(&args, rows) };
     }
 }
 

@@ -7,13 +7,14 @@ use super::formats::{assign, Numbers};
 use super::fuse::{channels, root, Chain, Draft, DraftStep, Value, ValueId, Work};
 use super::weights::Weights;
 use crate::cpu::arena::Format;
+use crate::cpu::cascade::{CascadeOp, Stage, MAX_STAGES};
 use crate::cpu::conv::Formats;
-use crate::cpu::pair::PairOp;
 use crate::cpu::program::Kind;
 use crate::cpu::{Isa, Op};
 use crate::error::{Error, Result};
 use crate::layers::{
-    activation, batchnorm, combine, conv2d, conv_transpose2d, linear, pool, roi_align, upsample, Layer,
+    activation, batchnorm, combine, conv2d, conv_transpose2d, linear, pool, roi_align, upsample, Conv2d,
+    Layer,
 };
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,8 +26,10 @@ pub(crate) struct CompiledStep {
     pub output: ValueId,
     /// Node that names the step in listings and whose multiply-adds it does.
     pub node: NodeId,
-    /// The node that is computed with it, of a pair.
-    pub then: Option<NodeId>,
+    /// The nodes that are computed with it, of a cascade.
+    pub then: Vec<NodeId>,
+    /// The other siblings of one of its nodes.
+    pub beside: Vec<NodeId>,
 }
 
 /// A network with its weights packed for one ISA, independent of input sizes; shared by sessions.
@@ -40,6 +43,9 @@ pub struct Compiled {
     pub(crate) outputs: Vec<ValueId>,
     pub(crate) isa: Isa,
 }
+
+/// A chain, and its op for these formats.
+type Made = (Chain, Formats, Arc<Op>);
 
 /// Rows and columns of a node where they do not depend on the network's input.
 fn static_size(graph: &Graph, id: NodeId) -> Option<[usize; 2]> {
@@ -64,6 +70,38 @@ fn static_size(graph: &Graph, id: NodeId) -> Option<[usize; 2]> {
     }
 }
 
+/// Strides of a map, relative to the network's input, up to which it is large: what lies between two steps there does not stay in a
+/// second-level cache.
+const LARGE: usize = 2;
+
+/// The stages that an op is made of, if it can be part of a cascade; `format` is that of what it reads or writes.
+fn stages(op: &Op, format: Format) -> Option<Vec<Stage>> {
+    match &op.0 {
+        Kind::Conv(c) if c.groups == 1 => Some(vec![Stage::Conv(c.clone())]),
+        Kind::Depthwise(d) => Some(vec![Stage::Depthwise(d.clone())]),
+        Kind::MaxPool(p) => Some(vec![Stage::MaxPool(*p, format)]),
+        Kind::Cascade(c) => Some(c.stages.clone()),
+        _ => None,
+    }
+}
+
+/// The stride of every node's output relative to the network's first input; of those that are no maps of it something large.
+fn strides(graph: &Graph) -> Vec<usize> {
+    let mut strides: Vec<usize> = Vec::with_capacity(graph.nodes.len());
+    for node in &graph.nodes {
+        let of_input = node.inputs.first().map_or(1, |i| strides[i.0]);
+        strides.push(match node.layer() {
+            Some(Layer::Conv2d(c)) => of_input.saturating_mul(c.stride[0].max(c.stride[1])),
+            Some(Layer::MaxPool(p)) => of_input.saturating_mul(p.stride[0].max(p.stride[1])),
+            Some(Layer::BatchNorm(_) | Layer::Activation(_) | Layer::Add(_) | Layer::Concat(_)) | None => {
+                of_input
+            }
+            _ => usize::MAX,
+        });
+    }
+    strides
+}
+
 impl Compiled {
     /// Folds, fuses and packs `graph` with `weights` for `isa`, in f32.
     pub fn new(graph: &Graph, weights: &Weights, isa: Isa) -> Result<Self> {
@@ -73,7 +111,7 @@ impl Compiled {
     /// As [`Compiled::new`], computing in these numbers. Inputs and outputs are f32 all the same.
     pub fn in_numbers(graph: &Graph, weights: &Weights, isa: Isa, numbers: &Numbers) -> Result<Self> {
         let mut compiled = Self::in_steps(graph, weights, isa, numbers)?;
-        compiled.pair();
+        compiled.cascade();
         Ok(compiled)
     }
 
@@ -83,7 +121,7 @@ impl Compiled {
         let mut draft = Draft::new(graph);
         let formats = assign(&mut draft, numbers);
         // Chains by the first parameter of their start, with their ops.
-        let mut made: HashMap<Option<ParamId>, Vec<(Chain, Formats, Arc<Op>)>> = HashMap::new();
+        let mut made: HashMap<Option<ParamId>, Vec<Made>> = HashMap::new();
         let Draft { graph, values, steps, inputs, outputs } = draft;
         let lower = |step: DraftStep| {
             let DraftStep { work, inputs, output, node } = step;
@@ -91,7 +129,12 @@ impl Compiled {
             let input = format(inputs[0]);
             let add = inputs.get(1).map_or(Format::F32, |&v| format(v));
             let all = Formats { input, add, output: format(output) };
+            let beside = match &work {
+                Work::Siblings(chains) => chains[1..].iter().map(|c| c.start).collect(),
+                _ => Vec::new(),
+            };
             let op = match work {
+                Work::Siblings(chains) => Arc::new(lower_siblings(&graph, weights, isa, &chains, all)?),
                 Work::Copy => Arc::new(combine::cpu::copy([input, all.output])),
                 Work::Plain(layer, slope) => Arc::new(lower_plain(&layer, slope, all)?),
                 Work::Chain(chain) => {
@@ -106,48 +149,58 @@ impl Compiled {
                     }
                 }
             };
-            Ok(CompiledStep { op, inputs, output, node, then: None })
+            Ok(CompiledStep { op, inputs, output, node, then: Vec::new(), beside })
         };
         let steps = steps.into_iter().map(lower).collect::<Result<_>>()?;
         Ok(Self { values, formats, steps, inputs, outputs, isa, graph })
     }
 
-    /// Makes one step of a depthwise convolution and the pointwise one that alone reads it.
-    fn pair(&mut self) {
-        let mut pairs: Vec<Arc<Op>> = Vec::new();
+    /// Makes one step of steps one behind the other, where what is between them is better not written whole.
+    fn cascade(&mut self) {
+        let strides = strides(&self.graph);
+        let mut made: Vec<Arc<Op>> = Vec::new();
         let mut i = 0;
         while i < self.steps.len() {
-            let value = self.steps[i].output;
-            let readers: Vec<usize> =
-                (i + 1..self.steps.len()).filter(|&j| self.steps[j].inputs.contains(&value)).collect();
-            let alone = !self.outputs.contains(&value) && self.values[value.0].parent.is_none();
-            let [j] = readers[..] else {
-                i += 1;
-                continue;
-            };
-            let (first, second) = (&self.steps[i], &self.steps[j]);
-            let takes = second.inputs[0] == value && !second.inputs[1..].contains(&value);
-            let pair = match (&first.op.0, &second.op.0) {
-                (Kind::Depthwise(d), Kind::Conv(c)) if alone && takes => PairOp::new(d, c),
-                _ => None,
-            };
-            let Some(pair) = pair else {
+            let Some((j, op)) = self.joined(i, &strides) else {
                 i += 1;
                 continue;
             };
             // Heads have theirs on every level.
-            let made = pairs.iter().find(|op| matches!(&op.0, Kind::Pair(p) if p.is(&pair))).cloned();
-            let op = made.unwrap_or_else(|| {
-                pairs.push(Arc::new(Op(Kind::Pair(pair))));
-                pairs[pairs.len() - 1].clone()
+            let same = |other: &&Arc<Op>| matches!(&other.0, Kind::Cascade(c) if c.is(&op));
+            let op = made.iter().find(same).cloned().unwrap_or_else(|| {
+                made.push(Arc::new(Op(Kind::Cascade(op))));
+                made[made.len() - 1].clone()
             });
             let first = self.steps.remove(i);
             let second = &mut self.steps[j - 1];
             second.op = op;
             second.inputs[0] = first.inputs[0];
-            second.then = Some(second.node);
+            let nodes = first.then.into_iter().chain([second.node]);
+            second.then = nodes.chain(std::mem::take(&mut second.then)).collect();
             second.node = first.node;
+            second.beside.extend(first.beside);
         }
+    }
+
+    /// The step that alone reads what step `i` writes, and both as one, where that is better.
+    fn joined(&self, i: usize, strides: &[usize]) -> Option<(usize, CascadeOp)> {
+        let (first, value) = (&self.steps[i], self.steps[i].output);
+        let mut readers = (i + 1..self.steps.len()).filter(|&j| self.steps[j].inputs.contains(&value));
+        let (j, None) = (readers.next()?, readers.next()) else { return None };
+        let second = &self.steps[j];
+        let alone = first.inputs.len() == 1
+            && second.inputs[0] == value
+            && !second.inputs[1..].contains(&value)
+            && !self.outputs.contains(&value)
+            && self.values[value.0].parent.is_none();
+        let format = self.formats[value.0];
+        let (before, behind) = (stages(&first.op, format)?, stages(&second.op, format)?);
+        // A depthwise convolution and the pointwise one behind it, wherever they are; else where maps are large.
+        let pair =
+            matches!((&before[..], &behind[0]), ([Stage::Depthwise(_)], Stage::Conv(c)) if c.is_pointwise());
+        let large = strides[self.values[value.0].node.0] <= LARGE;
+        let stages = [before, behind].concat();
+        (alone && (pair || large) && stages.len() <= MAX_STAGES).then_some((j, CascadeOp { stages }))
     }
 
     /// The value whose buffer this one is in, which is itself or the concatenation that it is part of, and its first channel
@@ -173,8 +226,8 @@ impl Compiled {
     }
 }
 
-/// The op of a chain.
-fn lower_chain(graph: &Graph, weights: &Weights, isa: Isa, chain: &Chain, formats: Formats) -> Result<Op> {
+/// Weights and bias of a chain.
+fn affine(graph: &Graph, weights: &Weights, chain: &Chain) -> Result<Affine> {
     let node = &graph.nodes[chain.start.0];
     let affine = Affine::of(graph, chain.start, weights)?;
     let mut affine = affine.ok_or_else(|| Error::Internal(format!("layer {} starts no chain", node.name)))?;
@@ -184,6 +237,37 @@ fn lower_chain(graph: &Graph, weights: &Weights, isa: Isa, chain: &Chain, format
             fold_batchnorm(&mut affine, graph, node, bn.eps, weights)?;
         }
     }
+    Ok(affine)
+}
+
+/// The op of siblings: one convolution with the output channels of all.
+fn lower_siblings(
+    graph: &Graph,
+    weights: &Weights,
+    isa: Isa,
+    chains: &[Chain],
+    formats: Formats,
+) -> Result<Op> {
+    let (mut weight, mut bias) = (Vec::new(), Vec::new());
+    for chain in chains {
+        let own = affine(graph, weights, chain)?;
+        weight.extend(own.weight);
+        bias.extend(own.bias);
+    }
+    let (first, rule) = (&chains[0], (chains[0].slope, chains[0].residual));
+    match graph.nodes[first.start.0].layer() {
+        Some(Layer::Conv2d(c)) => {
+            let all = Conv2d { out_channels: bias.len(), ..*c };
+            conv2d::cpu::lower(&all, isa, &weight, &bias, rule, formats)
+        }
+        _ => Err(Error::Internal("siblings are convolutions".into())),
+    }
+}
+
+/// The op of a chain.
+fn lower_chain(graph: &Graph, weights: &Weights, isa: Isa, chain: &Chain, formats: Formats) -> Result<Op> {
+    let node = &graph.nodes[chain.start.0];
+    let affine = affine(graph, weights, chain)?;
     let Affine { weight, bias, .. } = &affine;
     let rule = (chain.slope, chain.residual);
     match node.layer() {

@@ -55,7 +55,7 @@ pub(crate) struct Demand {
 impl Demand {
     /// For these shapes of the network's nodes; outputs beyond `wants` are wanted whole.
     pub fn new(network: &Compiled, shapes: &[Shape], wants: &[Want]) -> Result<Self> {
-        let shape = |v: ValueId| shapes[network.values[v.0].node.0];
+        let shape = |v: ValueId| network.values[v.0].shape(shapes);
         let same_map = |a: ValueId, b: ValueId| {
             let (a, b) = (shape(a), shape(b));
             (a.n, a.h, a.w) == (1, b.h, b.w) && b.n == 1

@@ -4,6 +4,7 @@
 //! it can write them and a step that reads it can take them; the others read a copy. Convolutions, sums and copies write any format
 //! whatever they read; depthwise convolutions, pooling and interpolation write what they read.
 
+use super::build::NodeId;
 use super::fuse::{root, Draft, DraftStep, ValueId, Work};
 use crate::cpu::arena::{Format, Storage};
 use crate::layers::{Activation, Layer};
@@ -66,7 +67,13 @@ enum Deals {
 impl Deals {
     fn of(draft: &Draft, step: &DraftStep, numbers: &Numbers) -> Self {
         let kept = match numbers {
-            Numbers::Int8(ranges) => ranges.keep.contains(&draft.graph.nodes[step.node.0].name),
+            Numbers::Int8(ranges) => {
+                let named = |node: NodeId| ranges.keep.contains(&draft.graph.nodes[node.0].name);
+                match &step.work {
+                    Work::Siblings(chains) => chains.iter().any(|c| named(c.start)),
+                    _ => named(step.node),
+                }
+            }
             _ => false,
         };
         match Self::of_work(draft, &step.work) {
@@ -83,14 +90,19 @@ impl Deals {
             | Work::Plain(Layer::Activation(Activation::Relu | Activation::LeakyRelu(_)), _) => Self::Any,
             Work::Plain(Layer::MaxPool(_) | Layer::Upsample(_), _) => Self::Same,
             Work::Plain(..) => Self::Single,
-            Work::Chain(chain) => match draft.graph.nodes[chain.start.0].layer() {
-                Some(Layer::Conv2d(c)) if c.is_depthwise() => Self::Scales,
-                Some(Layer::Conv2d(c)) if c.groups == 1 => Self::Dense { channels: c.in_channels },
-                Some(Layer::BatchNorm(_)) => Self::Scales,
-                // In groups, or fully connected: rare.
-                Some(Layer::Conv2d(_) | Layer::Linear(_)) => Self::Kept,
-                _ => Self::Single,
-            },
+            Work::Siblings(chains) => Self::of_start(draft, chains[0].start),
+            Work::Chain(chain) => Self::of_start(draft, chain.start),
+        }
+    }
+
+    fn of_start(draft: &Draft, start: NodeId) -> Self {
+        match draft.graph.nodes[start.0].layer() {
+            Some(Layer::Conv2d(c)) if c.is_depthwise() => Self::Scales,
+            Some(Layer::Conv2d(c)) if c.groups == 1 => Self::Dense { channels: c.in_channels },
+            Some(Layer::BatchNorm(_)) => Self::Scales,
+            // In groups, or fully connected: rare.
+            Some(Layer::Conv2d(_) | Layer::Linear(_)) => Self::Kept,
+            _ => Self::Single,
         }
     }
 

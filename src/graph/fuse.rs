@@ -14,7 +14,8 @@
 
 use super::build::{Graph, Node, NodeId, NodeKind};
 use crate::cpu::conv::Residual;
-use crate::layers::{Activation, Interpolation, Layer};
+use crate::layers::{Activation, Conv2d, Interpolation, Layer};
+use crate::shape::Shape;
 use std::collections::HashMap;
 
 /// A tensor that exists at run time.
@@ -24,6 +25,16 @@ pub(crate) struct Value {
     pub node: NodeId,
     /// The concatenation that it is written into, and its first channel there.
     pub parent: Option<(ValueId, usize)>,
+    /// Its channels, where they are not the node's.
+    pub channels: Option<usize>,
+}
+
+impl Value {
+    /// Its shape, by those of the nodes.
+    pub fn shape(&self, shapes: &[Shape]) -> Shape {
+        let shape = shapes[self.node.0];
+        Shape { c: self.channels.unwrap_or(shape.c), ..shape }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,6 +44,8 @@ pub(crate) struct ValueId(pub usize);
 #[derive(Clone, Debug)]
 pub(crate) enum Work {
     Chain(Chain),
+    /// Pointwise convolutions of the same map, of equal activation: what they write lies side by side.
+    Siblings(Vec<Chain>),
     /// A layer without weights; of a sum, the slope of the activation behind it.
     Plain(Layer, f32),
     /// A copy of its input.
@@ -274,7 +287,63 @@ impl Draft {
         }
         d.outputs = graph.outputs.iter().map(|(_, id)| value_of[id]).collect();
         d.graph = graph;
+        d.join_siblings();
         d
+    }
+
+    /// Pointwise convolutions that read the same map and write no more than a register tile together, as heads have them, become one: the
+    /// map is read once. Outputs of the network stay apart, since each may be wanted without the others.
+    fn join_siblings(&mut self) {
+        let mut i = 0;
+        while i < self.steps.len() {
+            let Some(first) = self.pointwise(i) else {
+                i += 1;
+                continue;
+            };
+            let (mut all, mut count) = (vec![i], first.1.out_channels);
+            for j in i + 1..self.steps.len() {
+                let Some((chain, conv)) = self.pointwise(j) else { continue };
+                let like = self.steps[j].inputs == self.steps[i].inputs && chain.slope == first.0.slope;
+                if like && conv.stride == first.1.stride && count + conv.out_channels <= MOST_TOGETHER {
+                    count += conv.out_channels;
+                    all.push(j);
+                }
+            }
+            if all.len() > 1 {
+                self.join(&all, count);
+            }
+            i += 1;
+        }
+    }
+
+    /// The chain and the convolution of a step that can have siblings.
+    fn pointwise(&self, step: usize) -> Option<(&Chain, &Conv2d)> {
+        let s = &self.steps[step];
+        let Work::Chain(chain) = &s.work else { return None };
+        let Some(Layer::Conv2d(c)) = self.graph.nodes[chain.start.0].layer() else { return None };
+        let plain = c.kernel == [1, 1] && c.padding == [0; 4] && c.groups == 1 && s.inputs.len() == 1;
+        let apart = self.values[s.output.0].parent.is_none() && !self.outputs.contains(&s.output);
+        (plain && apart).then_some((chain, c))
+    }
+
+    /// Makes one step of these, the first of which stands before the others.
+    fn join(&mut self, all: &[usize], channels: usize) {
+        let together = self.value(self.values[self.steps[all[0]].output.0].node);
+        self.values[together.0].channels = Some(channels);
+        let (mut chains, mut at) = (Vec::new(), 0);
+        for &i in all {
+            if let Work::Chain(chain) = &self.steps[i].work {
+                let Some(Layer::Conv2d(c)) = self.graph.nodes[chain.start.0].layer() else { continue };
+                self.values[self.steps[i].output.0].parent = Some((together, at));
+                at += c.out_channels;
+                chains.push(chain.clone());
+            }
+        }
+        let first = &mut self.steps[all[0]];
+        (first.work, first.output) = (Work::Siblings(chains), together);
+        all[1..].iter().rev().for_each(|&i| {
+            self.steps.remove(i);
+        });
     }
 
     /// A name for every value, the same whenever the same network is drafted: the layer's that its step starts with, numbered from the
@@ -297,7 +366,7 @@ impl Draft {
     }
 
     pub fn value(&mut self, node: NodeId) -> ValueId {
-        self.values.push(Value { node, parent: None });
+        self.values.push(Value { node, parent: None, channels: None });
         ValueId(self.values.len() - 1)
     }
 
@@ -331,6 +400,9 @@ impl Draft {
         }
     }
 }
+
+/// Most output channels of siblings together: one register of the widest instruction set.
+const MOST_TOGETHER: usize = 16;
 
 /// The value whose buffer this one is in, which is itself or the concatenation that it is part of, and its first channel
 /// there.

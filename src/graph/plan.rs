@@ -89,7 +89,7 @@ impl Plan {
     /// As [`Plan::new`], computing of each output what is wanted of it; those beyond `wants` whole. An output of which nothing is
     /// wanted has no pixels.
     pub fn for_wants(network: &Compiled, input_shapes: &[Shape], wants: &[Want]) -> Result<Self> {
-        let Layout { demand, views, floats } = layout(network, input_shapes, wants)?;
+        let Layout { demand, shapes, views, floats } = layout(network, input_shapes, wants)?;
         let view = |id: &ValueId| views[id.0];
         let (gates, floats) = gates(&demand, floats, view);
         let steps = network
@@ -101,6 +101,8 @@ impl Plan {
                 op: s.op.clone(),
                 inputs: s.inputs.iter().map(view).collect(),
                 output: view(&s.output),
+                // All but the last node's; the output is that one's.
+                between: [s.node].iter().chain(&s.then).take(s.then.len()).map(|n| shapes[n.0]).collect(),
                 near: if let Need::Near(near) = need { Some(*near) } else { None },
             })
             .collect();
@@ -135,8 +137,8 @@ impl Plan {
             StepInfo {
                 name: node.name.clone(),
                 kernel: step.op.name(),
-                output: shapes[network.values[step.output.0].node.0],
-                macs: [Some(step.node), step.then].into_iter().flatten().map(macs).sum(),
+                output: network.values[step.output.0].shape(&shapes),
+                macs: [step.node].iter().chain(&step.then).chain(&step.beside).map(|&node| macs(node)).sum(),
                 weight_bytes: if seen.insert(Arc::as_ptr(&step.op)) { step.op.bytes() } else { 0 },
             }
         };
@@ -238,6 +240,8 @@ fn gates(demand: &Demand, floats: usize, view: impl Fn(&ValueId) -> View) -> (Ve
 /// Views of all values, the arena's size, and what is asked of the steps.
 struct Layout {
     demand: Demand,
+    /// Of the network's nodes.
+    shapes: Vec<Shape>,
     views: Vec<View>,
     floats: usize,
 }
@@ -246,7 +250,7 @@ struct Layout {
 fn layout(network: &Compiled, input_shapes: &[Shape], wants: &[Want]) -> Result<Layout> {
     let shapes = network.graph.shapes(input_shapes)?;
     let demand = Demand::new(network, &shapes, wants)?;
-    let shape = |id: usize| shapes[network.values[id].node.0];
+    let shape = |id: usize| network.values[id].shape(&shapes);
     let root = |id: usize| {
         let (root, first) = network.root(ValueId(id));
         (root.0, first)
@@ -308,7 +312,7 @@ fn layout(network: &Compiled, input_shapes: &[Shape], wants: &[Want]) -> Result<
             }
         })
         .collect();
-    Ok(Layout { demand, views, floats })
+    Ok(Layout { demand, shapes, views, floats })
 }
 
 #[cfg(test)]

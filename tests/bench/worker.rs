@@ -2,7 +2,7 @@
 //!
 //! `bench_worker NETWORK WIDTH HEIGHT THREADS NUMBERS` speaks the lines of the other workers: prints
 //! `ready SECONDS [prints of the outputs]`, then for every number N read, N pairs `wall,cpu` in seconds; `q` ends it with
-//! `hwm MEGABYTES`. `bench_worker --onnx FILE NETWORK WIDTH HEIGHT` writes the network for them.
+//! `hwm MEGABYTES`. `--layers` before them prints every step's time instead. `bench_worker --onnx FILE NETWORK WIDTH HEIGHT` writes the network for them.
 
 mod networks;
 
@@ -11,7 +11,7 @@ use farface::graph::onnx::to_onnx;
 use farface::graph::{Calibration, Clip, Compiled, Numbers, Plan};
 use farface::shape::{Shape, Tensor};
 use std::io::BufRead;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Processor seconds of this process.
 fn cpu_seconds() -> f64 {
@@ -52,6 +52,35 @@ fn picture(shape: Shape) -> Tensor {
     Tensor::from_vec(shape, (0..shape.len()).map(|i| (i * 7919 % 255) as f32 - 100.0).collect())
 }
 
+/// Least of 50 times of every step.
+fn print_layers(
+    network: &Compiled,
+    plan: &Plan,
+    shape: Shape,
+    arena: &mut Arena,
+    pool: &mut Pool,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let mut least = vec![Duration::MAX; plan.steps()];
+    for _ in 0..50 {
+        let mut times = vec![Duration::ZERO; plan.steps()];
+        plan.run_timed(arena, pool, &mut times);
+        least.iter_mut().zip(times).for_each(|(least, time)| *least = time.min(*least));
+    }
+    for (step, time) in Plan::describe(network, &[shape])?.iter().zip(&least) {
+        let seconds = time.as_secs_f64();
+        let rate = 2e-9 * step.macs as f64 / seconds;
+        println!(
+            "{:24} {:26} {:14} {:8.4} ms {rate:6.0} GF/s",
+            step.name,
+            step.kernel,
+            step.output,
+            seconds * 1e3
+        );
+    }
+    println!("total {:.4} ms", least.iter().sum::<Duration>().as_secs_f64() * 1e3);
+    Ok(())
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     if let [flag, file, name, width, height] = &args[..] {
@@ -63,7 +92,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             return Ok(());
         }
     }
-    let [name, width, height, threads, numbers] = &args[..] else {
+    let layers = args.first().is_some_and(|a| a == "--layers");
+    let [name, width, height, threads, numbers] = &args[usize::from(layers)..] else {
         let usage =
             "usage: worker NETWORK WIDTH HEIGHT THREADS f32|bf16|int8 | --onnx FILE NETWORK WIDTH HEIGHT";
         return Err(usage.into());
@@ -94,6 +124,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     plan.run(&mut arena, &mut pool);
     let prints = plan.outputs()[..outputs].iter().flat_map(|v| prints(&arena.read(v)));
     let prints: Vec<String> = prints.map(|p| format!("{p:e}")).collect();
+    if layers {
+        return print_layers(&network, &plan, shape, &mut arena, &mut pool);
+    }
     println!("ready {:.2} [{}]", start.elapsed().as_secs_f64(), prints.join(", "));
     for line in std::io::stdin().lock().lines() {
         let line = line?;

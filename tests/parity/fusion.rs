@@ -3,6 +3,7 @@
 
 use crate::support::Parity;
 use farface::cpu::Isa;
+use farface::graph::init::Rng;
 use farface::graph::{Builder, Compiled, Graph, NodeId, Plan, Weights};
 use farface::layers::{Activation, Conv2d, Interpolation, Linear, MaxPool};
 use farface::nets::conv_bn;
@@ -50,13 +51,15 @@ fn batchnorm_and_activation_fold_into_every_convolution() {
         let y = b.batchnorm("again", y, 9);
         b.output("y", y);
     });
-    holds("conv + relu + bn", 5, 2, |b, x| {
+    // Two stages of a cascade.
+    holds("conv + relu + bn", 5, 1, |b, x| {
         let y = b.conv("a", x, Conv2d::new(5, 9, 3));
         let y = b.relu(y);
         let y = b.batchnorm("bn", y, 9);
         b.output("y", y);
     });
-    holds("conv + sigmoid, conv + softmax", 5, 4, |b, x| {
+    // Both convolutions as one, and the two activations.
+    holds("conv + sigmoid, conv + softmax", 5, 3, |b, x| {
         for (name, a) in [("a", Activation::Sigmoid), ("b", Activation::Softmax(2))] {
             let y = b.conv(name, x, Conv2d::new(5, 6, 1).bias());
             let y = b.activation(y, a);
@@ -74,7 +77,92 @@ fn steps_are_listed_by_layer_and_kernel() {
     b.output("y", y);
     let graph = b.finish();
     let network = Compiled::new(&graph, &Weights::random(&graph, 1), Isa::Generic).unwrap();
-    assert_eq!(network.listing().collect::<Vec<_>>(), [("stem.0", "conv 3x3"), ("max_pool", "max pool")]);
+    assert_eq!(network.listing().collect::<Vec<_>>(), [("stem.0", "two in bands")]);
+}
+
+/// Random runs of convolutions, depthwise ones and pooling with one reader each, as cascades, in f32 and in bf16.
+#[test]
+fn steps_in_bands_are_the_steps_one_after_the_other() {
+    let mut parity = Parity::new();
+    let mut rng = Rng::new(31);
+    for case in 0..40 {
+        let mut b = Builder::new();
+        let x = b.input("x", 3);
+        let (mut y, mut c) = (conv_bn(&mut b, "first", x, Conv2d::new(3, 6, 3), Some(LEAKY)), 6);
+        for i in 0..1 + rng.below(6) {
+            let name = format!("step{i}");
+            let activation = [None, Some(LEAKY), Some(Activation::Relu)][rng.below(3)];
+            y = match rng.below(5) {
+                0 => {
+                    let pool =
+                        [MaxPool::new(2, 2, 0), MaxPool::new(3, 2, 1), MaxPool::new(3, 1, 1)][rng.below(3)];
+                    b.max_pool(y, pool)
+                }
+                1 => {
+                    let d =
+                        [Conv2d::depthwise(c, 3), Conv2d::depthwise(c, 5), Conv2d::depthwise(c, 3).stride(2)];
+                    conv_bn(&mut b, &name, y, d[rng.below(3)], activation)
+                }
+                2 => {
+                    let to = [4, 10, 14][rng.below(3)];
+                    let conv = Conv2d {
+                        padding: std::array::from_fn(|_| 1 + rng.below(2)),
+                        ..Conv2d::new(c, to, 3)
+                    };
+                    c = to;
+                    conv_bn(&mut b, &name, y, conv.dilation(1 + rng.below(2)), activation)
+                }
+                _ => {
+                    let to = [4, 8, 18][rng.below(3)];
+                    let conv = Conv2d::new(c, to, 1);
+                    c = to;
+                    conv_bn(&mut b, &name, y, conv, activation)
+                }
+            };
+        }
+        b.output("y", y);
+        let graph = b.finish();
+        let shape = Shape::new(1 + rng.below(2), 3, 24 + rng.below(70), 24 + rng.below(60));
+        let kernels: Vec<String> = {
+            let compiled = Compiled::new(&graph, &Weights::random(&graph, 1), Isa::Generic).unwrap();
+            compiled.listing().map(|(_, kernel)| kernel.to_string()).collect()
+        };
+        assert!(kernels.iter().any(|k| k.contains("in bands")), "{kernels:?}");
+        parity.check_random(&format!("case {case}: {kernels:?} on {shape}"), &graph, &[shape], rng.bits());
+    }
+    parity.report("bands");
+}
+
+#[test]
+fn pointwise_siblings_are_one_convolution() {
+    let heads = |b: &mut Builder, x: NodeId| {
+        for (i, (channels, activation)) in
+            [(1, None), (4, None), (10, None), (2, Some(LEAKY))].into_iter().enumerate()
+        {
+            let y = conv_bn(b, &format!("point{i}"), x, Conv2d::new(24, channels, 1).bias(), activation);
+            let y = b.conv(&format!("depth{i}"), y, Conv2d::depthwise(channels, 3).bias());
+            b.output(&format!("y{i}"), y);
+        }
+    };
+    // The stem, three siblings as one, one of another activation with its depthwise one in bands, three depthwise ones.
+    holds("heads", 5, 6, |b, x| {
+        let x = conv_bn_relu(b, "stem", x, Conv2d::new(5, 24, 3));
+        heads(b, x);
+    });
+    // Too many channels for one register, and outputs, which may be wanted one without the other.
+    holds("wide heads", 5, 3, |b, x| {
+        for i in 0..3 {
+            let y = conv_bn_relu(b, &format!("point{i}"), x, Conv2d::new(5, 9, 1));
+            let y = b.conv(&format!("depth{i}"), y, Conv2d::depthwise(9, 3));
+            b.output(&format!("y{i}"), y);
+        }
+    });
+    holds("outputs", 5, 2, |b, x| {
+        for i in 0..2 {
+            let y = b.conv(&format!("point{i}"), x, Conv2d::new(5, 3, 1));
+            b.output(&format!("y{i}"), y);
+        }
+    });
 }
 
 /// ResNet's basic block; `down` where size and channels change.
@@ -115,7 +203,8 @@ fn residual_blocks_fuse_the_sum_into_the_last_convolution() {
         b.output("y", y);
     });
     for swap in [false, true] {
-        holds("bottleneck with downsampling", 8, 4, |b, x| {
+        // The block in bands of rows, and its shortcut.
+        holds("bottleneck with downsampling", 8, 2, |b, x| {
             let y = bottleneck(b, "block", x, [8, 6], swap);
             b.output("y", y);
         });

@@ -169,6 +169,22 @@ fn depthwise_pooling_interpolation_and_concatenation() {
 }
 
 #[test]
+fn bands_and_siblings() {
+    holds("bands and siblings", 3, [0.02, 0.15], |b, x| {
+        let x = conv(b, "stem", x, Conv2d::new(3, 16, 3).stride(2), RELU);
+        let x = conv(b, "point", x, Conv2d::new(16, 16, 1), LEAKY);
+        let x = conv(b, "depth", x, Conv2d::depthwise(16, 3), LEAKY);
+        let x = b.max_pool(x, MaxPool::new(2, 2, 0));
+        let x = conv(b, "point2", x, Conv2d::new(16, 32, 1), RELU);
+        for (i, channels) in [1, 4, 10].into_iter().enumerate() {
+            let y = conv(b, &format!("head{i}"), x, Conv2d::new(32, channels, 1), None);
+            let y = conv(b, &format!("deep{i}"), y, Conv2d::depthwise(channels, 3), None);
+            b.output(&format!("y{i}"), y);
+        }
+    });
+}
+
+#[test]
 fn tensors_of_one_name_have_ranges_of_their_own() {
     // Activations and sums are all called the same.
     holds("two scales", 3, [0.02, 0.08], |b, x| {

@@ -87,7 +87,6 @@ fn run(
     assert!(out.len() >= height * width * c && bias.len() >= c, "output or bias too short");
     assert!(weights.len() >= g.kernel[0] * g.kernel[1] * c, "weights too short");
     let args = DepthwiseArgs {
-        storage: Storage::F32,
         input: input.as_ptr().cast(),
         in_row: stride[0] * columns * c,
         in_pixel: stride[1] * c,
@@ -105,7 +104,7 @@ fn run(
         zero: 0.0,
     };
     // SAFETY: the lengths were checked.
-    unsafe { (Kernels::of(isa).depthwise)(&args, 0..height) }
+    unsafe { Kernels::of(isa).depthwise(Storage::F32)(&args, 0..height) }
 }
 
 /// Gradients of [`forward`]: adds to `dw` `[kh * kw][C]` and `db` `[C]`, writes or adds to `dx`. `weights` and `turned` from

@@ -21,6 +21,7 @@ unsafe fn mask(n: usize) -> __m256i {
 // pointers are good for the lanes named).
 impl Vector for F32x8 {
     const LANES: usize = 8;
+    const REGISTERS: usize = 16;
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         // SAFETY: a prefetch may point anywhere.

@@ -19,6 +19,7 @@ fn mask(n: usize) -> __mmask16 {
 // pointers are good for the lanes named).
 impl Vector for F32x16 {
     const LANES: usize = 16;
+    const REGISTERS: usize = 32;
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         // SAFETY: a prefetch may point anywhere.

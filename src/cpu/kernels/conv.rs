@@ -358,7 +358,6 @@ macro_rules! unroll {
     };
 }
 
-#[cfg(feature = "train")]
 pub(crate) use unroll;
 
 /// MR pixels x NR registers of channels, all taps, then residual, activation, store.

@@ -9,6 +9,7 @@ pub(crate) struct F32x4([f32; 4]);
 
 impl Vector for F32x4 {
     const LANES: usize = 4;
+    const REGISTERS: usize = 16;
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         Self([v; 4])

@@ -34,6 +34,8 @@ use winograd::{InputArgs, OutputArgs};
 pub(crate) trait Vector: Copy {
     /// Lanes.
     const LANES: usize;
+    /// Registers that the ISA has.
+    const REGISTERS: usize;
     /// Asks for the cache line at `p`, wherever that points, ahead of its use.
     #[inline(always)]
     unsafe fn prefetch(_p: *const u8) {}
@@ -227,8 +229,8 @@ pub(crate) struct Kernels {
     /// Convolution of bf16 and of u8, where the CPU has no better one.
     conv_bf16: ConvKernel,
     conv_u8: ConvKernel,
-    /// Depthwise convolution, rows.
-    pub depthwise: unsafe fn(&DepthwiseArgs, rows: std::ops::Range<usize>),
+    /// Depthwise convolution of f32, bf16 and u8, rows.
+    depthwise: [unsafe fn(&DepthwiseArgs, rows: std::ops::Range<usize>); 3],
     /// Max pooling, rows.
     pub max_pool: unsafe fn(&PoolArgs, rows: std::ops::Range<usize>),
     /// Interpolation, rows.
@@ -250,6 +252,15 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
+    /// Depthwise convolution of values that are stored so.
+    pub fn depthwise(&self, storage: Storage) -> unsafe fn(&DepthwiseArgs, rows: std::ops::Range<usize>) {
+        self.depthwise[match storage {
+            Storage::F32 => depthwise::F32,
+            Storage::Bf16 => depthwise::BF16,
+            Storage::U8 => depthwise::U8,
+        }]
+    }
+
     /// The table for `isa`. Having an [`Isa`] value is having checked the CPU for it.
     pub fn of(isa: Isa) -> &'static Kernels {
         match isa {
@@ -321,9 +332,12 @@ macro_rules! isa_kernels {
         use single::Tiles;
 
         $(#[$attr])?
-        unsafe fn depthwise(a: &$crate::cpu::kernels::depthwise::DepthwiseArgs, rows: std::ops::Range<usize>) {
+        unsafe fn depthwise<const T: usize>(
+            a: &$crate::cpu::kernels::depthwise::DepthwiseArgs,
+            rows: std::ops::Range<usize>,
+        ) {
             // SAFETY: the caller keeps the contract of the function called.
-            unsafe { $crate::cpu::kernels::depthwise::rows::<$vector>(a, rows) }
+            unsafe { $crate::cpu::kernels::depthwise::rows::<$vector, T>(a, rows) }
         }
 
         $(#[$attr])?
@@ -361,7 +375,10 @@ macro_rules! isa_kernels {
             conv: single::KERNEL.run,
             conv_bf16: bf16_plain::KERNEL,
             conv_u8: u8_plain::KERNEL,
-            depthwise,
+            depthwise: {
+                use $crate::cpu::kernels::depthwise::{BF16, F32, U8};
+                [depthwise::<F32>, depthwise::<BF16>, depthwise::<U8>]
+            },
             max_pool,
             resize,
             rows: add_or_copy,

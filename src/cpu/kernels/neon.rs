@@ -12,6 +12,7 @@ pub(crate) struct F32x4(float32x4_t);
 // pointers are good for the lanes named).
 impl Vector for F32x4 {
     const LANES: usize = 4;
+    const REGISTERS: usize = 32;
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         // SAFETY: trait contract.

@@ -50,11 +50,13 @@ pub(crate) unsafe fn max_pool<V: Vector>(a: &PoolArgs, rows: Range<usize>) {
                     for iy in y0..y1 {
                         for ix in x0..x1 {
                             let p = iy * a.in_row + ix * a.in_pixel + c;
-                            best = best.max(V::load_as(a.storage, a.input.add(p * a.storage.bytes()), lanes));
+                            // Row 0 need not be there, so that the sum alone points anywhere.
+                            let p = a.input.wrapping_add(p * a.storage.bytes());
+                            best = best.max(V::load_as(a.storage, p, lanes));
                         }
                     }
                     let to = y * a.out_row + x * a.out_pixel + c;
-                    best.store_as(a.storage, a.output.add(to * a.storage.bytes()), lanes);
+                    best.store_as(a.storage, a.output.wrapping_add(to * a.storage.bytes()), lanes);
                 }
                 c += V::LANES;
             }
