@@ -52,7 +52,7 @@ pub const FARFACE_SUPPRESSION_SOFT_GAUSSIAN: farface_suppression = 3;
 #[allow(non_camel_case_types)]
 pub type farface_precision = u32;
 
-/// The model's own.
+/// The model's own: eight bits of a model that was quantized, else single precision.
 pub const FARFACE_PRECISION_AUTO: farface_precision = 0;
 /// Single precision.
 pub const FARFACE_PRECISION_F32: farface_precision = 1;

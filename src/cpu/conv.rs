@@ -138,7 +138,8 @@ impl ConvOp {
                     let (first, factor) = match formats.input.storage {
                         // What a window of zeros sums up to is taken off.
                         Storage::U8 => {
-                            let all = channel(j).map_or(0, sum) * i32::from(formats.input.zero);
+                            let zero = i32::from(formats.input.zero) - kernel.offset;
+                            let all = channel(j).map_or(0, sum) * zero;
                             ((-all).cast_unsigned(), channel(j).map_or(0.0, |o| steps[o]))
                         }
                         _ => (bias.to_bits(), 0.0),

@@ -175,10 +175,10 @@ impl Product for PairsApart {
     }
 }
 
-/// Four u8 by i8, by products of 16 bits.
-pub(crate) struct FoursOfU8;
+/// Four u8 by i8: with AVX-VNNI's dot product where `VNNI`, else by products of 16 bits.
+pub(crate) struct FoursOfU8<const VNNI: bool>;
 
-impl Product for FoursOfU8 {
+impl<const VNNI: bool> Product for FoursOfU8<VNNI> {
     type Values = F32x8;
     type Words = __m256i;
     type Sums = __m256i;
@@ -201,6 +201,9 @@ impl Product for FoursOfU8 {
     unsafe fn multiply(sums: __m256i, input: __m256i, weights: __m256i) -> __m256i {
         // SAFETY: register arithmetic.
         unsafe {
+            if VNNI {
+                return _mm256_dpbusd_avx_epi32(sums, input, weights);
+            }
             // The bytes at even and odd places in 16 bits: products of two fit 32 bits, of u8 and i8 in 16 they would not.
             let even = _mm256_and_si256(input, _mm256_set1_epi16(0xff));
             let odd = _mm256_srli_epi16::<8>(input);
@@ -223,7 +226,9 @@ conv_kernel!(single, Single<F32x8>, [#[target_feature(enable = "avx2,fma")]],
     wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
 conv_kernel!(bf16_plain, PairsApart, [#[target_feature(enable = "avx2,fma")]],
     wide: [4 3 2 1], narrow: [8 7 6 5 4 3 2 1]);
-conv_kernel!(u8_plain, FoursOfU8, [#[target_feature(enable = "avx2,fma")]],
+conv_kernel!(u8, FoursOfU8<true>, [#[target_feature(enable = "avx2,fma,avxvnni")]],
+    wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
+conv_kernel!(u8_plain, FoursOfU8<false>, [#[target_feature(enable = "avx2,fma")]],
     wide: [4 3 2 1], narrow: [8 7 6 5 4 3 2 1]);
 
 isa_kernels!(F32x8, [#[target_feature(enable = "avx2,fma")]],

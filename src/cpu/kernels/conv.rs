@@ -214,6 +214,8 @@ pub(crate) trait Product {
     type Words: Copy;
     /// A register of sums.
     type Sums: Copy;
+    /// What is taken off every u8 of the input before it is multiplied.
+    const OFFSET: i32 = 0;
     /// Sums that start with the words at `p`.
     unsafe fn start(p: *const u32) -> Self::Sums;
     /// The word at `p` in every lane.
@@ -474,9 +476,9 @@ const LINE: usize = 64;
 /// Where the residual of pixel `m` is.
 #[inline(always)]
 unsafe fn residual(t: &Tile, m: usize) -> *const u8 {
-    // SAFETY: the contract of `block`.
-    let column =
-        if t.add_columns.is_null() { t.x + m } else { unsafe { *t.add_columns.add(t.x + m) as usize } };
+    let x = t.x + m;
+    // SAFETY: the contract of `block`: a table has an entry for every column.
+    let column = unsafe { t.add_columns.as_ref().map_or(x, |_| *t.add_columns.add(x) as usize) };
     t.add.wrapping_add(column * t.add_pixel)
 }
 

@@ -175,13 +175,16 @@ unsafe fn row_3x3<
 /// read, more than there are registers.
 #[inline(always)]
 fn step(p: *const u8, bytes: usize) -> *const u8 {
-    let mut p = p.wrapping_add(bytes);
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "arm"))]
-    // SAFETY: no instruction.
-    unsafe {
-        std::arch::asm!("/* {0} */", inout(reg) p, options(pure, nomem, nostack, preserves_flags));
-    }
-    p
+    let bytes = {
+        let mut bytes = bytes;
+        // SAFETY: no instruction.
+        unsafe {
+            std::arch::asm!("/* {0} */", inout(reg) bytes, options(pure, nomem, nostack, preserves_flags))
+        };
+        bytes
+    };
+    p.wrapping_add(bytes)
 }
 
 /// A row of any kernel.

@@ -198,6 +198,8 @@ pub(crate) type ConvRun = unsafe fn(&ConvArgs, rows: std::ops::Range<usize>, pan
 pub(crate) struct ConvKernel {
     /// Output channels of a register: weights are packed in panels of one or two of them.
     pub lanes: usize,
+    /// What it takes off every u8 of the input.
+    pub offset: i32,
     pub run: ConvRun,
 }
 
@@ -207,13 +209,19 @@ impl ConvKernel {
     pub fn of(isa: Isa, input: Storage) -> Self {
         let kernels = Kernels::of(isa);
         match input {
-            Storage::F32 => Self { lanes: kernels.lanes, run: kernels.conv },
+            Storage::F32 => Self { lanes: kernels.lanes, offset: 0, run: kernels.conv },
             #[cfg(target_arch = "x86_64")]
             Storage::Bf16 if isa == Isa::Avx512 && is_x86_feature_detected!("avx512bf16") => {
                 avx512::bf16::KERNEL
             }
             #[cfg(target_arch = "x86_64")]
             Storage::U8 if isa == Isa::Avx512 && is_x86_feature_detected!("avx512vnni") => avx512::u8::KERNEL,
+            #[cfg(target_arch = "x86_64")]
+            Storage::U8 if isa == Isa::Avx2 && is_x86_feature_detected!("avxvnni") => avx2::u8::KERNEL,
+            #[cfg(target_arch = "aarch64")]
+            Storage::U8 if isa == Isa::Neon && std::arch::is_aarch64_feature_detected!("dotprod") => {
+                neon::u8::KERNEL
+            }
             Storage::Bf16 => kernels.conv_bf16,
             Storage::U8 => kernels.conv_u8,
         }
@@ -320,7 +328,11 @@ macro_rules! conv_kernel {
             }
 
             pub(in $crate::cpu::kernels) static KERNEL: $crate::cpu::kernels::ConvKernel =
-                $crate::cpu::kernels::ConvKernel { lanes: <Tiles as conv::Tiles>::LANES, run };
+                $crate::cpu::kernels::ConvKernel {
+                    lanes: <Tiles as conv::Tiles>::LANES,
+                    offset: <$product as conv::Product>::OFFSET,
+                    run,
+                };
         }
     };
 }
