@@ -2,7 +2,9 @@
 
 mod common;
 
-use farface::detect::{BBox, Face, Model, Options, Pyramid, Scales, Session, Suppression};
+use farface::detect::quantize::Quantizer;
+use farface::detect::{BBox, Face, Model, Options, Precision, Pyramid, Scales, Session, Suppression};
+use farface::graph::Clip;
 use farface::pixels::{ImageView, Orientation, PixelFormat, Rect};
 
 /// Random weights fire everywhere, which is what comparing whole result lists wants.
@@ -51,6 +53,55 @@ fn threads_do_not_change_a_bit() {
         let one = detect(&model, all(&model), &rgb(&pixels, 333, 257));
         for threads in [2, 3, 5] {
             assert_eq!(one, detect(&model, Options { threads, ..all(&model) }, &rgb(&pixels, 333, 257)));
+        }
+    }
+}
+
+/// Numbers other than f32 are used where they are asked for and nowhere else, and find nearly the same.
+#[test]
+fn precision_is_what_was_asked_for() {
+    let (width, height) = (333, 257);
+    let pixels = picture(width, height);
+    let view = rgb(&pixels, width, height);
+    for weights in [common::model::weights(7), common::model::two_stages(7)] {
+        let model = Model::from_weights(&weights).unwrap();
+        let mut quantizer = Quantizer::new(&weights, 1).unwrap();
+        assert!(quantizer.ranges(Clip::Extremes).is_err(), "nothing was seen");
+        quantizer.add(&view).unwrap();
+        let ranges = quantizer.ranges(Clip::Extremes).unwrap();
+        let quantized = Model::from_weights(&quantizer.quantized(&ranges).unwrap()).unwrap();
+        let with = |model: &Model, precision| detect(model, Options { precision, ..all(model) }, &view);
+        let single = with(&model, Precision::F32);
+        assert_eq!(with(&model, Precision::Auto), single);
+        assert_eq!(with(&quantized, Precision::F32), single);
+        assert_eq!(with(&quantized, Precision::Auto), with(&quantized, Precision::Int8));
+        let asked = Options { precision: Precision::Int8, ..all(&model) };
+        let error = Session::with_options(&model, asked).err().unwrap().to_string();
+        assert!(error.contains("quantize"), "{error}");
+        // Every anchor of a first stage is told, in an order by score: compare the scores.
+        let off = |faces: &[Face]| {
+            let count = faces.len().abs_diff(single.len());
+            assert!(count * 10 <= single.len(), "{} faces instead of {}", faces.len(), single.len());
+            let difference = faces.iter().zip(&single).map(|(a, b)| (a.score - b.score).abs());
+            difference.sum::<f32>() / single.len() as f32
+        };
+        for (model, precision, limit) in
+            [(&model, Precision::Bf16, 0.01), (&quantized, Precision::Int8, 0.05)]
+        {
+            let low = with(model, precision);
+            assert!(low != single && off(&low) <= limit, "{precision:?}: {}", off(&low));
+            for threads in [2, 3] {
+                let options = Options { precision, threads, ..all(model) };
+                assert_eq!(detect(model, options, &view), low);
+            }
+            // In a session of its own as in one that had others before, and with less memory.
+            let mut session = Session::with_options(model, all(model)).unwrap();
+            session.set_options(Options { precision: Precision::F32, ..all(model) }).unwrap();
+            session.detect(&view).unwrap();
+            let before = session.workspace_bytes(1200, 1000).unwrap();
+            session.set_options(Options { precision, ..all(model) }).unwrap();
+            assert_eq!(session.detect(&view).unwrap(), low);
+            assert!(session.workspace_bytes(1200, 1000).unwrap() < before);
         }
     }
 }

@@ -91,6 +91,19 @@ impl ConvOp {
         formats: Formats,
     ) -> Self {
         let kernel = ConvKernel::of(isa, formats.input.storage);
+        Self::with_kernel(kernel, window, groups, [in_channels, out_channels], weight, bias, rule, formats)
+    }
+
+    fn with_kernel(
+        kernel: ConvKernel,
+        window: Window,
+        groups: usize,
+        [in_channels, out_channels]: [usize; 2],
+        weight: &[f32],
+        bias: &[f32],
+        rule: (f32, Residual),
+        formats: Formats,
+    ) -> Self {
         let lanes = kernel.lanes;
         let [kh, kw] = window.kernel;
         let (ci, co) = (in_channels / groups, out_channels / groups);
@@ -488,5 +501,79 @@ impl DepthwiseOp {
                 (self.kernels.depthwise(self.formats[0].storage))(&args, rows);
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Pool;
+    use crate::shape::Shape;
+
+    /// What a kernel makes of a picture of noise.
+    fn run(kernel: ConvKernel, formats: Formats, [ci, co]: [usize; 2], side: usize) -> Vec<f32> {
+        let window = Window { kernel: [side; 2], stride: [1; 2], dilation: [1; 2], padding: [side / 2; 4] };
+        let mut state = 1u32;
+        let mut noise = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let weight: Vec<f32> = (0..co * ci * side * side).map(|_| noise()).collect();
+        let bias: Vec<f32> = (0..co).map(|_| noise()).collect();
+        let op =
+            ConvOp::with_kernel(kernel, window, 1, [ci, co], &weight, &bias, (0.1, Residual::None), formats);
+        let Format { storage, zero, .. } = formats.input;
+        let input = View::stored(storage, zero, Shape::new(1, ci, 9, 31), 0, [side / 2; 4]);
+        let first = input.extent().end.div_ceil(64) * 16;
+        let output = View::new(Shape::new(1, co, 9, 31), first, [0; 4]);
+        let mut arena = Arena::default();
+        arena.reserve(output.extent().end.div_ceil(4)).unwrap();
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(arena.floats_mut());
+        bytes.fill(zero);
+        for y in 0..9 {
+            for i in 0..31 * ci {
+                let (at, v) = (input.at(0, y, 0) + i, noise());
+                match storage {
+                    Storage::Bf16 => bytes[2 * at..][..2].copy_from_slice(&bf16_bits(v).to_ne_bytes()),
+                    _ => bytes[at] = (v * 127.0 + 128.0) as u8,
+                }
+            }
+        }
+        let tables = op.prepare(&input, None, &output);
+        struct Base(*mut u8);
+        // SAFETY: one thread.
+        unsafe impl Sync for Base {}
+        let base = Base(arena.floats_mut().as_mut_ptr().cast());
+        // SAFETY: both views lie in the arena, apart, and the input's halo stands for zeros.
+        Pool::new(1).unwrap().run(&|team| unsafe {
+            let base = &base;
+            op.run(base.0, &tables, [&input, &output], None, None, team);
+        });
+        arena.read(&output).data
+    }
+
+    /// A CPU takes the best kernel that it has; the others, for CPUs without, must give the same.
+    #[test]
+    fn every_kernel_of_bf16_and_of_u8_gives_the_same() {
+        let u8 = Format { storage: Storage::U8, scale: 0.01, zero: 131 };
+        for (input, limit) in [(Format::BF16, 2e-6), (u8, 0.0)] {
+            let formats = Formats { input, add: Format::F32, output: Format::F32 };
+            for (channels, side) in [([4, 5], 1), ([8, 33], 3), ([36, 64], 3), ([64, 17], 1), ([132, 40], 1)]
+            {
+                let mut first: Option<Vec<f32>> = None;
+                for isa in Isa::supported() {
+                    for kernel in ConvKernel::all(isa, input.storage) {
+                        let got = run(kernel, formats, channels, side);
+                        let expected = first.get_or_insert_with(|| got.clone());
+                        let largest = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                        let off =
+                            got.iter().zip(expected.iter()).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+                        // Whole sums are the same; the last step to f32 is fused or not.
+                        let limit = limit * largest + f32::EPSILON * 4.0 * largest;
+                        assert!(largest > 1.0 && off <= limit, "{isa:?}, {channels:?}: {off} of {largest}");
+                    }
+                }
+            }
+        }
     }
 }

@@ -228,6 +228,16 @@ impl ConvKernel {
     }
 }
 
+#[cfg(test)]
+impl ConvKernel {
+    /// The best one and the one that needs nothing beyond the ISA.
+    pub fn all(isa: Isa, input: Storage) -> [Self; 2] {
+        let kernels = Kernels::of(isa);
+        let plain = if input == Storage::U8 { kernels.conv_u8 } else { kernels.conv_bf16 };
+        [Self::of(isa, input), plain]
+    }
+}
+
 /// The kernels of one ISA.
 pub(crate) struct Kernels {
     /// Lanes of its registers: weights are packed in panels of one or two of them.
