@@ -489,7 +489,9 @@ fn bench_times_parts_and_steps() {
     let sizes = ["--size", "64x64", "--size", "96x64", "--runs", "3", "--layers"];
     let args = [&["bench", "-m", "m.safetensors"], &sizes[..]].concat();
     let text = bench.ok(&args);
-    for part in ["64x64:", "96x64:", "detection", "network", "conv 3x3", "GF/s", "peak"] {
+    for part in
+        ["64x64:", "96x64:", "detection", "network", "in bands", "depthwise, conv 1x1", "GF/s", "peak"]
+    {
         assert!(text.contains(part), "{part}: {text}");
     }
     let json: Value = serde_json::from_str(&bench.ok(&[&args[..], &["--json"]].concat())).unwrap();

@@ -79,7 +79,7 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
 
 /// As wide as the papers have them, on every backbone, all switches on; in the engine, as plain loops would take an hour.
 #[test]
-#[ignore = "wants a file of 10 MB: python tests/golden/detectors.py --full FILE, and its path in FARFACE_FULL_GOLDENS"]
+#[ignore = "wants a file of 1 MB: python tests/golden/detectors.py --full FILE, and its path in FARFACE_FULL_GOLDENS"]
 fn at_full_width_outputs_are_pytorchs() {
     let path = std::env::var("FARFACE_FULL_GOLDENS").expect("FARFACE_FULL_GOLDENS names the file");
     let all = Weights::load(path).unwrap();

@@ -1,4 +1,4 @@
-//! A network with its weights packed for one ISA: every step of the [draft](super::fuse) gets its op, for the formats that its
+//! A network with its weights packed for one ISA: every step of the draft (`fuse`) gets its op, for the formats that its
 //! tensors have.
 
 use super::build::{Graph, NodeId, ParamId};

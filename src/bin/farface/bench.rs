@@ -307,7 +307,7 @@ impl Measured {
 
     fn layers_to_text(&self, peak: f64, out: &mut dyn Write) -> Result<()> {
         let width = self.layers.iter().map(|l| l.name.len()).max().unwrap_or(0).max(5);
-        writeln!(out, "\n  steps at scale 1; measured peak {:.1} GF/s", peak / 1e9)?;
+        writeln!(out, "\n  steps at scale 1; measured peak in f32 {:.1} GF/s", peak / 1e9)?;
         writeln!(
             out,
             "  {:<width$}  {:<14} {:>16} {:>9} {:>7} {:>8} {:>6}",

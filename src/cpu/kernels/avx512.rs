@@ -185,49 +185,10 @@ impl Product for PairsOfBf16 {
     }
 }
 
-/// Two bf16 in f32, where there is no dot product.
-pub(crate) struct PairsApart;
+/// Four u8 by i8 by VNNI's dot product.
+pub(crate) struct FoursOfU8;
 
-impl Product for PairsApart {
-    type Values = F32x16;
-    type Words = __m512i;
-    type Sums = __m512;
-    #[inline(always)]
-    unsafe fn start(p: *const u32) -> __m512 {
-        // SAFETY: trait contract.
-        unsafe { _mm512_loadu_ps(p.cast()) }
-    }
-    #[inline(always)]
-    unsafe fn splat(p: *const u8) -> __m512i {
-        // SAFETY: trait contract.
-        unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u32) -> __m512i {
-        // SAFETY: trait contract.
-        unsafe { _mm512_loadu_si512(p.cast()) }
-    }
-    #[inline(always)]
-    unsafe fn multiply(sums: __m512, input: __m512i, weights: __m512i) -> __m512 {
-        // SAFETY: register arithmetic.
-        unsafe {
-            let low = |v| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(v));
-            let high =
-                |v| _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff_0000_u32 as i32)));
-            let sums = _mm512_fmadd_ps(low(input), low(weights), sums);
-            _mm512_fmadd_ps(high(input), high(weights), sums)
-        }
-    }
-    #[inline(always)]
-    unsafe fn finish(sums: __m512, _: *const f32, _: *const f32) -> F32x16 {
-        F32x16(sums)
-    }
-}
-
-/// Four u8 by i8: with VNNI's dot product where `VNNI`, else by products of 16 bits.
-pub(crate) struct FoursOfU8<const VNNI: bool>;
-
-impl<const VNNI: bool> Product for FoursOfU8<VNNI> {
+impl Product for FoursOfU8 {
     type Values = F32x16;
     type Words = __m512i;
     type Sums = __m512i;
@@ -249,18 +210,7 @@ impl<const VNNI: bool> Product for FoursOfU8<VNNI> {
     #[inline(always)]
     unsafe fn multiply(sums: __m512i, input: __m512i, weights: __m512i) -> __m512i {
         // SAFETY: register arithmetic.
-        unsafe {
-            if VNNI {
-                return _mm512_dpbusd_epi32(sums, input, weights);
-            }
-            // The bytes at even and odd places in 16 bits: products of two fit 32 bits, of u8 and i8 in 16 they would not.
-            let even = _mm512_and_si512(input, _mm512_set1_epi16(0xff));
-            let odd = _mm512_srli_epi16::<8>(input);
-            let even_weights = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(weights));
-            let odd_weights = _mm512_srai_epi16::<8>(weights);
-            let sums = _mm512_add_epi32(sums, _mm512_madd_epi16(even, even_weights));
-            _mm512_add_epi32(sums, _mm512_madd_epi16(odd, odd_weights))
-        }
+        unsafe { _mm512_dpbusd_epi32(sums, input, weights) }
     }
     #[inline(always)]
     unsafe fn finish(sums: __m512i, scale: *const f32, bias: *const f32) -> F32x16 {
@@ -275,12 +225,10 @@ conv_kernel!(single, Single<F32x16>, [#[target_feature(enable = "avx512f,avx512b
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
 conv_kernel!(bf16, PairsOfBf16, [#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]],
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
-conv_kernel!(u8, FoursOfU8<true>, [#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]],
+conv_kernel!(u8, FoursOfU8, [#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]],
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
-conv_kernel!(bf16_plain, PairsApart, [#[target_feature(enable = "avx512f,avx512bw,avx512vl")]],
-    wide: [10 9 8 7 6 5 4 3 2 1], narrow: [10 9 8 7 6 5 4 3 2 1]);
-conv_kernel!(u8_plain, FoursOfU8<false>, [#[target_feature(enable = "avx512f,avx512bw,avx512vl")]],
-    wide: [10 9 8 7 6 5 4 3 2 1], narrow: [10 9 8 7 6 5 4 3 2 1]);
+// Where the CPU has no such dot products.
+use super::avx2::{bf16_plain, u8_plain};
 
 isa_kernels!(F32x16, [#[target_feature(enable = "avx512f,avx512bw,avx512vl")]],
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);

@@ -7,6 +7,7 @@
 
 use super::Vector;
 use crate::cpu::arena::{Format, Storage};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// What is added to a convolution's result, and when.
@@ -204,7 +205,12 @@ pub(crate) struct Tile<'a> {
     x: usize,
     /// Bytes from a pixel of the input to the one at the same place of the tile that comes next, to be asked for; 0 for none.
     ahead: usize,
+    /// [`store`], compiled for the ISA.
+    store: StoreRun,
 }
+
+/// What becomes of a tile's values: so many pixels of so many registers.
+pub(crate) type StoreRun = unsafe fn(&Tile, values: *const f32, pixels: usize, registers: usize);
 
 /// What a convolution multiplies: four bytes of input by four of weights, into one sum a lane.
 pub(crate) trait Product {
@@ -214,6 +220,8 @@ pub(crate) trait Product {
     type Words: Copy;
     /// A register of sums.
     type Sums: Copy;
+    /// Whether input and sums are f32: those go straight to the output.
+    const SINGLE: bool = false;
     /// What is taken off every u8 of the input before it is multiplied.
     const OFFSET: i32 = 0;
     /// Sums that start with the words at `p`.
@@ -231,6 +239,7 @@ pub(crate) trait Product {
 pub(crate) struct Single<V>(V);
 
 impl<V: Vector> Product for Single<V> {
+    const SINGLE: bool = true;
     type Values = V;
     type Words = V;
     type Sums = V;
@@ -267,6 +276,7 @@ pub(crate) trait Tiles {
     /// Tallest tile of one-register panels.
     const NARROW: usize;
     const LANES: usize;
+    const STORE: StoreRun;
     unsafe fn run(pixels: usize, wide: bool, t: &Tile);
 }
 
@@ -337,6 +347,7 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
                         add_columns: columns,
                         x,
                         ahead: if p == panels.start { ahead } else { 0 },
+                        store: T::STORE,
                     };
                     T::run(pixels, wide, &t);
                 }
@@ -416,59 +427,30 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
                 }
             }
         }
-        if t.rule.residual == Residual::None && t.channels >= NR * lanes {
+        if t.rule.residual == Residual::None && t.rule.output == Storage::F32 && t.channels >= NR * lanes {
             let slope = P::Values::splat(t.rule.slope);
-            match t.rule.output {
-                Storage::F32 => {
-                    unroll!(m < MR, {
-                        let out = t.output.add(m * t.out_pixel).cast::<f32>();
-                        for r in 0..NR {
-                            activate(finish::<P>(t, sums[m][r], r), slope).store(out.add(r * lanes));
-                        }
-                    });
+            unroll!(m < MR, {
+                let out = t.output.add(m * t.out_pixel).cast::<f32>();
+                for r in 0..NR {
+                    activate(finish::<P>(t, sums[m][r], r), slope).store(out.add(r * lanes));
                 }
-                Storage::Bf16 => {
-                    unroll!(m < MR, {
-                        let out = t.output.add(m * t.out_pixel).cast::<u16>();
-                        for r in 0..NR {
-                            activate(finish::<P>(t, sums[m][r], r), slope)
-                                .store_bf16(out.add(r * lanes), lanes);
-                        }
-                    });
-                }
-                Storage::U8 => {
-                    let zero = P::Values::splat(t.rule.zero);
-                    unroll!(m < MR, {
-                        let out = t.output.add(m * t.out_pixel);
-                        for r in 0..NR {
-                            let v = activate(finish::<P>(t, sums[m][r], r), slope).add(zero);
-                            v.store_u8(out.add(r * lanes), lanes);
-                        }
-                    });
-                }
-            }
+            });
             return;
         }
-        if t.channels >= NR * lanes && t.rule.add == t.rule.output && t.rule.output != Storage::U8 {
-            match t.rule.output {
-                Storage::F32 => {
-                    unroll!(m < MR, { add_and_store::<P, NR, false>(t, m, sums[m]) });
-                }
-                _ => {
-                    unroll!(m < MR, { add_and_store::<P, NR, true>(t, m, sums[m]) });
-                }
-            }
-            return;
-        }
+        // By way of the first-level cache, so that what becomes of the values is compiled once and not for every tile.
+        let mut values = [MaybeUninit::<f32>::uninit(); MOST_VALUES];
+        let first = values.as_mut_ptr().cast::<f32>();
         unroll!(m < MR, {
-            let mut values = [P::Values::splat(0.0); NR];
             for r in 0..NR {
-                values[r] = finish::<P>(t, sums[m][r], r);
+                finish::<P>(t, sums[m][r], r).store(first.add((m * NR + r) * lanes));
             }
-            store(t, m, values);
         });
+        (t.store)(t, first, MR, NR);
     }
 }
+
+/// Values of the largest tile.
+const MOST_VALUES: usize = 14 * 2 * 16;
 
 /// Bytes of a cache line, on most CPUs.
 const LINE: usize = 64;
@@ -490,42 +472,84 @@ unsafe fn finish<P: Product>(t: &Tile, sums: P::Sums, r: usize) -> P::Values {
     unsafe { P::finish(sums, t.scale.wrapping_add(at), t.bias.wrapping_add(at)) }
 }
 
-/// Residual, activation and store of pixel `m`, all of f32 or bf16 and all lanes there.
+/// What becomes of a tile's values, pixels of `registers` registers each: residual, activation, store.
+///
+/// # Safety
+/// The contract of [`block`], which made the tile; `values` are there.
 #[inline(always)]
-unsafe fn add_and_store<P: Product, const NR: usize, const BF16: bool>(
-    t: &Tile,
-    m: usize,
-    sums: [P::Sums; NR],
-) {
-    let storage = if BF16 { Storage::Bf16 } else { Storage::F32 };
-    // SAFETY: the contract of `block`.
+pub(crate) unsafe fn store<V: Vector>(t: &Tile, values: *const f32, pixels: usize, registers: usize) {
+    let rule = t.rule;
+    let full = t.channels >= registers * V::LANES;
+    let scaled = (rule.add_scale, rule.add_zero) != (1.0, 0.0);
+    // SAFETY: the same contract.
     unsafe {
-        let lanes = P::Values::LANES;
-        let (add, out) = (residual(t, m), t.output.add(m * t.out_pixel));
-        let slope = P::Values::splat(t.rule.slope);
-        let after = t.rule.residual == Residual::AfterActivation;
-        for r in 0..NR {
-            let at = r * lanes * storage.bytes();
-            let v = finish::<P>(t, sums[r], r);
-            let other = P::Values::load_as(storage, add.add(at), lanes);
-            let v = if after { activate(v, slope).add(other) } else { activate(v.add(other), slope) };
-            v.store_as(storage, out.add(at), lanes);
+        match (rule.residual, rule.add, rule.output) {
+            (Residual::None, _, Storage::Bf16) if full => {
+                store_full::<V, BF16, NONE>(t, values, pixels, registers)
+            }
+            (Residual::None, _, Storage::U8) if full => {
+                store_full::<V, U8, NONE>(t, values, pixels, registers)
+            }
+            (_, Storage::F32, Storage::F32) if full => {
+                store_full::<V, F32, ADDED>(t, values, pixels, registers)
+            }
+            (_, Storage::Bf16, Storage::Bf16) if full && !scaled => {
+                store_full::<V, BF16, ADDED>(t, values, pixels, registers)
+            }
+            _ => {
+                for m in 0..pixels {
+                    let (add, out) = (residual(t, m), t.output.add(m * t.out_pixel));
+                    for r in 0..registers {
+                        let at = r * V::LANES;
+                        let n = t.channels.saturating_sub(at).min(V::LANES);
+                        let v = V::load(values.add((m * registers + r) * V::LANES));
+                        let to = out.wrapping_add(at * rule.output.bytes());
+                        rule.finish(v, add.wrapping_add(at * rule.add.bytes()), to, n);
+                    }
+                }
+            }
         }
     }
 }
 
-/// Residual, activation and partial store of pixel `m`.
+// What is known to the compiler of [`store_full`]: how output and residual are stored, whether there is one.
+const F32: usize = 0;
+const BF16: usize = 1;
+const U8: usize = 2;
+const NONE: bool = false;
+const ADDED: bool = true;
+
+/// As [`store`], where all lanes are channels.
 #[inline(always)]
-unsafe fn store<V: Vector, const NR: usize>(t: &Tile, m: usize, values: [V; NR]) {
-    // SAFETY: the contract of `block`.
+unsafe fn store_full<V: Vector, const T: usize, const RESIDUAL: bool>(
+    t: &Tile,
+    values: *const f32,
+    pixels: usize,
+    registers: usize,
+) {
+    let storage = [Storage::F32, Storage::Bf16, Storage::U8][T];
+    // SAFETY: the contract of `store`.
     unsafe {
-        let out = t.output.add(m * t.out_pixel);
-        let add = residual(t, m);
-        for r in 0..NR {
-            let at = r * V::LANES;
-            let n = t.channels.saturating_sub(at).min(V::LANES);
-            let to = out.wrapping_add(at * t.rule.output.bytes());
-            t.rule.finish(values[r], add.wrapping_add(at * t.rule.add.bytes()), to, n);
+        let (slope, zero) = (V::splat(t.rule.slope), V::splat(t.rule.zero));
+        let after = t.rule.residual == Residual::AfterActivation;
+        for m in 0..pixels {
+            let (add, out) = (residual(t, m), t.output.add(m * t.out_pixel));
+            for r in 0..registers {
+                let at = r * V::LANES * storage.bytes();
+                let v = V::load(values.add((m * registers + r) * V::LANES));
+                let v = if RESIDUAL {
+                    let other = V::load_as(storage, add.add(at), V::LANES);
+                    if after {
+                        activate(v, slope).add(other)
+                    } else {
+                        activate(v.add(other), slope)
+                    }
+                } else {
+                    activate(v, slope)
+                };
+                let v = if T == U8 { v.add(zero) } else { v };
+                v.store_as(storage, out.add(at), V::LANES);
+            }
         }
     }
 }

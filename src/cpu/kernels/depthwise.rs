@@ -51,6 +51,8 @@ pub(crate) unsafe fn rows<V: Vector, const T: usize>(a: &DepthwiseArgs, rows: Ra
     // Stride in taps, where the window is 3x3 and the stride a whole number of taps.
     let step = if a.kernel == [3, 3] && a.tap_pixel > 0 { a.in_pixel / a.tap_pixel } else { 0 };
     let step = if step * a.tap_pixel == a.in_pixel { step } else { 0 };
+    // Where registers are not known, conversion takes longer than all else: one small loop.
+    let step = if V::REGISTERS == 0 && T != F32 { 0 } else { step };
     for y in rows {
         let mut c = 0;
         // SAFETY: the caller's contract; channels c .. c + LANES, and the rest at the end, exist.

@@ -9,7 +9,7 @@ pub(crate) struct F32x4([f32; 4]);
 
 impl Vector for F32x4 {
     const LANES: usize = 4;
-    const REGISTERS: usize = 16;
+    const REGISTERS: usize = 0;
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         Self([v; 4])
@@ -138,7 +138,7 @@ impl Product for FoursOfU8 {
 }
 
 conv_kernel!(single, Single<F32x4>, [], wide: [4 3 2 1], narrow: [4 3 2 1]);
-conv_kernel!(bf16_plain, PairsApart, [], wide: [4 3 2 1], narrow: [4 3 2 1]);
-conv_kernel!(u8_plain, FoursOfU8, [], wide: [4 3 2 1], narrow: [4 3 2 1]);
+conv_kernel!(bf16_plain, PairsApart, [], wide: [2 1], narrow: [2 1]);
+conv_kernel!(u8_plain, FoursOfU8, [], wide: [2 1], narrow: [2 1]);
 
 isa_kernels!(F32x4, [], wide: [4 3 2 1], narrow: [4 3 2 1]);

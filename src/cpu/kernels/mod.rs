@@ -34,7 +34,7 @@ use winograd::{InputArgs, OutputArgs};
 pub(crate) trait Vector: Copy {
     /// Lanes.
     const LANES: usize;
-    /// Registers that the ISA has.
+    /// Registers that the ISA has; 0 where nobody knows.
     const REGISTERS: usize;
     /// Asks for the cache line at `p`, wherever that points, ahead of its use.
     #[inline(always)]
@@ -211,9 +211,7 @@ impl ConvKernel {
         match input {
             Storage::F32 => Self { lanes: kernels.lanes, offset: 0, run: kernels.conv },
             #[cfg(target_arch = "x86_64")]
-            Storage::Bf16 if isa == Isa::Avx512 && is_x86_feature_detected!("avx512bf16") => {
-                avx512::bf16::KERNEL
-            }
+            Storage::Bf16 if super::conv::multiplies_bf16(isa) => avx512::bf16::KERNEL,
             #[cfg(target_arch = "x86_64")]
             Storage::U8 if isa == Isa::Avx512 && is_x86_feature_detected!("avx512vnni") => avx512::u8::KERNEL,
             #[cfg(target_arch = "x86_64")]
@@ -313,11 +311,20 @@ macro_rules! conv_kernel {
                 unsafe { conv::tile::<$product, MR, 1>(t) }
             }
 
+            $(#[$attr])?
+            unsafe fn store(t: &conv::Tile, values: *const f32, pixels: usize, registers: usize) {
+                // SAFETY: the caller keeps the contract of the function called.
+                unsafe {
+                    conv::store::<<$product as conv::Product>::Values>(t, values, pixels, registers)
+                }
+            }
+
             pub(super) struct Tiles;
             impl conv::Tiles for Tiles {
                 const WIDE: usize = { let all = [$($wide),+]; all[0] };
                 const NARROW: usize = { let all = [$($narrow),+]; all[0] };
                 const LANES: usize = <<$product as conv::Product>::Values as Vector>::LANES;
+                const STORE: conv::StoreRun = store;
                 #[inline(always)]
                 unsafe fn run(pixels: usize, wide: bool, t: &conv::Tile) {
                     // SAFETY: the caller keeps the contract of the function called.
@@ -351,6 +358,7 @@ pub(crate) use conv_kernel;
 /// Compiles the other bodies for one ISA and makes its table; the convolution of f32 is module `single`.
 macro_rules! isa_kernels {
     ($vector:ty, [$(#[$attr:meta])?], wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
+        #[cfg(feature = "train")]
         use single::Tiles;
 
         $(#[$attr])?

@@ -204,11 +204,11 @@ impl Product for DotsOfU8 {
 conv_kernel!(single, Single<F32x4>, [#[target_feature(enable = "neon")]],
     wide: [12 11 10 9 8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
 conv_kernel!(bf16_plain, PairsApart, [#[target_feature(enable = "neon")]],
-    wide: [8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
+    wide: [8 7 6 5 4 3 2 1], narrow: [8 7 6 5 4 3 2 1]);
 conv_kernel!(u8, DotsOfU8, [#[target_feature(enable = "neon,dotprod")]],
     wide: [12 11 10 9 8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
 conv_kernel!(u8_plain, FoursOfU8, [#[target_feature(enable = "neon")]],
-    wide: [8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
+    wide: [8 7 6 5 4 3 2 1], narrow: [8 7 6 5 4 3 2 1]);
 
 isa_kernels!(F32x4, [#[target_feature(enable = "neon")]],
     wide: [12 11 10 9 8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);

@@ -2,7 +2,7 @@
 
 use super::Conv2d;
 use crate::cpu::arena::Storage;
-use crate::cpu::conv::{ConvOp, DepthwiseOp, Formats, Residual, Window};
+use crate::cpu::conv::{multiplies_bf16, ConvOp, DepthwiseOp, Formats, Residual, Window};
 use crate::cpu::program::Kind;
 use crate::cpu::winograd::WinogradOp;
 use crate::cpu::{Isa, Op};
@@ -34,7 +34,7 @@ pub(crate) fn lower(
         )))));
     }
     let channels = [in_channels, out_channels];
-    if winograd_pays(conv, &formats) {
+    if winograd_pays(conv, &formats, isa) {
         let op = WinogradOp::new(isa, padding, channels, weight, bias, rule, formats)?;
         return Ok(Op(Kind::Winograd(op)));
     }
@@ -44,12 +44,17 @@ pub(crate) fn lower(
 /// Channels, at either side, with which Winograd's algorithm is the faster: with fewer its transforms take longer than they
 /// save, with more its weights, four times as large as the kernels, are what it waits for.
 const WINOGRAD_CHANNELS: RangeInclusive<usize> = 16..=512;
+/// Likewise where the plain sum is of bf16, with twice the speed of f32.
+const WINOGRAD_CHANNELS_BF16: RangeInclusive<usize> = 64..=256;
 
 /// Whether a convolution is computed by Winograd's algorithm, in f32 whatever its tensors are stored as.
-fn winograd_pays(conv: &Conv2d, formats: &Formats) -> bool {
-    if [formats.input, formats.output].iter().any(|f| f.storage == Storage::U8) {
-        return false;
-    }
+fn winograd_pays(conv: &Conv2d, formats: &Formats, isa: Isa) -> bool {
+    let channels = match formats.input.storage {
+        _ if formats.output.storage == Storage::U8 => return false,
+        Storage::U8 => return false,
+        Storage::Bf16 if multiplies_bf16(isa) => WINOGRAD_CHANNELS_BF16,
+        _ => WINOGRAD_CHANNELS,
+    };
     let plain = conv.kernel == [3, 3] && conv.stride == [1, 1] && conv.dilation == [1, 1] && conv.groups == 1;
-    plain && [conv.in_channels, conv.out_channels].iter().all(|c| WINOGRAD_CHANNELS.contains(c))
+    plain && [conv.in_channels, conv.out_channels].iter().all(|c| channels.contains(c))
 }
