@@ -427,7 +427,8 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
                 }
             }
         }
-        if t.rule.residual == Residual::None && t.rule.output == Storage::F32 && t.channels >= NR * lanes {
+        let plain = t.rule.residual == Residual::None && t.rule.output == Storage::F32;
+        if P::SINGLE && plain && t.channels >= NR * lanes {
             let slope = P::Values::splat(t.rule.slope);
             unroll!(m < MR, {
                 let out = t.output.add(m * t.out_pixel).cast::<f32>();
