@@ -485,6 +485,9 @@ pub(crate) unsafe fn store<V: Vector>(t: &Tile, values: *const f32, pixels: usiz
     // SAFETY: the same contract.
     unsafe {
         match (rule.residual, rule.add, rule.output) {
+            (Residual::None, _, Storage::F32) if full => {
+                store_full::<V, F32, NONE>(t, values, pixels, registers)
+            }
             (Residual::None, _, Storage::Bf16) if full => {
                 store_full::<V, BF16, NONE>(t, values, pixels, registers)
             }
