@@ -144,19 +144,9 @@ impl Product for PairsApart {
     type Words = __m256i;
     type Sums = __m256;
     #[inline(always)]
-    unsafe fn start(p: *const u32) -> __m256 {
-        // SAFETY: trait contract.
-        unsafe { _mm256_loadu_ps(p.cast()) }
-    }
-    #[inline(always)]
     unsafe fn splat(p: *const u8) -> __m256i {
         // SAFETY: trait contract.
         unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u32) -> __m256i {
-        // SAFETY: trait contract.
-        unsafe { _mm256_loadu_si256(p.cast()) }
     }
     #[inline(always)]
     unsafe fn multiply(sums: __m256, input: __m256i, weights: __m256i) -> __m256 {
@@ -183,19 +173,9 @@ impl<const VNNI: bool> Product for FoursOfU8<VNNI> {
     type Words = __m256i;
     type Sums = __m256i;
     #[inline(always)]
-    unsafe fn start(p: *const u32) -> __m256i {
-        // SAFETY: trait contract.
-        unsafe { _mm256_loadu_si256(p.cast()) }
-    }
-    #[inline(always)]
     unsafe fn splat(p: *const u8) -> __m256i {
         // SAFETY: trait contract.
         unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u32) -> __m256i {
-        // SAFETY: trait contract.
-        unsafe { _mm256_loadu_si256(p.cast()) }
     }
     #[inline(always)]
     unsafe fn multiply(sums: __m256i, input: __m256i, weights: __m256i) -> __m256i {

@@ -154,19 +154,9 @@ impl Product for PairsOfBf16 {
     type Words = __m512i;
     type Sums = __m512;
     #[inline(always)]
-    unsafe fn start(p: *const u32) -> __m512 {
-        // SAFETY: trait contract.
-        unsafe { _mm512_loadu_ps(p.cast()) }
-    }
-    #[inline(always)]
     unsafe fn splat(p: *const u8) -> __m512i {
         // SAFETY: trait contract.
         unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u32) -> __m512i {
-        // SAFETY: trait contract.
-        unsafe { _mm512_loadu_si512(p.cast()) }
     }
     #[inline(always)]
     unsafe fn multiply(sums: __m512, input: __m512i, weights: __m512i) -> __m512 {
@@ -193,19 +183,9 @@ impl Product for FoursOfU8 {
     type Words = __m512i;
     type Sums = __m512i;
     #[inline(always)]
-    unsafe fn start(p: *const u32) -> __m512i {
-        // SAFETY: trait contract.
-        unsafe { _mm512_loadu_si512(p.cast()) }
-    }
-    #[inline(always)]
     unsafe fn splat(p: *const u8) -> __m512i {
         // SAFETY: trait contract.
         unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u32) -> __m512i {
-        // SAFETY: trait contract.
-        unsafe { _mm512_loadu_si512(p.cast()) }
     }
     #[inline(always)]
     unsafe fn multiply(sums: __m512i, input: __m512i, weights: __m512i) -> __m512i {

@@ -216,19 +216,28 @@ pub(crate) type StoreRun = unsafe fn(&Tile, values: *const f32, pixels: usize, r
 pub(crate) trait Product {
     /// Registers of finished sums.
     type Values: Vector;
-    /// A register of words.
+    /// A register of words: plain bits.
     type Words: Copy;
-    /// A register of sums.
+    /// A register of sums: plain bits too.
     type Sums: Copy;
     /// Whether input and sums are f32: those go straight to the output.
     const SINGLE: bool = false;
     /// What is taken off every u8 of the input before it is multiplied.
     const OFFSET: i32 = 0;
-    /// Sums that start with the words at `p`.
-    unsafe fn start(p: *const u32) -> Self::Sums;
     /// The word at `p` in every lane.
     unsafe fn splat(p: *const u8) -> Self::Words;
-    unsafe fn load(p: *const u32) -> Self::Words;
+    /// Sums that start with the words at `p`.
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> Self::Sums {
+        // SAFETY: the caller vouches for a register's words.
+        unsafe { p.cast::<Self::Sums>().read_unaligned() }
+    }
+    /// The words at `p`.
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> Self::Words {
+        // SAFETY: the caller vouches for a register's words.
+        unsafe { p.cast::<Self::Words>().read_unaligned() }
+    }
     /// `sums + input * weights`.
     unsafe fn multiply(sums: Self::Sums, input: Self::Words, weights: Self::Words) -> Self::Sums;
     /// As f32; where they are whole numbers, times those at `scale`, plus those at `bias`.

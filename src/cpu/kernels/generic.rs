@@ -72,19 +72,9 @@ impl Product for PairsApart {
     type Words = [u32; 4];
     type Sums = [f32; 4];
     #[inline(always)]
-    unsafe fn start(p: *const u32) -> [f32; 4] {
-        // SAFETY: the caller vouches for four floats at `p`.
-        unsafe { p.cast::<[f32; 4]>().read_unaligned() }
-    }
-    #[inline(always)]
     unsafe fn splat(p: *const u8) -> [u32; 4] {
         // SAFETY: the caller vouches for four bytes at `p`.
         [unsafe { p.cast::<u32>().read_unaligned() }; 4]
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u32) -> [u32; 4] {
-        // SAFETY: the caller vouches for four words at `p`.
-        unsafe { p.cast::<[u32; 4]>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn multiply(sums: [f32; 4], input: [u32; 4], weights: [u32; 4]) -> [f32; 4] {
@@ -108,19 +98,9 @@ impl Product for FoursOfU8 {
     type Words = [u32; 4];
     type Sums = [i32; 4];
     #[inline(always)]
-    unsafe fn start(p: *const u32) -> [i32; 4] {
-        // SAFETY: the caller vouches for four words at `p`.
-        unsafe { p.cast::<[i32; 4]>().read_unaligned() }
-    }
-    #[inline(always)]
     unsafe fn splat(p: *const u8) -> [u32; 4] {
         // SAFETY: the caller vouches for four bytes at `p`.
         [unsafe { p.cast::<u32>().read_unaligned() }; 4]
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u32) -> [u32; 4] {
-        // SAFETY: the caller vouches for four words at `p`.
-        unsafe { p.cast::<[u32; 4]>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn multiply(sums: [i32; 4], input: [u32; 4], weights: [u32; 4]) -> [i32; 4] {

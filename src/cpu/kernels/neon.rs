@@ -84,19 +84,9 @@ impl Product for PairsApart {
     type Words = uint32x4_t;
     type Sums = float32x4_t;
     #[inline(always)]
-    unsafe fn start(p: *const u32) -> float32x4_t {
-        // SAFETY: trait contract.
-        unsafe { vld1q_f32(p.cast()) }
-    }
-    #[inline(always)]
     unsafe fn splat(p: *const u8) -> uint32x4_t {
         // SAFETY: trait contract.
         unsafe { vdupq_n_u32(p.cast::<u32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u32) -> uint32x4_t {
-        // SAFETY: trait contract.
-        unsafe { vld1q_u32(p) }
     }
     #[inline(always)]
     unsafe fn multiply(sums: float32x4_t, input: uint32x4_t, weights: uint32x4_t) -> float32x4_t {
@@ -122,19 +112,9 @@ impl Product for FoursOfU8 {
     type Words = uint32x4_t;
     type Sums = int32x4_t;
     #[inline(always)]
-    unsafe fn start(p: *const u32) -> int32x4_t {
-        // SAFETY: trait contract.
-        unsafe { vld1q_s32(p.cast()) }
-    }
-    #[inline(always)]
     unsafe fn splat(p: *const u8) -> uint32x4_t {
         // SAFETY: trait contract.
         unsafe { vdupq_n_u32(p.cast::<u32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u32) -> uint32x4_t {
-        // SAFETY: trait contract.
-        unsafe { vld1q_u32(p) }
     }
     #[inline(always)]
     unsafe fn multiply(sums: int32x4_t, input: uint32x4_t, weights: uint32x4_t) -> int32x4_t {
@@ -169,19 +149,9 @@ impl Product for DotsOfU8 {
     type Sums = int32x4_t;
     const OFFSET: i32 = 128;
     #[inline(always)]
-    unsafe fn start(p: *const u32) -> int32x4_t {
-        // SAFETY: trait contract.
-        unsafe { vld1q_s32(p.cast()) }
-    }
-    #[inline(always)]
     unsafe fn splat(p: *const u8) -> uint32x4_t {
         // SAFETY: trait contract.
         unsafe { vdupq_n_u32(p.cast::<u32>().read_unaligned() ^ 0x8080_8080) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u32) -> uint32x4_t {
-        // SAFETY: trait contract.
-        unsafe { vld1q_u32(p) }
     }
     #[inline(always)]
     unsafe fn multiply(sums: int32x4_t, input: uint32x4_t, weights: uint32x4_t) -> int32x4_t {
