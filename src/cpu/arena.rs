@@ -1,5 +1,6 @@
 //! One block of memory a session, and the views of tensors in it.
 
+use super::pages;
 use crate::error::{Error, Result};
 use crate::shape::{Shape, Tensor};
 use std::ops::Range;
@@ -155,6 +156,8 @@ impl Arena {
     /// Aligned copy of `values`, zero-filled to whole lines (packed weights).
     pub fn from_slice(values: &[f32]) -> Self {
         let mut arena = Self::default();
+        arena.lines.reserve_exact(values.len().div_ceil(16));
+        pages::large(&mut arena.lines);
         arena.lines.resize(values.len().div_ceil(16), Line([0.0; 16]));
         arena.floats_mut()[..values.len()].copy_from_slice(values);
         arena
@@ -169,6 +172,7 @@ impl Arena {
             let no_memory =
                 |_| Error::LimitExceeded(format!("the system has no {} bytes of memory to give", lines * 64));
             self.lines.try_reserve_exact(lines).map_err(no_memory)?;
+            pages::large(&mut self.lines);
             self.lines.resize(lines, Line([0.0; 16]));
         }
         Ok(())

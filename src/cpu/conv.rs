@@ -77,7 +77,18 @@ pub(crate) struct ConvOp {
 /// Whether the CPU has a dot product of bf16, twice as fast as f32's.
 pub(crate) fn multiplies_bf16(isa: Isa) -> bool {
     #[cfg(target_arch = "x86_64")]
-    return isa == Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
+    return isa >= Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = isa;
+        false
+    }
+}
+
+/// Whether bf16 and u8 are multiplied on AMX tiles, many times as fast as f32.
+pub(crate) fn on_tiles(isa: Isa) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return isa == Isa::Amx;
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = isa;
@@ -101,7 +112,11 @@ impl ConvOp {
         rule: (f32, Residual),
         formats: Formats,
     ) -> Self {
-        let kernel = ConvKernel::of(isa, formats.input.storage);
+        let each = size_of::<f32>() / formats.input.storage.bytes();
+        // As long as runs are where the input is dense.
+        let columns = if window.dilation[1] == 1 { window.kernel[1] } else { 1 };
+        let run = in_channels / groups * columns / each;
+        let kernel = ConvKernel::of(isa, formats.input.storage, run, out_channels / groups);
         Self::with_kernel(kernel, window, groups, [in_channels, out_channels], weight, bias, rule, formats)
     }
 
@@ -198,6 +213,11 @@ impl ConvOp {
     pub fn is_pointwise(&self) -> bool {
         let w = &self.window;
         w.kernel == [1, 1] && w.stride == [1, 1] && w.padding == [0; 4]
+    }
+
+    /// Whether it multiplies on AMX tiles.
+    pub fn on_tiles(&self) -> bool {
+        self.kernel.tiles
     }
 
     /// Bytes of packed weights.

@@ -22,6 +22,10 @@ pub enum Isa {
     #[cfg(target_arch = "x86_64")]
     #[non_exhaustive]
     Avx512,
+    /// AVX-512 with BF16 and VNNI, and AMX tiles of bf16 and int8 that the operating system lets this process use.
+    #[cfg(target_arch = "x86_64")]
+    #[non_exhaustive]
+    Amx,
 }
 
 impl Isa {
@@ -40,6 +44,11 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl");
                 if avx512 {
                     isas.push(Isa::Avx512);
+                    let dots =
+                        is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
+                    if dots && super::tiles::permitted() {
+                        isas.push(Isa::Amx);
+                    }
                 }
             }
         }
@@ -56,12 +65,14 @@ impl Isa {
             Isa::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => "amx",
         }
     }
 }
 
 /// The ISA in use: the best this CPU has, lowered (never raised) by the environment variable
-/// `FARFACE_ISA` = `generic`, `neon`, `avx2` or `avx512`. Read once.
+/// `FARFACE_ISA` = `generic`, `neon`, `avx2`, `avx512` or `amx`. Read once.
 pub fn detected() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
     *ISA.get_or_init(|| lower(&Isa::supported(), std::env::var("FARFACE_ISA").ok().as_deref()))

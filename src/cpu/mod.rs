@@ -8,10 +8,13 @@ pub(crate) mod conv;
 pub mod dense;
 pub mod isa;
 mod kernels;
+pub(crate) mod pages;
 pub(crate) mod part;
 pub(crate) mod program;
 pub(crate) mod simple;
 pub mod threads;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 pub(crate) mod winograd;
 
 pub use arena::{Arena, Storage, View};

@@ -51,6 +51,11 @@ impl Op {
             Storage::U8 => int8,
         };
         match &self.0 {
+            Kind::Conv(c) if c.on_tiles() => match (c.window.kernel, c.formats.input.storage) {
+                ([1, 1], s) => pick(s, ["conv 1x1", "conv 1x1 bf16 amx", "conv 1x1 int8 amx"]),
+                ([3, 3], s) => pick(s, ["conv 3x3", "conv 3x3 bf16 amx", "conv 3x3 int8 amx"]),
+                (_, s) => pick(s, ["conv", "conv bf16 amx", "conv int8 amx"]),
+            },
             Kind::Conv(c) => match (c.window.kernel, c.formats.input.storage) {
                 ([1, 1], s) => pick(s, ["conv 1x1", "conv 1x1 bf16", "conv 1x1 int8"]),
                 ([3, 3], s) => pick(s, ["conv 3x3", "conv 3x3 bf16", "conv 3x3 int8"]),

@@ -1,136 +1,18 @@
-//! bf16 matrix products on AMX: tiles of 16 rows of 64 bytes, f32 sums. Inline assembly, since the
-//! intrinsics are not stable.
+//! bf16 matrix products on AMX: tiles of 16 rows of 64 bytes, f32 sums.
 //!
 //! tmm0..3 hold sums (2 x 2 tiles), tmm4, 5 the left operand, tmm6, 7 the right one.
 
 use super::gemm::{channel_stride, operand_stride};
 use super::maps::holds;
 use super::Packed;
+use crate::cpu::tiles::{load, multiply_bf16 as multiply, store, zero, Tiles};
 use crate::cpu::{isa, Isa};
 use half::bf16;
-use std::arch::asm;
 use std::arch::x86_64::*;
-use std::sync::OnceLock;
 
-/// Whether the CPU has AMX-BF16 and the operating system saves its tiles for us (and `FARFACE_ISA` keeps nothing from use). Asks for the permission once;
-/// it holds for the process.
+/// Whether the CPU has AMX, the operating system saves its tiles for us, and `FARFACE_ISA` keeps nothing from use.
 pub(super) fn available() -> bool {
-    static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| {
-        isa::detected() == Isa::Avx512
-            && is_x86_feature_detected!("avx512bf16")
-            && has_amx_bf16()
-            && permitted()
-    })
-}
-
-fn has_amx_bf16() -> bool {
-    const AMX_BF16: u32 = 1 << 22;
-    const AMX_TILE: u32 = 1 << 24;
-    const OSXSAVE: u32 = 1 << 27;
-    const TILE_STATE: u64 = 3 << 17;
-    #[target_feature(enable = "xsave")]
-    fn states() -> u64 {
-        // SAFETY: called where the operating system has turned XSAVE on.
-        unsafe { _xgetbv(0) }
-    }
-    // The intrinsic became safe between the Rust versions that this crate builds with.
-    #[allow(unused_unsafe)]
-    // SAFETY: every x86-64 CPU has CPUID; leaf 7 is asked for where leaf 0 reports it.
-    let (leaf1, leaf7) = unsafe {
-        if __cpuid(0).eax < 7 {
-            return false;
-        }
-        (__cpuid(1), __cpuid_count(7, 0))
-    };
-    let tiles = AMX_BF16 | AMX_TILE;
-    // SAFETY: OSXSAVE is set where `states` is called.
-    leaf7.edx & tiles == tiles && leaf1.ecx & OSXSAVE != 0 && unsafe { states() } & TILE_STATE == TILE_STATE
-}
-
-/// Linux hands out the tile registers on request alone.
-#[cfg(target_os = "linux")]
-fn permitted() -> bool {
-    const SYS_ARCH_PRCTL: i64 = 158;
-    const ARCH_REQ_XCOMP_PERM: i64 = 0x1023;
-    const XFEATURE_XTILEDATA: i64 = 18;
-    let result: i64;
-    // SAFETY: arch_prctl(ARCH_REQ_XCOMP_PERM) touches no memory of ours; the kernel clobbers rcx and r11.
-    unsafe {
-        asm!("syscall", inlateout("rax") SYS_ARCH_PRCTL => result, in("rdi") ARCH_REQ_XCOMP_PERM,
-            in("rsi") XFEATURE_XTILEDATA, lateout("rcx") _, lateout("r11") _, options(nostack));
-    }
-    result == 0
-}
-
-#[cfg(not(target_os = "linux"))]
-fn permitted() -> bool {
-    false
-}
-
-/// The tile configuration as the CPU reads it.
-#[repr(C, align(64))]
-struct TileConfig {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-/// Tiles in use on this thread, released when dropped.
-struct Tiles;
-
-impl Tiles {
-    /// Left operands of `depth` values a row, right ones of `depth / 2` rows of pairs.
-    unsafe fn configure(depth: usize) -> Self {
-        let mut config =
-            TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        for tile in 0..8 {
-            config.row_bytes[tile] = if matches!(tile, 4 | 5) { 2 * depth as u16 } else { 64 };
-            config.rows[tile] = if matches!(tile, 6 | 7) { depth as u8 / 2 } else { 16 };
-        }
-        // SAFETY: a valid configuration: 8 tiles of at most 16 rows of 64 bytes.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
-        Self
-    }
-}
-
-impl Drop for Tiles {
-    fn drop(&mut self) {
-        // SAFETY: always allowed where AMX is.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
-    }
-}
-
-#[inline(always)]
-unsafe fn zero<const T: usize>() {
-    // SAFETY: the caller has configured the tiles.
-    unsafe { asm!("tilezero tmm{t}", t = const T, options(nostack, nomem)) };
-}
-#[inline(always)]
-unsafe fn load<const T: usize, V>(p: *const V, row_bytes: usize) {
-    // SAFETY: the caller vouches for the tile's rows at `p`.
-    unsafe {
-        asm!("tileloadd tmm{t}, [{p} + {s}*1]", t = const T, p = in(reg) p, s = in(reg) row_bytes,
-            options(nostack, readonly));
-    }
-}
-#[inline(always)]
-unsafe fn store<const T: usize>(p: *mut f32, row_bytes: usize) {
-    // SAFETY: the caller vouches for room for the tile's rows at `p`.
-    unsafe {
-        asm!("tilestored [{p} + {s}*1], tmm{t}", t = const T, p = in(reg) p, s = in(reg) row_bytes,
-            options(nostack));
-    }
-}
-#[inline(always)]
-unsafe fn multiply<const C: usize, const A: usize, const B: usize>() {
-    // SAFETY: the caller has configured and loaded the tiles.
-    unsafe {
-        asm!("tdpbf16ps tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B,
-            options(nostack, nomem));
-    }
+    isa::detected() == Isa::Amx
 }
 
 /// The sums of up to 2 x 2 tiles: `steps` products from `a` (two row blocks, `a_below` apart) and `b` (two
@@ -227,7 +109,7 @@ pub(super) fn product(a: &[bf16], a_pixel: usize, pixels: usize, b: &Packed<bf16
     let panel = depth * 16; // values of 16 channels
                             // SAFETY: the lengths were checked; `b` was packed in blocks of 16 channels of `depth` values.
     unsafe {
-        let _tiles = Tiles::configure(chunk);
+        let _tiles = Tiles::configure(16, chunk / 2);
         for y in (0..rows).step_by(32) {
             let row_blocks = if rows - y > 16 { 2 } else { 1 };
             for n in (0..c_row).step_by(32) {
@@ -281,7 +163,7 @@ pub(super) fn outer(
     unsafe {
         transpose_pixels(a.as_ptr(), a_pixel, depth, left.as_mut_ptr(), rows);
         interleave_pixels(d.as_ptr(), d_pixel, depth, right.as_mut_ptr(), columns);
-        let _tiles = Tiles::configure(32);
+        let _tiles = Tiles::configure(16, 16);
         for k in (0..rows).step_by(32) {
             let row_blocks = if rows - k > 16 { 2 } else { 1 };
             for n in (0..columns).step_by(32) {

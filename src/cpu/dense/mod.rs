@@ -17,7 +17,6 @@ pub mod depthwise;
 mod element;
 mod gemm;
 pub mod maps;
-pub mod pages;
 pub mod resample;
 mod target;
 

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 
 /// Sixteen floats in a ZMM register.
 #[derive(Clone, Copy)]
-pub(crate) struct F32x16(__m512);
+pub(crate) struct F32x16(pub(super) __m512);
 
 /// The first `n < 16` lanes.
 #[inline(always)]

@@ -183,6 +183,79 @@ impl<'a> ConvArgs<'a> {
     }
 }
 
+/// Where the sums of some pixels of one row and one panel go, and by way of what.
+pub(crate) struct Target<'a> {
+    output: *mut u8,
+    out_pixel: usize,
+    /// Channels of the panel that exist.
+    channels: usize,
+    pub rule: &'a Rule,
+    /// Row of the residual at the panel's first channel.
+    add: *const u8,
+    add_pixel: usize,
+    add_columns: *const u32,
+    x: usize,
+}
+
+impl<'a> Target<'a> {
+    /// For the pixels from column `x` of row `y` on and the panel of `width` lanes that begins with channel `first`.
+    #[inline(always)]
+    pub fn new(a: &'a ConvArgs, (y, x): (usize, usize), first: usize, width: usize) -> Self {
+        let at = |storage: Storage| first * storage.bytes();
+        let add_y = a.add_rows.get(y).map_or(y, |&r| r as usize);
+        Self {
+            // No claims: the residual's pointer may be null.
+            output: a.output.wrapping_add(y * a.out_row + x * a.out_pixel + at(a.rule.output)),
+            out_pixel: a.out_pixel,
+            channels: (a.channels - first).min(width),
+            rule: &a.rule,
+            add: a.add.wrapping_add(add_y * a.add_row + at(a.rule.add)),
+            add_pixel: a.add_pixel,
+            add_columns: if a.add_columns.is_empty() { std::ptr::null() } else { a.add_columns.as_ptr() },
+            x,
+        }
+    }
+
+    /// Whether so many lanes are channels.
+    #[inline(always)]
+    pub fn is_full(&self, lanes: usize) -> bool {
+        self.channels >= lanes
+    }
+
+    /// Where pixel `m` of the residual, if there is one, and of the output are.
+    ///
+    /// # Safety
+    /// The output has that pixel.
+    #[inline(always)]
+    pub unsafe fn pixel(&self, m: usize) -> (*const u8, *mut u8) {
+        // SAFETY: the caller's contract.
+        unsafe { (residual(self, m), self.output.add(m * self.out_pixel)) }
+    }
+
+    /// Asks for the lines of so many pixels and lanes of residual and output, ahead of their use.
+    ///
+    /// # Safety
+    /// The output has these pixels; the caller is compiled for V's ISA.
+    #[inline(always)]
+    pub unsafe fn ask<V: Vector>(&self, pixels: usize, lanes: usize) {
+        // SAFETY: prefetches may point anywhere; residual columns as in `pixel`.
+        unsafe {
+            for m in 0..pixels {
+                let out = self.output.wrapping_add(m * self.out_pixel);
+                for line in (0..lanes * self.rule.output.bytes()).step_by(LINE) {
+                    V::prefetch(out.wrapping_add(line));
+                }
+                if self.rule.residual != Residual::None {
+                    let add = residual(self, m);
+                    for line in (0..lanes * self.rule.add.bytes()).step_by(LINE) {
+                        V::prefetch(add.wrapping_add(line));
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// MR pixels x one panel.
 pub(crate) struct Tile<'a> {
     input: *const u8,
@@ -193,16 +266,7 @@ pub(crate) struct Tile<'a> {
     start: *const u32,
     scale: *const f32,
     bias: *const f32,
-    output: *mut u8,
-    out_pixel: usize,
-    /// Channels of the panel that exist.
-    channels: usize,
-    rule: &'a Rule,
-    /// Row of the residual at the panel's first channel.
-    add: *const u8,
-    add_pixel: usize,
-    add_columns: *const u32,
-    x: usize,
+    to: Target<'a>,
     /// Bytes from a pixel of the input to the one at the same place of the tile that comes next, to be asked for; 0 for none.
     ahead: usize,
     /// [`store`], compiled for the ISA.
@@ -210,7 +274,7 @@ pub(crate) struct Tile<'a> {
 }
 
 /// What becomes of a tile's values: so many pixels of so many registers.
-pub(crate) type StoreRun = unsafe fn(&Tile, values: *const f32, pixels: usize, registers: usize);
+pub(crate) type StoreRun = unsafe fn(&Target, values: *const f32, pixels: usize, registers: usize);
 
 /// What a convolution multiplies: four bytes of input by four of weights, into one sum a lane.
 pub(crate) trait Product {
@@ -330,12 +394,7 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
             for p in panels.clone() {
                 let first = p * 2 * lanes;
                 let wide = panel_registers(a.channels, lanes, p) == 2;
-                let at = |storage: Storage| first * storage.bytes();
-                let add_y = a.add_rows.get(y).map_or(y, |&r| r as usize);
-                let columns =
-                    if a.add_columns.is_empty() { std::ptr::null() } else { a.add_columns.as_ptr() };
-                // SAFETY: the caller's contract, for this pixel range and panel. The residual
-                // pointer is formed without arithmetic claims (it may be null).
+                // SAFETY: the caller's contract, for this pixel range and panel.
                 unsafe {
                     let t = Tile {
                         input: a.input.add(y * a.in_row + x * a.in_pixel),
@@ -347,14 +406,7 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
                         // These may be null: no claims.
                         scale: a.scale.wrapping_add(first),
                         bias: a.bias.wrapping_add(first),
-                        output: a.output.add(y * a.out_row + x * a.out_pixel + at(a.rule.output)),
-                        out_pixel: a.out_pixel,
-                        channels: (a.channels - first).min(2 * lanes),
-                        rule: &a.rule,
-                        add: a.add.wrapping_add(add_y * a.add_row + at(a.rule.add)),
-                        add_pixel: a.add_pixel,
-                        add_columns: columns,
-                        x,
+                        to: Target::new(a, (y, x), first, 2 * lanes),
                         ahead: if p == panels.start { ahead } else { 0 },
                         store: T::STORE,
                     };
@@ -397,10 +449,10 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
         // pointers than that would be spilled and reloaded for every value.
         let stride = t.in_pixel;
         let mut w = t.weights;
-        if t.rule.residual != Residual::None {
-            unroll!(m < MR, { P::Values::prefetch(residual(t, m)) });
-            if NR * lanes * t.rule.add.bytes() > LINE {
-                unroll!(m < MR, { P::Values::prefetch(residual(t, m).wrapping_add(LINE)) });
+        if t.to.rule.residual != Residual::None {
+            unroll!(m < MR, { P::Values::prefetch(residual(&t.to, m)) });
+            if NR * lanes * t.to.rule.add.bytes() > LINE {
+                unroll!(m < MR, { P::Values::prefetch(residual(&t.to, m).wrapping_add(LINE)) });
             }
         }
         for &tap in t.taps {
@@ -436,11 +488,12 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
                 }
             }
         }
-        let plain = t.rule.residual == Residual::None && t.rule.output == Storage::F32;
-        if P::SINGLE && plain && t.channels >= NR * lanes {
-            let slope = P::Values::splat(t.rule.slope);
+        let to = &t.to;
+        let plain = to.rule.residual == Residual::None && to.rule.output == Storage::F32;
+        if P::SINGLE && plain && to.channels >= NR * lanes {
+            let slope = P::Values::splat(to.rule.slope);
             unroll!(m < MR, {
-                let out = t.output.add(m * t.out_pixel).cast::<f32>();
+                let out = to.output.add(m * to.out_pixel).cast::<f32>();
                 for r in 0..NR {
                     activate(finish::<P>(t, sums[m][r], r), slope).store(out.add(r * lanes));
                 }
@@ -455,7 +508,7 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
                 finish::<P>(t, sums[m][r], r).store(first.add((m * NR + r) * lanes));
             }
         });
-        (t.store)(t, first, MR, NR);
+        (t.store)(to, first, MR, NR);
     }
 }
 
@@ -467,7 +520,7 @@ const LINE: usize = 64;
 
 /// Where the residual of pixel `m` is.
 #[inline(always)]
-unsafe fn residual(t: &Tile, m: usize) -> *const u8 {
+unsafe fn residual(t: &Target, m: usize) -> *const u8 {
     let x = t.x + m;
     // SAFETY: the contract of `block`: a table has an entry for every column.
     let column = unsafe { t.add_columns.as_ref().map_or(x, |_| *t.add_columns.add(x) as usize) };
@@ -485,9 +538,9 @@ unsafe fn finish<P: Product>(t: &Tile, sums: P::Sums, r: usize) -> P::Values {
 /// What becomes of a tile's values, pixels of `registers` registers each: residual, activation, store.
 ///
 /// # Safety
-/// The contract of [`block`], which made the tile; `values` are there.
+/// The contract of [`block`], for the arguments that the target was made of; `values` are there.
 #[inline(always)]
-pub(crate) unsafe fn store<V: Vector>(t: &Tile, values: *const f32, pixels: usize, registers: usize) {
+pub(crate) unsafe fn store<V: Vector>(t: &Target, values: *const f32, pixels: usize, registers: usize) {
     let rule = t.rule;
     let full = t.channels >= registers * V::LANES;
     let scaled = (rule.add_scale, rule.add_zero) != (1.0, 0.0);
@@ -535,7 +588,7 @@ const ADDED: bool = true;
 /// As [`store`], where all lanes are channels.
 #[inline(always)]
 unsafe fn store_full<V: Vector, const T: usize, const RESIDUAL: bool>(
-    t: &Tile,
+    t: &Target,
     values: *const f32,
     pixels: usize,
     registers: usize,

@@ -12,6 +12,8 @@ pub(crate) mod simple;
 pub(crate) mod winograd;
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
@@ -200,20 +202,28 @@ pub(crate) struct ConvKernel {
     pub lanes: usize,
     /// What it takes off every u8 of the input.
     pub offset: i32,
+    /// Whether it multiplies on AMX tiles.
+    pub tiles: bool,
     pub run: ConvRun,
 }
 
 impl ConvKernel {
-    /// The convolution of values that are stored so. Having an [`Isa`] value is having checked the CPU for it; what goes beyond
-    /// that is asked for here.
-    pub fn of(isa: Isa, input: Storage) -> Self {
+    /// The convolution of values that are stored so, by windows of runs of `run` words, to so many channels. Having an [`Isa`]
+    /// value is having checked the CPU for it; what goes beyond that is asked for here.
+    pub fn of(isa: Isa, input: Storage, run: usize, channels: usize) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(kernel) = (isa == Isa::Amx).then(|| amx::kernel(input, run, channels)).flatten() {
+            return kernel;
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (run, channels);
         let kernels = Kernels::of(isa);
         match input {
-            Storage::F32 => Self { lanes: kernels.lanes, offset: 0, run: kernels.conv },
+            Storage::F32 => Self { lanes: kernels.lanes, offset: 0, tiles: false, run: kernels.conv },
             #[cfg(target_arch = "x86_64")]
             Storage::Bf16 if super::conv::multiplies_bf16(isa) => avx512::bf16::KERNEL,
             #[cfg(target_arch = "x86_64")]
-            Storage::U8 if isa == Isa::Avx512 && is_x86_feature_detected!("avx512vnni") => avx512::u8::KERNEL,
+            Storage::U8 if isa >= Isa::Avx512 && is_x86_feature_detected!("avx512vnni") => avx512::u8::KERNEL,
             #[cfg(target_arch = "x86_64")]
             Storage::U8 if isa == Isa::Avx2 && is_x86_feature_detected!("avxvnni") => avx2::u8::KERNEL,
             #[cfg(target_arch = "aarch64")]
@@ -228,11 +238,11 @@ impl ConvKernel {
 
 #[cfg(test)]
 impl ConvKernel {
-    /// The best one and the one that needs nothing beyond the ISA.
-    pub fn all(isa: Isa, input: Storage) -> [Self; 2] {
+    /// The best ones of large and of small windows, and the one that needs nothing beyond the ISA.
+    pub fn all(isa: Isa, input: Storage) -> [Self; 3] {
         let kernels = Kernels::of(isa);
         let plain = if input == Storage::U8 { kernels.conv_u8 } else { kernels.conv_bf16 };
-        [Self::of(isa, input), plain]
+        [Self::of(isa, input, 16, 16), Self::of(isa, input, 1, 1), plain]
     }
 }
 
@@ -286,7 +296,7 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => &avx2::KERNELS,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => &avx512::KERNELS,
+            Isa::Avx512 | Isa::Amx => &avx512::KERNELS,
         }
     }
 }
@@ -312,7 +322,7 @@ macro_rules! conv_kernel {
             }
 
             $(#[$attr])?
-            unsafe fn store(t: &conv::Tile, values: *const f32, pixels: usize, registers: usize) {
+            unsafe fn store(t: &conv::Target, values: *const f32, pixels: usize, registers: usize) {
                 // SAFETY: the caller keeps the contract of the function called.
                 unsafe {
                     conv::store::<<$product as conv::Product>::Values>(t, values, pixels, registers)
@@ -348,6 +358,7 @@ macro_rules! conv_kernel {
                 $crate::cpu::kernels::ConvKernel {
                     lanes: <Tiles as conv::Tiles>::LANES,
                     offset: <$product as conv::Product>::OFFSET,
+                    tiles: false,
                     run,
                 };
         }

@@ -1,6 +1,7 @@
 //! A batch on the threads: cut by images into parts, which the threads take as they come.
 
-use crate::cpu::dense::{pages, Element, Scratch};
+use crate::cpu::dense::{Element, Scratch};
+use crate::cpu::pages;
 use crate::cpu::Pool;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};

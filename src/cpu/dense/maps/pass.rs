@@ -50,12 +50,12 @@ pub(in super::super) unsafe fn dispatch<P: Pass>(isa: Isa, pass: P) {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2(pass),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 if P::BF16 => {
+            Isa::Avx512 | Isa::Amx if P::BF16 => {
                 assert!(crate::cpu::dense::bf16_supported(), "maps in bf16 are for machines with AMX");
                 avx512_bf16(pass)
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512(pass),
+            Isa::Avx512 | Isa::Amx => avx512(pass),
         }
     }
 }

@@ -1,17 +1,23 @@
-//! Large buffers on large pages: a training step streams through hundreds of megabytes, and walking page tables for
-//! every 4 KiB (twice, on a virtual machine) costs a fifth of its time.
+//! Large buffers on large pages: a network streams through its arena, a training step through hundreds of megabytes, and
+//! walking page tables for every 4 KiB (twice, on a virtual machine) costs up to a fifth of the time.
 
 /// Smallest buffer that is asked for on large pages, bytes.
 const LEAST: usize = 4 << 20;
 
+/// Asks for large pages for memory that was not touched yet, where it is large.
+pub(super) fn large<T>(memory: &mut Vec<T>) {
+    let bytes = memory.capacity() * size_of::<T>();
+    if bytes >= LEAST {
+        advise(memory.as_mut_ptr() as usize, bytes);
+    }
+}
+
 /// A buffer of `len` zeros (default values), on large pages where it is large and the system has them.
+#[cfg(feature = "train")]
 pub fn buffer<T: Copy + Default>(len: usize) -> Vec<T> {
     let mut buffer = Vec::with_capacity(len);
-    let bytes = len * size_of::<T>();
-    if bytes >= LEAST {
-        // Before the first touch, or the small pages are there already.
-        advise(buffer.as_mut_ptr() as usize, bytes);
-    }
+    // Before the first touch, or the small pages are there already.
+    large(&mut buffer);
     buffer.resize(len, T::default());
     buffer
 }

@@ -1,0 +1,356 @@
+//! AMX kernels: convolutions of bf16 and u8 on tiles of up to 16 pixels x 16 channels; the rest of a network runs on AVX-512.
+//!
+//! A panel of packed weights is the right operand as it lies there: 16 words of depth are 16 rows of it. The left one is the map
+//! itself, a row a pixel. Two tiles of pixels by a panel are in the registers together.
+
+use super::avx512::F32x16;
+use super::conv::{self, panel_registers, ConvArgs, Residual, Target};
+use super::{ConvKernel, Vector};
+use crate::cpu::arena::Storage;
+use crate::cpu::tiles::{load, multiply_bf16, multiply_u8, store, Tiles};
+use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// Rows, and words of a row, of a tile.
+const SIDE: usize = 16;
+
+/// What a tile multiplies.
+trait Product {
+    /// Whether sums are whole numbers.
+    const WHOLE: bool;
+    unsafe fn multiply<const C: usize, const A: usize, const B: usize>();
+}
+
+struct Bf16;
+impl Product for Bf16 {
+    const WHOLE: bool = false;
+    #[inline(always)]
+    unsafe fn multiply<const C: usize, const A: usize, const B: usize>() {
+        // SAFETY: the trait's contract is that function's.
+        unsafe { multiply_bf16::<C, A, B>() }
+    }
+}
+
+struct U8;
+impl Product for U8 {
+    const WHOLE: bool = true;
+    #[inline(always)]
+    unsafe fn multiply<const C: usize, const A: usize, const B: usize>() {
+        // SAFETY: the trait's contract is that function's.
+        unsafe { multiply_u8::<C, A, B>() }
+    }
+}
+
+/// Words of a run that a tile takes at a time: the largest part up to 16 that goes into it.
+pub(in crate::cpu) fn tile_words(run: usize) -> usize {
+    (1..=SIDE).rev().find(|&words| run.is_multiple_of(words)).unwrap_or(1)
+}
+
+/// The sums of two tiles of pixels, or of one, at `input`, and one panel, stored a pixel after the other.
+#[inline(always)]
+unsafe fn sums<P: Product, const PIXELS: usize, const NR: usize>(
+    a: &ConvArgs,
+    input: [*const u8; 2],
+    (weights, start): (*const u32, *const u32),
+    words: usize,
+    to: [*mut f32; 2],
+) {
+    let right = NR * SIDE; // words from one row of the right operand to the next
+                           // SAFETY: the caller's contract: windows and panel are there, and room for the sums.
+    unsafe {
+        load::<0, u32>(start, 0);
+        if NR == 2 {
+            load::<1, u32>(start.add(SIDE), 0);
+        }
+        if PIXELS == 2 {
+            load::<2, u32>(start, 0);
+            if NR == 2 {
+                load::<3, u32>(start.add(SIDE), 0);
+            }
+        }
+        let mut w = weights;
+        for &tap in a.taps {
+            let mut at = tap;
+            for _ in 0..a.run / words {
+                load::<4, u8>(input[0].add(at), a.in_pixel);
+                load::<6, u32>(w, right * 4);
+                P::multiply::<0, 4, 6>();
+                if NR == 2 {
+                    load::<7, u32>(w.add(SIDE), right * 4);
+                    P::multiply::<1, 4, 7>();
+                }
+                if PIXELS == 2 {
+                    load::<5, u8>(input[1].add(at), a.in_pixel);
+                    P::multiply::<2, 5, 6>();
+                    if NR == 2 {
+                        P::multiply::<3, 5, 7>();
+                    }
+                }
+                w = w.wrapping_add(words * right);
+                at += words * 4;
+            }
+        }
+        store::<0>(to[0], right * 4);
+        if NR == 2 {
+            store::<1>(to[0].add(SIDE), right * 4);
+        }
+        if PIXELS == 2 {
+            store::<2>(to[1], right * 4);
+            if NR == 2 {
+                store::<3>(to[1].add(SIDE), right * 4);
+            }
+        }
+    }
+}
+
+/// Sums of two tiles of pixels and one panel.
+#[repr(align(64))]
+struct Values(MaybeUninit<[f32; 2 * SIDE * 2 * SIDE]>);
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Lines of a tile's part of a map, asked for ahead: `pixels` of `bytes` each.
+#[inline(always)]
+unsafe fn ask(first: *const u8, pixel: usize, pixels: usize, bytes: usize) {
+    for m in 0..pixels {
+        for line in (0..bytes).step_by(LINE) {
+            // SAFETY: a prefetch may point anywhere.
+            unsafe { F32x16::prefetch(first.wrapping_add(m * pixel + line)) };
+        }
+    }
+}
+
+/// Computes output rows `rows` of panels `panels`.
+///
+/// # Safety
+/// As `conv::block`; the CPU has AMX and AVX-512.
+#[inline(always)]
+unsafe fn block<P: Product>(a: &ConvArgs, rows: Range<usize>, panels: Range<usize>) {
+    if rows.is_empty() || a.width == 0 {
+        return;
+    }
+    let words = tile_words(a.run);
+    let depth = a.taps.len() * a.run;
+    // Rows without anything between them are one.
+    let whole = rows.len() > 1
+        && a.in_row == a.width * a.in_pixel
+        && a.out_row == a.width * a.out_pixel
+        && (a.add.is_null() || a.add_row == a.width * a.add_pixel)
+        && a.add_rows.is_empty()
+        && a.add_columns.is_empty();
+    let (rows, width) = if whole {
+        let first = rows.start;
+        // Where these rows are, counted in pixels of the first.
+        (first..first + 1, rows.len() * a.width)
+    } else {
+        (rows, a.width)
+    };
+    // Tiles of one height, since another configuration takes as long as twenty products; the last one of a row begins earlier
+    // where it would not fit, and some pixels are computed twice.
+    let tiles = width.div_ceil(SIDE);
+    let pixels = width.div_ceil(tiles);
+    let units = rows.len() * tiles;
+    let place = |unit: usize| (rows.start + unit / tiles, (unit % tiles * pixels).min(width - pixels));
+    let window = |(y, x): (usize, usize)| a.input.wrapping_add(y * a.in_row + x * a.in_pixel);
+    // Windows of one run: the next tiles' are other lines, far apart, which the CPU does not foresee.
+    let single = a.taps.len() == 1 && a.far;
+    let mut values = Values(MaybeUninit::uninit());
+    let first = values.0.as_mut_ptr().cast::<f32>();
+    // SAFETY: the caller's contract.
+    unsafe {
+        let _tiles = Tiles::configure(pixels, words);
+        let mut unit = 0;
+        while unit < units {
+            let two = unit + 1 < units;
+            let count = 1 + usize::from(two);
+            let places = [place(unit), place((unit + 1).min(units - 1))];
+            let windows = places.map(window);
+            let next = [unit + 2, unit + 3].map(|u| place(u.min(units - 1)));
+            for p in panels.clone() {
+                let channel = p * 2 * SIDE;
+                let registers = panel_registers(a.channels, SIDE, p);
+                let width = registers * SIDE;
+                let panel = (a.weights.add(channel * depth), a.start.add(channel));
+                // The next panel's residual and output, and, while the first is computed, the next tiles' windows.
+                let (ahead, places_ahead) =
+                    if p + 1 < panels.end { (p + 1, &places) } else { (panels.start, &next) };
+                let there = ahead * 2 * SIDE;
+                for &at in &places_ahead[..count] {
+                    Target::new(a, at, there, width).ask::<F32x16>(pixels, width);
+                }
+                if single && p == panels.start {
+                    for &at in &next[..count] {
+                        ask(window(at), a.in_pixel, pixels, a.run * 4);
+                    }
+                }
+                let to = [first, first.add(pixels * width)];
+                let scales = (a.scale.wrapping_add(channel), a.bias.wrapping_add(channel));
+                match (two, registers) {
+                    (true, 2) => sums::<P, 2, 2>(a, windows, panel, words, to),
+                    (true, _) => sums::<P, 2, 1>(a, windows, panel, words, to),
+                    (false, 2) => sums::<P, 1, 2>(a, windows, panel, words, to),
+                    (false, _) => sums::<P, 1, 1>(a, windows, panel, words, to),
+                }
+                for (&at, values) in places[..count].iter().zip(to) {
+                    let target = Target::new(a, at, channel, width);
+                    if registers == 2 {
+                        finish::<P, 2>(&target, values, pixels, scales);
+                    } else {
+                        finish::<P, 1>(&target, values, pixels, scales);
+                    }
+                }
+            }
+            unit += 2;
+        }
+    }
+}
+
+/// Residual, activation and store of a tile's sums.
+#[inline(always)]
+unsafe fn finish<P: Product, const NR: usize>(
+    t: &Target,
+    values: *mut f32,
+    pixels: usize,
+    (scale, bias): (*const f32, *const f32),
+) {
+    use Residual::*;
+    let rule = t.rule;
+    // SAFETY: the caller's contract.
+    unsafe {
+        let factors: [[__m512; 2]; NR] = std::array::from_fn(|r| {
+            let load = |p: *const f32| {
+                if P::WHOLE {
+                    _mm512_loadu_ps(p.add(r * SIDE))
+                } else {
+                    _mm512_setzero_ps()
+                }
+            };
+            [load(scale), load(bias)]
+        });
+        if t.is_full(NR * SIDE) {
+            match (rule.residual, rule.add, rule.output) {
+                (None, _, Storage::F32) => return rows::<P, NR, F32, NONE>(t, values, pixels, &factors),
+                (None, _, Storage::Bf16) => return rows::<P, NR, BF16, NONE>(t, values, pixels, &factors),
+                (None, _, Storage::U8) => return rows::<P, NR, U8S, NONE>(t, values, pixels, &factors),
+                (BeforeActivation, Storage::Bf16, Storage::Bf16) => {
+                    return rows::<P, NR, BF16, BEFORE>(t, values, pixels, &factors)
+                }
+                (AfterActivation, Storage::Bf16, Storage::Bf16) => {
+                    return rows::<P, NR, BF16, AFTER>(t, values, pixels, &factors)
+                }
+                (BeforeActivation, Storage::U8, Storage::U8) => {
+                    return rows::<P, NR, U8S, BEFORE>(t, values, pixels, &factors)
+                }
+                (AfterActivation, Storage::U8, Storage::U8) => {
+                    return rows::<P, NR, U8S, AFTER>(t, values, pixels, &factors)
+                }
+                _ => {}
+            }
+        }
+        if P::WHOLE {
+            for at in 0..pixels * NR {
+                let p = values.add(at * SIDE);
+                _mm512_storeu_ps(p, single::<P>(p, factors[at % NR]));
+            }
+        }
+        conv::store::<F32x16>(t, values, pixels, NR);
+    }
+}
+
+// What is known to the compiler of [`rows`]: how output and residual are stored, whether and where that is added.
+const F32: usize = 0;
+const BF16: usize = 1;
+const U8S: usize = 2;
+const NONE: usize = 0;
+const BEFORE: usize = 1;
+const AFTER: usize = 2;
+
+/// A register of sums in f32.
+#[inline(always)]
+unsafe fn single<P: Product>(p: *const f32, [scale, bias]: [__m512; 2]) -> __m512 {
+    // SAFETY: the caller vouches for a register's values.
+    unsafe {
+        if P::WHOLE {
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(p.cast())), scale, bias)
+        } else {
+            _mm512_loadu_ps(p)
+        }
+    }
+}
+
+/// As [`finish`], where all lanes are channels.
+#[inline(always)]
+unsafe fn rows<P: Product, const NR: usize, const T: usize, const ADDED: usize>(
+    t: &Target,
+    values: *const f32,
+    pixels: usize,
+    factors: &[[__m512; 2]; NR],
+) {
+    let storage = [Storage::F32, Storage::Bf16, Storage::U8][T];
+    let rule = t.rule;
+    // SAFETY: the caller's contract.
+    unsafe {
+        let slope = _mm512_set1_ps(rule.slope);
+        let zero = _mm512_set1_ps(rule.zero);
+        let (add_zero, add_scale) = (_mm512_set1_ps(-rule.add_zero), _mm512_set1_ps(rule.add_scale));
+        let activate = |v| _mm512_max_ps(_mm512_mul_ps(v, slope), v);
+        for m in 0..pixels {
+            let (add, out) = t.pixel(m);
+            let mut done = [_mm512_setzero_ps(); NR];
+            for (r, done) in done.iter_mut().enumerate() {
+                let mut v = single::<P>(values.add((m * NR + r) * SIDE), factors[r]);
+                if ADDED != NONE {
+                    let mut other = F32x16::load_as(storage, add.add(r * SIDE * storage.bytes()), SIDE).0;
+                    if T == U8S {
+                        other = _mm512_mul_ps(_mm512_add_ps(other, add_zero), add_scale);
+                    }
+                    v = if ADDED == BEFORE {
+                        activate(_mm512_add_ps(v, other))
+                    } else {
+                        _mm512_add_ps(activate(v), other)
+                    };
+                } else {
+                    v = activate(v);
+                }
+                *done = if T == U8S { _mm512_add_ps(v, zero) } else { v };
+            }
+            for (r, &v) in done.iter().enumerate() {
+                let to = out.add(r * SIDE * storage.bytes());
+                match T {
+                    F32 => _mm512_storeu_ps(to.cast(), v),
+                    BF16 => {
+                        let half: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
+                        _mm256_storeu_si256(to.cast(), half);
+                    }
+                    _ => F32x16(v).store_u8(to, SIDE),
+                }
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn bf16(a: &ConvArgs, rows: Range<usize>, panels: Range<usize>) {
+    // SAFETY: the caller keeps the contract of the function called.
+    unsafe { block::<Bf16>(a, rows, panels) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn u8(a: &ConvArgs, rows: Range<usize>, panels: Range<usize>) {
+    // SAFETY: the caller keeps the contract of the function called.
+    unsafe { block::<U8>(a, rows, panels) }
+}
+
+/// The convolution of values that are stored so, by windows of runs of `run` words, to so many channels; none where tiles would
+/// be half empty.
+pub(super) fn kernel(input: Storage, run: usize, channels: usize) -> Option<ConvKernel> {
+    let fills = tile_words(run) >= 8 && channels >= 8;
+    let run = match input {
+        Storage::Bf16 if fills => bf16,
+        Storage::U8 if fills => u8,
+        _ => return None,
+    };
+    Some(ConvKernel { lanes: <F32x16 as Vector>::LANES, offset: 0, tiles: true, run })
+}
