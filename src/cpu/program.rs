@@ -35,6 +35,8 @@ pub(crate) enum Kind {
     },
     /// `activation(a + b)`, or of `a` alone.
     Add(AddOp),
+    /// A network's input in bf16, with channels of zeros behind its own.
+    Widen,
     /// The part of the first input from a row and column on; the second input only gives the size.
     Crop(AddOp),
     Sigmoid,
@@ -86,6 +88,7 @@ impl Op {
             Kind::Resize { bilinear: true } => "bilinear",
             Kind::Resize { bilinear: false } => "nearest",
             Kind::Add(_) => "add/copy",
+            Kind::Widen => "widen",
             Kind::Crop(_) => "crop",
             Kind::Sigmoid => "sigmoid",
             Kind::Softmax(_) => "softmax",
@@ -215,6 +218,10 @@ impl Op {
                 };
                 (s.n, s.c) == (out.n, out.c) && fits(corner[0], out.h, s.h) && fits(corner[1], out.w, s.w)
             }
+            Kind::Widen => {
+                let dense = inputs.len() == 1 && a.pixel == s.c && s.c <= simple::WIDE;
+                dense && Shape { c: simple::WIDE, ..s } == out
+            }
             Kind::Sigmoid => s == out,
             Kind::Softmax(k) => s == out && *k > 0 && s.c % k == 0,
             Kind::RoiAlign(r) => {
@@ -239,6 +246,10 @@ impl Op {
                 let (first, last) = (&c.stages[0], &c.stages[c.stages.len() - 1]);
                 let add = if let Stage::Conv(c) = last { c.formats.add } else { Format::F32 };
                 conv(&Formats { input: first.formats()[0], add, output: last.formats()[1] })
+            }
+            Kind::Widen => {
+                (inputs[0].storage, output.storage) == (Storage::F32, Storage::Bf16)
+                    && output.pixel == simple::WIDE
             }
             Kind::Add(a) => {
                 let [of_a, of_b, of_output] = &a.formats;
@@ -567,6 +578,7 @@ impl Step {
                     simple::resize(k, base, [r, c], a, out, part)
                 }
                 (Kind::Add(op), _) => op.run(k, base, a, b, out, part),
+                (Kind::Widen, _) => simple::widen(base, a, out, part),
                 (Kind::Crop(op), _) => op.run(k, base, a, None, out, part),
                 (Kind::Sigmoid, _) => simple::per_pixel(floats, a, out, part, |p| {
                     p.iter_mut().for_each(|v| *v = simple::sigmoid(*v))

@@ -8,7 +8,7 @@ use super::fuse::{channels, root, Chain, Draft, DraftStep, Value, ValueId, Work}
 use super::weights::Weights;
 use crate::cpu::arena::Format;
 use crate::cpu::cascade::{CascadeOp, Stage, MAX_STAGES};
-use crate::cpu::conv::Formats;
+use crate::cpu::conv::{on_tiles, Formats};
 use crate::cpu::program::Kind;
 use crate::cpu::{Isa, Op};
 use crate::error::{Error, Result};
@@ -119,7 +119,7 @@ impl Compiled {
     pub(crate) fn in_steps(graph: &Graph, weights: &Weights, isa: Isa, numbers: &Numbers) -> Result<Self> {
         weights.check(graph)?;
         let mut draft = Draft::new(graph);
-        let formats = assign(&mut draft, numbers);
+        let formats = assign(&mut draft, numbers, on_tiles(isa));
         // Chains by the first parameter of their start, with their ops.
         let mut made: HashMap<Option<ParamId>, Vec<Made>> = HashMap::new();
         let Draft { graph, values, steps, inputs, outputs } = draft;
@@ -136,13 +136,15 @@ impl Compiled {
             let op = match work {
                 Work::Siblings(chains) => Arc::new(lower_siblings(&graph, weights, isa, &chains, all)?),
                 Work::Copy => Arc::new(combine::cpu::copy([input, all.output])),
+                Work::Widen => Arc::new(Op(Kind::Widen)),
                 Work::Plain(layer, slope) => Arc::new(lower_plain(&layer, slope, all)?),
                 Work::Chain(chain) => {
                     let made = made.entry(graph.nodes[node.0].params.first().copied()).or_default();
                     match made.iter().find(|(other, f, _)| *f == all && chain.is_like(other, &graph)) {
                         Some((_, _, op)) => op.clone(),
                         None => {
-                            let op = Arc::new(lower_chain(&graph, weights, isa, &chain, all)?);
+                            let wide = values[inputs[0].0].channels;
+                            let op = Arc::new(lower_chain(&graph, weights, isa, &chain, wide, all)?);
                             made.push((chain, all, op.clone()));
                             op
                         }
@@ -264,14 +266,31 @@ fn lower_siblings(
     }
 }
 
-/// The op of a chain.
-fn lower_chain(graph: &Graph, weights: &Weights, isa: Isa, chain: &Chain, formats: Formats) -> Result<Op> {
+/// The op of a chain, of an input that has so many channels where `wide` tells (those beyond its own hold zeros).
+fn lower_chain(
+    graph: &Graph,
+    weights: &Weights,
+    isa: Isa,
+    chain: &Chain,
+    wide: Option<usize>,
+    formats: Formats,
+) -> Result<Op> {
     let node = &graph.nodes[chain.start.0];
     let affine = affine(graph, weights, chain)?;
     let Affine { weight, bias, .. } = &affine;
     let rule = (chain.slope, chain.residual);
     match node.layer() {
-        Some(Layer::Conv2d(c)) => conv2d::cpu::lower(c, isa, weight, bias, rule, formats),
+        Some(Layer::Conv2d(c)) => match wide.filter(|&wide| c.groups == 1 && wide > c.in_channels) {
+            Some(wide) => {
+                let taps = c.kernel[0] * c.kernel[1];
+                let zeros = vec![0.0; (wide - c.in_channels) * taps];
+                let of_outputs = weight.chunks_exact(c.in_channels * taps);
+                let weight: Vec<f32> = of_outputs.flat_map(|w| w.iter().chain(&zeros).copied()).collect();
+                let c = Conv2d { in_channels: wide, ..*c };
+                conv2d::cpu::lower(&c, isa, &weight, bias, rule, formats)
+            }
+            None => conv2d::cpu::lower(c, isa, weight, bias, rule, formats),
+        },
         Some(Layer::ConvTranspose2d(c)) => Ok(conv_transpose2d::cpu::lower(c, weight, bias)),
         Some(Layer::BatchNorm(b)) => {
             Ok(batchnorm::cpu::lower(b, isa, weight, bias, chain.slope, [formats.input, formats.output]))

@@ -7,6 +7,7 @@
 use super::build::NodeId;
 use super::fuse::{root, Draft, DraftStep, ValueId, Work};
 use crate::cpu::arena::{Format, Storage};
+use crate::cpu::simple::WIDE;
 use crate::layers::{Activation, Layer};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -87,6 +88,7 @@ impl Deals {
     fn of_work(draft: &Draft, work: &Work) -> Self {
         match work {
             Work::Copy => Self::Any,
+            Work::Widen => Self::Single,
             Work::Plain(Layer::Add(_) | Layer::Crop(_), _)
             | Work::Plain(Layer::Activation(Activation::Relu | Activation::LeakyRelu(_)), _) => Self::Any,
             Work::Plain(Layer::MaxPool(_) | Layer::Upsample(_), _) => Self::Same,
@@ -118,14 +120,18 @@ impl Deals {
     }
 }
 
-/// The format of every value of `draft`; adds the copies that this takes.
-pub(crate) fn assign(draft: &mut Draft, numbers: &Numbers) -> Vec<Format> {
+/// Multiply-adds of a network's first convolution for every pixel of its input from which on it reads a copy of that in bf16,
+/// where bf16 is multiplied on tiles: making the copy takes as long as a hundred or so.
+const WORTH_WIDENING: usize = 1000;
+
+/// The format of every value of `draft`; adds the copies that this takes. `tiles`: bf16 is multiplied on AMX tiles.
+pub(crate) fn assign(draft: &mut Draft, numbers: &Numbers, tiles: bool) -> Vec<Format> {
     if *numbers == Numbers::F32 {
         return vec![Format::F32; draft.values.len()];
     }
     let names = draft.names();
     let steps = std::mem::take(&mut draft.steps);
-    let mut a = Assignment::new(draft, numbers, names, &steps);
+    let mut a = Assignment { tiles, ..Assignment::new(draft, numbers, names, &steps) };
     steps.into_iter().for_each(|step| a.place(step));
     let Assignment { steps, formats, .. } = a;
     let format = |i: usize| formats.get(&root(&draft.values, ValueId(i)).0).copied().unwrap_or(Format::F32);
@@ -147,6 +153,9 @@ struct Assignment<'a> {
     joined: BTreeSet<usize>,
     /// Copies in f32.
     singles: HashMap<ValueId, ValueId>,
+    /// Wider copies of inputs.
+    wide: HashMap<ValueId, ValueId>,
+    tiles: bool,
     steps: Vec<DraftStep>,
 }
 
@@ -170,7 +179,18 @@ impl<'a> Assignment<'a> {
         });
         let joined = draft.values.iter().filter_map(|v| v.parent).map(|(parent, _)| root(parent).0).collect();
         let formats = draft.inputs.iter().map(|&v| (v, Format::F32)).collect();
-        Self { numbers, names, formats, welcome, joined, singles: HashMap::new(), steps: Vec::new(), draft }
+        Self {
+            numbers,
+            names,
+            formats,
+            welcome,
+            joined,
+            singles: HashMap::new(),
+            wide: HashMap::new(),
+            tiles: false,
+            steps: Vec::new(),
+            draft,
+        }
     }
 
     fn root(&self, value: ValueId) -> ValueId {
@@ -207,6 +227,9 @@ impl<'a> Assignment<'a> {
                 *input = self.single(*input);
             }
         }
+        if self.widens(&step, deals) {
+            step.inputs[0] = self.widened(step.inputs[0]);
+        }
         let (output, wanted) = (step.output, self.wanted(step.output));
         let written = match (deals, self.format(step.inputs[0])) {
             (Deals::Dense { .. } | Deals::Any | Deals::Kept, _) => wanted,
@@ -235,6 +258,32 @@ impl<'a> Assignment<'a> {
         let node = step.node;
         self.steps.push(DraftStep { output: between, ..step });
         self.steps.push(DraftStep { work: Work::Copy, inputs: vec![between], output, node });
+    }
+
+    /// Whether a step, a large convolution of few channels of the network's input, should read them in bf16.
+    fn widens(&self, step: &DraftStep, deals: Deals) -> bool {
+        let (Work::Chain(chain), Deals::Dense { channels }) = (&step.work, deals) else { return false };
+        let Some(Layer::Conv2d(c)) = self.draft.graph.nodes[chain.start.0].layer() else { return false };
+        let macs = c.out_channels * c.in_channels * c.kernel[0] * c.kernel[1] / (c.stride[0] * c.stride[1]);
+        self.tiles
+            && channels <= WIDE
+            && c.dilation == [1, 1]
+            && macs >= WORTH_WIDENING
+            && self.draft.inputs.contains(&step.inputs[0])
+    }
+
+    /// The copy of an input in bf16, with [`WIDE`] channels.
+    fn widened(&mut self, value: ValueId) -> ValueId {
+        if let Some(&copy) = self.wide.get(&value) {
+            return copy;
+        }
+        let node = self.draft.values[value.0].node;
+        let copy = self.draft.value(node);
+        self.draft.values[copy.0].channels = Some(WIDE);
+        self.formats.insert(copy, Format::BF16);
+        self.wide.insert(value, copy);
+        self.steps.push(DraftStep { work: Work::Widen, inputs: vec![value], output: copy, node });
+        copy
     }
 
     /// The copy of a value in f32.

@@ -50,6 +50,8 @@ pub(crate) enum Work {
     Plain(Layer, f32),
     /// A copy of its input.
     Copy,
+    /// A copy of a network's input in bf16, with channels of zeros behind its own.
+    Widen,
 }
 
 /// A step whose op is not made yet.

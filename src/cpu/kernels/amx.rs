@@ -7,6 +7,7 @@ use super::avx512::F32x16;
 use super::conv::{self, panel_registers, ConvArgs, Residual, Target};
 use super::{ConvKernel, Vector};
 use crate::cpu::arena::Storage;
+use crate::cpu::simple::WIDE;
 use crate::cpu::tiles::{load, multiply_bf16, multiply_u8, store, Tiles};
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
@@ -341,6 +342,29 @@ unsafe fn bf16(a: &ConvArgs, rows: Range<usize>, panels: Range<usize>) {
 unsafe fn u8(a: &ConvArgs, rows: Range<usize>, panels: Range<usize>) {
     // SAFETY: the caller keeps the contract of the function called.
     unsafe { block::<U8>(a, rows, panels) }
+}
+
+/// Copies `pixels` of `channels` f32 each, one behind the other, to as many of [`WIDE`] bf16, zeros behind their own.
+///
+/// # Safety
+/// The values are there, and room for the copy; the CPU has AMX and AVX-512.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(in crate::cpu) unsafe fn widen(from: *const f32, channels: usize, to: *mut u16, pixels: usize) {
+    let together = SIDE / WIDE;
+    let places: [i32; SIDE] = std::array::from_fn(|i| (i / WIDE * channels + i % WIDE) as i32);
+    let own = (0..SIDE).filter(|i| i % WIDE < channels).fold(0u16, |mask, i| mask | 1 << i);
+    // SAFETY: the caller's contract; masked lanes are not touched.
+    unsafe {
+        let places = _mm512_loadu_si512(places.as_ptr().cast());
+        for first in (0..pixels).step_by(together) {
+            let n = together.min(pixels - first);
+            let all = |lanes: usize| ((1u32 << lanes) - 1) as __mmask16;
+            let v = _mm512_maskz_loadu_ps(all(n * channels), from.add(first * channels));
+            let v = _mm512_maskz_permutexvar_ps(own, places, v);
+            let half: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
+            _mm256_mask_storeu_epi16(to.add(first * WIDE).cast(), all(n * WIDE), half);
+        }
+    }
 }
 
 /// The convolution of values that are stored so, by windows of runs of `run` words, to so many channels; none where tiles would
