@@ -48,17 +48,18 @@ pub(in crate::cpu) fn tile_words(run: usize) -> usize {
     (1..=SIDE).rev().find(|&words| run.is_multiple_of(words)).unwrap_or(1)
 }
 
-/// The sums of two tiles of pixels, or of one, at `input`, and one panel, stored a pixel after the other.
+/// The sums of two tiles of pixels, or of one, at `input`, and one panel, stored with so many values from pixel to pixel.
 #[inline(always)]
 unsafe fn sums<P: Product, const PIXELS: usize, const NR: usize>(
     a: &ConvArgs,
     input: [*const u8; 2],
     (weights, start): (*const u32, *const u32),
     words: usize,
-    to: [*mut f32; 2],
+    (to, to_pixel): ([*mut f32; 2], usize),
 ) {
     let right = NR * SIDE; // words from one row of the right operand to the next
-                           // SAFETY: the caller's contract: windows and panel are there, and room for the sums.
+    let to_bytes = to_pixel * size_of::<f32>();
+    // SAFETY: the caller's contract: windows and panel are there, and room for the sums.
     unsafe {
         load::<0, u32>(start, 0);
         if NR == 2 {
@@ -92,30 +93,35 @@ unsafe fn sums<P: Product, const PIXELS: usize, const NR: usize>(
                 at += words * 4;
             }
         }
-        store::<0>(to[0], right * 4);
+        store::<0>(to[0], to_bytes);
         if NR == 2 {
-            store::<1>(to[0].add(SIDE), right * 4);
+            store::<1>(to[0].add(SIDE), to_bytes);
         }
         if PIXELS == 2 {
-            store::<2>(to[1], right * 4);
+            store::<2>(to[1], to_bytes);
             if NR == 2 {
-                store::<3>(to[1].add(SIDE), right * 4);
+                store::<3>(to[1].add(SIDE), to_bytes);
             }
         }
     }
 }
 
-/// Sums of two tiles of pixels and one panel.
+/// Panels whose sums are finished together, so that a pixel's channels of the output lie one behind the other.
+const PANELS: usize = 8;
+/// Values from one pixel's sums to the next one's: not a power of two, or all would share a few cache lines.
+const PIXEL: usize = (2 * PANELS + 1) * SIDE;
+
+/// Sums of two tiles of pixels and some panels.
 #[repr(align(64))]
-struct Values(MaybeUninit<[f32; 2 * SIDE * 2 * SIDE]>);
+struct Values(MaybeUninit<[f32; 2 * SIDE * PIXEL]>);
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
 /// Lines of a tile's part of a map, asked for ahead: `pixels` of `bytes` each.
 #[inline(always)]
-unsafe fn ask(first: *const u8, pixel: usize, pixels: usize, bytes: usize) {
-    for m in 0..pixels {
+unsafe fn ask(first: *const u8, pixel: usize, pixels: Range<usize>, bytes: usize) {
+    for m in pixels {
         for line in (0..bytes).step_by(LINE) {
             // SAFETY: a prefetch may point anywhere.
             unsafe { F32x16::prefetch(first.wrapping_add(m * pixel + line)) };
@@ -169,38 +175,34 @@ unsafe fn block<P: Product>(a: &ConvArgs, rows: Range<usize>, panels: Range<usiz
             let places = [place(unit), place((unit + 1).min(units - 1))];
             let windows = places.map(window);
             let next = [unit + 2, unit + 3].map(|u| place(u.min(units - 1)));
-            for p in panels.clone() {
-                let channel = p * 2 * SIDE;
-                let registers = panel_registers(a.channels, SIDE, p);
-                let width = registers * SIDE;
-                let panel = (a.weights.add(channel * depth), a.start.add(channel));
-                // The next panel's residual and output, and, while the first is computed, the next tiles' windows.
-                let (ahead, places_ahead) =
-                    if p + 1 < panels.end { (p + 1, &places) } else { (panels.start, &next) };
-                let there = ahead * 2 * SIDE;
-                for &at in &places_ahead[..count] {
-                    Target::new(a, at, there, width).ask::<F32x16>(pixels, width);
-                }
-                if single && p == panels.start {
-                    for &at in &next[..count] {
-                        ask(window(at), a.in_pixel, pixels, a.run * 4);
+            let values = [first, first.add(pixels * PIXEL)];
+            for group in panels.clone().step_by(PANELS) {
+                let last = (group + PANELS).min(panels.end);
+                let channel = group * 2 * SIDE;
+                let registers = 2 * (last - group) - 2 + panel_registers(a.channels, SIDE, last - 1);
+                let targets = places.map(|at| Target::new(a, at, channel, registers * SIDE));
+                for p in group..last {
+                    // This group's residual and output, and, while the first one is computed, the next tiles' windows.
+                    let share = |i: usize| pixels * (i - group) / (last - group);
+                    let some = share(p)..share(p + 1);
+                    for (target, &at) in targets[..count].iter().zip(&next) {
+                        target.ask::<F32x16>(some.clone(), registers * SIDE);
+                        if single && group == panels.start {
+                            ask(window(at), a.in_pixel, some.clone(), a.run * 4);
+                        }
+                    }
+                    let panel = (a.weights.add(p * 2 * SIDE * depth), a.start.add(p * 2 * SIDE));
+                    let to = (values.map(|v| v.add((p - group) * 2 * SIDE)), PIXEL);
+                    match (two, panel_registers(a.channels, SIDE, p)) {
+                        (true, 2) => sums::<P, 2, 2>(a, windows, panel, words, to),
+                        (true, _) => sums::<P, 2, 1>(a, windows, panel, words, to),
+                        (false, 2) => sums::<P, 1, 2>(a, windows, panel, words, to),
+                        (false, _) => sums::<P, 1, 1>(a, windows, panel, words, to),
                     }
                 }
-                let to = [first, first.add(pixels * width)];
                 let scales = (a.scale.wrapping_add(channel), a.bias.wrapping_add(channel));
-                match (two, registers) {
-                    (true, 2) => sums::<P, 2, 2>(a, windows, panel, words, to),
-                    (true, _) => sums::<P, 2, 1>(a, windows, panel, words, to),
-                    (false, 2) => sums::<P, 1, 2>(a, windows, panel, words, to),
-                    (false, _) => sums::<P, 1, 1>(a, windows, panel, words, to),
-                }
-                for (&at, values) in places[..count].iter().zip(to) {
-                    let target = Target::new(a, at, channel, width);
-                    if registers == 2 {
-                        finish::<P, 2>(&target, values, pixels, scales);
-                    } else {
-                        finish::<P, 1>(&target, values, pixels, scales);
-                    }
+                for (target, values) in targets[..count].iter().zip(values) {
+                    finish::<P>(target, values, pixels, registers, scales);
                 }
             }
             unit += 2;
@@ -208,72 +210,65 @@ unsafe fn block<P: Product>(a: &ConvArgs, rows: Range<usize>, panels: Range<usiz
     }
 }
 
-/// Residual, activation and store of a tile's sums.
+/// Residual, activation and store of a tile's sums, pixels of so many registers.
 #[inline(always)]
-unsafe fn finish<P: Product, const NR: usize>(
+unsafe fn finish<P: Product>(
     t: &Target,
     values: *mut f32,
     pixels: usize,
-    (scale, bias): (*const f32, *const f32),
+    registers: usize,
+    scales: (*const f32, *const f32),
 ) {
     use Residual::*;
     let rule = t.rule;
+    let size = [pixels, registers];
     // SAFETY: the caller's contract.
     unsafe {
-        let factors: [[__m512; 2]; NR] = std::array::from_fn(|r| {
-            let load = |p: *const f32| {
-                if P::WHOLE {
-                    _mm512_loadu_ps(p.add(r * SIDE))
-                } else {
-                    _mm512_setzero_ps()
-                }
-            };
-            [load(scale), load(bias)]
-        });
-        if t.is_full(NR * SIDE) {
+        if t.is_full(registers * SIDE) {
             match (rule.residual, rule.add, rule.output) {
-                (None, _, Storage::F32) => return rows::<P, NR, F32, NONE>(t, values, pixels, &factors),
-                (None, _, Storage::Bf16) => return rows::<P, NR, BF16, NONE>(t, values, pixels, &factors),
-                (None, _, Storage::U8) => return rows::<P, NR, U8S, NONE>(t, values, pixels, &factors),
+                (None, _, Storage::F32) => return rows::<P, F32, NONE>(t, values, size, scales),
+                (None, _, Storage::Bf16) => return rows::<P, BF16, NONE>(t, values, size, scales),
+                (None, _, Storage::U8) => return rows::<P, WHOLE, NONE>(t, values, size, scales),
                 (BeforeActivation, Storage::Bf16, Storage::Bf16) => {
-                    return rows::<P, NR, BF16, BEFORE>(t, values, pixels, &factors)
+                    return rows::<P, BF16, BEFORE>(t, values, size, scales)
                 }
                 (AfterActivation, Storage::Bf16, Storage::Bf16) => {
-                    return rows::<P, NR, BF16, AFTER>(t, values, pixels, &factors)
+                    return rows::<P, BF16, AFTER>(t, values, size, scales)
                 }
                 (BeforeActivation, Storage::U8, Storage::U8) => {
-                    return rows::<P, NR, U8S, BEFORE>(t, values, pixels, &factors)
+                    return rows::<P, WHOLE, BEFORE>(t, values, size, scales)
                 }
                 (AfterActivation, Storage::U8, Storage::U8) => {
-                    return rows::<P, NR, U8S, AFTER>(t, values, pixels, &factors)
+                    return rows::<P, WHOLE, AFTER>(t, values, size, scales)
                 }
                 _ => {}
             }
         }
-        if P::WHOLE {
-            for at in 0..pixels * NR {
-                let p = values.add(at * SIDE);
-                _mm512_storeu_ps(p, single::<P>(p, factors[at % NR]));
+        for m in 0..pixels {
+            for r in 0..registers {
+                let at = values.add(m * PIXEL + r * SIDE);
+                let v = F32x16(single::<P>(at, scales, r));
+                conv::store_register(t, v, m, r);
             }
         }
-        conv::store::<F32x16>(t, values, pixels, NR);
     }
 }
 
 // What is known to the compiler of [`rows`]: how output and residual are stored, whether and where that is added.
 const F32: usize = 0;
 const BF16: usize = 1;
-const U8S: usize = 2;
+const WHOLE: usize = 2;
 const NONE: usize = 0;
 const BEFORE: usize = 1;
 const AFTER: usize = 2;
 
-/// A register of sums in f32.
+/// Register `r` of a pixel's sums, at `p`, in f32.
 #[inline(always)]
-unsafe fn single<P: Product>(p: *const f32, [scale, bias]: [__m512; 2]) -> __m512 {
-    // SAFETY: the caller vouches for a register's values.
+unsafe fn single<P: Product>(p: *const f32, (scale, bias): (*const f32, *const f32), r: usize) -> __m512 {
+    // SAFETY: the caller vouches for a register's values, scales and biases.
     unsafe {
         if P::WHOLE {
+            let (scale, bias) = (_mm512_loadu_ps(scale.add(r * SIDE)), _mm512_loadu_ps(bias.add(r * SIDE)));
             _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(p.cast())), scale, bias)
         } else {
             _mm512_loadu_ps(p)
@@ -283,11 +278,11 @@ unsafe fn single<P: Product>(p: *const f32, [scale, bias]: [__m512; 2]) -> __m51
 
 /// As [`finish`], where all lanes are channels.
 #[inline(always)]
-unsafe fn rows<P: Product, const NR: usize, const T: usize, const ADDED: usize>(
+unsafe fn rows<P: Product, const T: usize, const ADDED: usize>(
     t: &Target,
     values: *const f32,
-    pixels: usize,
-    factors: &[[__m512; 2]; NR],
+    [pixels, registers]: [usize; 2],
+    scales: (*const f32, *const f32),
 ) {
     let storage = [Storage::F32, Storage::Bf16, Storage::U8][T];
     let rule = t.rule;
@@ -299,12 +294,14 @@ unsafe fn rows<P: Product, const NR: usize, const T: usize, const ADDED: usize>(
         let activate = |v| _mm512_max_ps(_mm512_mul_ps(v, slope), v);
         for m in 0..pixels {
             let (add, out) = t.pixel(m);
-            let mut done = [_mm512_setzero_ps(); NR];
-            for (r, done) in done.iter_mut().enumerate() {
-                let mut v = single::<P>(values.add((m * NR + r) * SIDE), factors[r]);
-                if ADDED != NONE {
-                    let mut other = F32x16::load_as(storage, add.add(r * SIDE * storage.bytes()), SIDE).0;
-                    if T == U8S {
+            for r in 0..registers {
+                let at = r * SIDE * storage.bytes();
+                let mut v = single::<P>(values.add(m * PIXEL + r * SIDE), scales, r);
+                if ADDED == NONE {
+                    v = activate(v);
+                } else {
+                    let mut other = F32x16::load_as(storage, add.add(at), SIDE).0;
+                    if T == WHOLE {
                         other = _mm512_mul_ps(_mm512_add_ps(other, add_zero), add_scale);
                     }
                     v = if ADDED == BEFORE {
@@ -312,20 +309,15 @@ unsafe fn rows<P: Product, const NR: usize, const T: usize, const ADDED: usize>(
                     } else {
                         _mm512_add_ps(activate(v), other)
                     };
-                } else {
-                    v = activate(v);
                 }
-                *done = if T == U8S { _mm512_add_ps(v, zero) } else { v };
-            }
-            for (r, &v) in done.iter().enumerate() {
-                let to = out.add(r * SIDE * storage.bytes());
+                let to = out.add(at);
                 match T {
                     F32 => _mm512_storeu_ps(to.cast(), v),
                     BF16 => {
                         let half: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
                         _mm256_storeu_si256(to.cast(), half);
                     }
-                    _ => F32x16(v).store_u8(to, SIDE),
+                    _ => F32x16(_mm512_add_ps(v, zero)).store_u8(to, SIDE),
                 }
             }
         }

@@ -237,10 +237,10 @@ impl<'a> Target<'a> {
     /// # Safety
     /// The output has these pixels; the caller is compiled for V's ISA.
     #[inline(always)]
-    pub unsafe fn ask<V: Vector>(&self, pixels: usize, lanes: usize) {
+    pub unsafe fn ask<V: Vector>(&self, pixels: Range<usize>, lanes: usize) {
         // SAFETY: prefetches may point anywhere; residual columns as in `pixel`.
         unsafe {
-            for m in 0..pixels {
+            for m in pixels {
                 let out = self.output.wrapping_add(m * self.out_pixel);
                 for line in (0..lanes * self.rule.output.bytes()).step_by(LINE) {
                     V::prefetch(out.wrapping_add(line));
@@ -564,17 +564,29 @@ pub(crate) unsafe fn store<V: Vector>(t: &Target, values: *const f32, pixels: us
             }
             _ => {
                 for m in 0..pixels {
-                    let (add, out) = (residual(t, m), t.output.add(m * t.out_pixel));
                     for r in 0..registers {
-                        let at = r * V::LANES;
-                        let n = t.channels.saturating_sub(at).min(V::LANES);
                         let v = V::load(values.add((m * registers + r) * V::LANES));
-                        let to = out.wrapping_add(at * rule.output.bytes());
-                        rule.finish(v, add.wrapping_add(at * rule.add.bytes()), to, n);
+                        store_register(t, v, m, r);
                     }
                 }
             }
         }
+    }
+}
+
+/// What becomes of register `r` of pixel `m`, some lanes of which may be no channels.
+///
+/// # Safety
+/// As [`store`].
+#[inline(always)]
+pub(crate) unsafe fn store_register<V: Vector>(t: &Target, v: V, m: usize, r: usize) {
+    let at = r * V::LANES;
+    let n = t.channels.saturating_sub(at).min(V::LANES);
+    // SAFETY: the caller's contract.
+    unsafe {
+        let (add, out) = t.pixel(m);
+        let to = out.wrapping_add(at * t.rule.output.bytes());
+        t.rule.finish(v, add.wrapping_add(at * t.rule.add.bytes()), to, n);
     }
 }
 
