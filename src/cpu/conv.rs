@@ -116,7 +116,7 @@ impl ConvOp {
         // As long as runs are where the input is dense.
         let columns = if window.dilation[1] == 1 { window.kernel[1] } else { 1 };
         let run = in_channels / groups * columns / each;
-        let kernel = ConvKernel::of(isa, formats.input.storage, run, out_channels / groups);
+        let kernel = ConvKernel::of(isa, formats.input.storage, run);
         Self::with_kernel(kernel, window, groups, [in_channels, out_channels], weight, bias, rule, formats)
     }
 

@@ -168,6 +168,40 @@ fn depthwise_pooling_interpolation_and_concatenation() {
     });
 }
 
+/// On AMX the first convolution reads a copy of the picture in bf16, with a fourth channel of zeros; rows of 22 and 11 pixels are
+/// tiles that overlap.
+#[test]
+fn large_first_convolutions() {
+    for channels in [1, 3, 4] {
+        holds(&format!("first of {channels} channels"), channels, [0.02, 0.08], |b, x| {
+            let first = conv(b, "first", x, Conv2d::new(channels, 100, 7).stride(2), RELU);
+            let y = conv(b, "y", first, Conv2d::new(100, 3, 3), None);
+            b.output("y", y);
+            let wide = conv(b, "wide", x, Conv2d::new(channels, 150, 3), LEAKY);
+            let z = conv(b, "z", wide, Conv2d::new(150, 300, 1), None);
+            b.output("z", z);
+        });
+    }
+    let mut b = Builder::new();
+    let x = b.input("x", 3);
+    let y = conv(&mut b, "first", x, Conv2d::new(3, 64, 7).stride(2), RELU);
+    let y = conv(&mut b, "second", y, Conv2d::new(64, 64, 3).stride(2), RELU);
+    let y = conv(&mut b, "y", y, Conv2d::new(64, 64, 1), None);
+    b.output("y", y);
+    let graph = b.finish();
+    for isa in Isa::supported() {
+        let weights = Weights::random(&graph, 3);
+        let network = Compiled::in_numbers(&graph, &weights, isa, &Numbers::Bf16).unwrap();
+        let kernels: Vec<&str> = network.listing().map(|(_, kernel)| kernel).collect();
+        let tiles = kernels.iter().any(|k| k.contains("amx"));
+        assert_eq!(
+            (kernels.contains(&"widen"), tiles),
+            (isa.name() == "amx", isa.name() == "amx"),
+            "{kernels:?}"
+        );
+    }
+}
+
 #[test]
 fn bands_and_siblings() {
     holds("bands and siblings", 3, [0.02, 0.15], |b, x| {

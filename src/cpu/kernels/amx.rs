@@ -44,7 +44,7 @@ impl Product for U8 {
 }
 
 /// Words of a run that a tile takes at a time: the largest part up to 16 that goes into it.
-pub(in crate::cpu) fn tile_words(run: usize) -> usize {
+fn tile_words(run: usize) -> usize {
     (1..=SIDE).rev().find(|&words| run.is_multiple_of(words)).unwrap_or(1)
 }
 
@@ -359,10 +359,9 @@ pub(in crate::cpu) unsafe fn widen(from: *const f32, channels: usize, to: *mut u
     }
 }
 
-/// The convolution of values that are stored so, by windows of runs of `run` words, to so many channels; none where tiles would
-/// be half empty.
-pub(super) fn kernel(input: Storage, run: usize, channels: usize) -> Option<ConvKernel> {
-    let fills = tile_words(run) >= 8 && channels >= 8;
+/// The convolution of values that are stored so, by windows of runs of `run` words; none where rows of tiles would be half empty.
+pub(super) fn kernel(input: Storage, run: usize) -> Option<ConvKernel> {
+    let fills = tile_words(run) >= SIDE / 2;
     let run = match input {
         Storage::Bf16 if fills => bf16,
         Storage::U8 if fills => u8,

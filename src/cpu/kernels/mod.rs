@@ -208,15 +208,15 @@ pub(crate) struct ConvKernel {
 }
 
 impl ConvKernel {
-    /// The convolution of values that are stored so, by windows of runs of `run` words, to so many channels. Having an [`Isa`]
-    /// value is having checked the CPU for it; what goes beyond that is asked for here.
-    pub fn of(isa: Isa, input: Storage, run: usize, channels: usize) -> Self {
+    /// The convolution of values that are stored so, by windows of runs of `run` words. Having an [`Isa`] value is having checked
+    /// the CPU for it; what goes beyond that is asked for here.
+    pub fn of(isa: Isa, input: Storage, run: usize) -> Self {
         #[cfg(target_arch = "x86_64")]
-        if let Some(kernel) = (isa == Isa::Amx).then(|| amx::kernel(input, run, channels)).flatten() {
+        if let Some(kernel) = (isa == Isa::Amx).then(|| amx::kernel(input, run)).flatten() {
             return kernel;
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = (run, channels);
+        let _ = run;
         let kernels = Kernels::of(isa);
         match input {
             Storage::F32 => Self { lanes: kernels.lanes, offset: 0, tiles: false, run: kernels.conv },
@@ -242,7 +242,7 @@ impl ConvKernel {
     pub fn all(isa: Isa, input: Storage) -> [Self; 3] {
         let kernels = Kernels::of(isa);
         let plain = if input == Storage::U8 { kernels.conv_u8 } else { kernels.conv_bf16 };
-        [Self::of(isa, input, 16, 16), Self::of(isa, input, 1, 1), plain]
+        [Self::of(isa, input, 16), Self::of(isa, input, 1), plain]
     }
 }
 
