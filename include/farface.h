@@ -56,7 +56,7 @@
  *   take a session by one thread at a time for each session.
  * - Pictures and model files may come from anywhere: all sizes, offsets and products are checked
  *   before use.
- * - The environment variable FARFACE_ISA (generic, neon, avx2, avx512) lowers the instruction set;
+ * - The environment variable FARFACE_ISA (generic, neon, avx2, avx512, amx) lowers the instruction set;
  *   nothing else of the environment is read (but the report of a bug heeds RUST_BACKTRACE).
  *
  * Sections: Version, Status and errors, Models, Options, Sessions, Pictures, Detection.
@@ -303,7 +303,7 @@ typedef uint32_t farface_precision;
 /** Single precision. */
 #define FARFACE_PRECISION_F32 1
 
-/** bf16, sums in single precision: half the memory, and faster on CPUs with AVX512-BF16 (slower on others). */
+/** bf16, sums in single precision: half the memory, and faster on CPUs with AMX or AVX512-BF16 (slower on others). */
 #define FARFACE_PRECISION_BF16 2
 
 /** Eight bits, sums of 32; an error for a model that was not quantized. */

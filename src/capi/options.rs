@@ -56,7 +56,7 @@ pub type farface_precision = u32;
 pub const FARFACE_PRECISION_AUTO: farface_precision = 0;
 /// Single precision.
 pub const FARFACE_PRECISION_F32: farface_precision = 1;
-/// bf16, sums in single precision: half the memory, and faster on CPUs with AVX512-BF16 (slower on others).
+/// bf16, sums in single precision: half the memory, and faster on CPUs with AMX or AVX512-BF16 (slower on others).
 pub const FARFACE_PRECISION_BF16: farface_precision = 2;
 /// Eight bits, sums of 32; an error for a model that was not quantized.
 pub const FARFACE_PRECISION_INT8: farface_precision = 3;

@@ -27,7 +27,7 @@ pub enum Precision {
     Auto,
     /// Single precision.
     F32,
-    /// Tensors and weights in bf16, sums in f32: half the memory of f32, and twice its speed and more on CPUs with AVX512-BF16.
+    /// Tensors and weights in bf16, sums in f32: half the memory of f32, and twice its speed and more on CPUs with AMX or AVX512-BF16.
     /// On others it is slower than f32.
     Bf16,
     /// Tensors and weights in eight bits, sums of 32: for models that `farface quantize` has made.

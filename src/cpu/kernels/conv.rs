@@ -217,6 +217,7 @@ impl<'a> Target<'a> {
     }
 
     /// Whether so many lanes are channels.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn is_full(&self, lanes: usize) -> bool {
         self.channels >= lanes
@@ -232,10 +233,11 @@ impl<'a> Target<'a> {
         unsafe { (residual(self, m), self.output.add(m * self.out_pixel)) }
     }
 
-    /// Asks for the lines of so many pixels and lanes of residual and output, ahead of their use.
+    /// Asks for the lines of some pixels and so many lanes of residual and output, ahead of their use.
     ///
     /// # Safety
     /// The output has these pixels; the caller is compiled for V's ISA.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub unsafe fn ask<V: Vector>(&self, pixels: Range<usize>, lanes: usize) {
         // SAFETY: prefetches may point anywhere; residual columns as in `pixel`.
