@@ -108,7 +108,7 @@ check_target() {
     local target=$1 emulator=$2 passed tests=(--lib) name start=$SECONDS
     local log=$cache/$target.log
     echo "== $target: library"
-    cargo build --release --no-default-features --lib --target "$target"
+    cargo build --release "${alike[@]}" --no-default-features --lib --target "$target"
     for name in a so; do
         [ -s "$CARGO_TARGET_DIR/$target/release/libfarface.$name" ] || die "$target: no libfarface.$name"
     done
@@ -118,7 +118,7 @@ check_target() {
         fi
     done
     echo "== $target: tests on $emulator"
-    cargo test --release "${checked[@]}" --no-default-features --target "$target" "${tests[@]}" 2>&1 | tee "$log"
+    cargo test --release "${alike[@]}" "${checked[@]}" --no-default-features --target "$target" "${tests[@]}" 2>&1 | tee "$log"
     passed=$(awk '/^test result:/ { n += $4 } END { print n + 0 }' "$log")
     [ "$passed" -gt 0 ] || die "$target: no test ran"
     summary+=("$target: libfarface.a and libfarface.so built, $passed tests passed in $((SECONDS - start)) s")
@@ -131,9 +131,11 @@ install_rust
 unset CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_TARGET
 export RUSTC=$toolchain/rustc CARGO_TARGET_DIR=$cache/build
 export RUSTFLAGS="--cfg emulated" # leaves out heavy test dependencies, see Cargo.toml
-# The tests with all checks, since a usize of 32 bits must not overflow, and without link-time
-# optimisation, which takes longer than they do.
-checked=(--config 'profile.release.lto="off"')
+# Library and tests without link-time optimisation, so that what they depend on is built once for both. The library has
+# none anyway: cargo does without where one of the crate types is for Rust programs.
+alike=(--config 'profile.release.lto="off"')
+# The tests with all checks, since a usize of 32 bits must not overflow.
+checked=()
 for option in overflow-checks debug-assertions; do
     checked+=(--config "profile.release.package.farface.$option=true")
 done
