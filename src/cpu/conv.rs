@@ -85,17 +85,6 @@ pub(crate) fn multiplies_bf16(isa: Isa) -> bool {
     }
 }
 
-/// Whether bf16 and u8 are multiplied on AMX tiles, many times as fast as f32.
-pub(crate) fn on_tiles(isa: Isa) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return isa == Isa::Amx;
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = isa;
-        false
-    }
-}
-
 /// Largest magnitude of a weight as i8.
 const MOST: f32 = 127.0;
 

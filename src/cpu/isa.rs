@@ -55,6 +55,14 @@ impl Isa {
         isas
     }
 
+    /// Whether bf16 and u8 are multiplied on AMX tiles, many times as fast as f32.
+    pub(crate) fn has_tiles(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Isa::Amx;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Name as `FARFACE_ISA` takes it.
     pub fn name(self) -> &'static str {
         match self {

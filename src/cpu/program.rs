@@ -10,7 +10,7 @@ use super::isa::Isa;
 use super::kernels::simple::Blend;
 use super::kernels::Kernels;
 use super::part::{Mask, Part};
-use super::simple::{self, blends, AddOp, ConvTransposeOp, PoolOp, RoiAlignOp};
+use super::simple::{self, blends, AddOp, ConvTransposeOp, PoolOp, RoiAlignOp, WidenOp};
 use super::threads::{Pool, Team};
 use super::winograd::WinogradOp;
 use crate::error::{Error, Result};
@@ -36,7 +36,7 @@ pub(crate) enum Kind {
     /// `activation(a + b)`, or of `a` alone.
     Add(AddOp),
     /// A network's input in bf16, with channels of zeros behind its own.
-    Widen,
+    Widen(WidenOp),
     /// The part of the first input from a row and column on; the second input only gives the size.
     Crop(AddOp),
     Sigmoid,
@@ -88,7 +88,7 @@ impl Op {
             Kind::Resize { bilinear: true } => "bilinear",
             Kind::Resize { bilinear: false } => "nearest",
             Kind::Add(_) => "add/copy",
-            Kind::Widen => "widen",
+            Kind::Widen(_) => "widen",
             Kind::Crop(_) => "crop",
             Kind::Sigmoid => "sigmoid",
             Kind::Softmax(_) => "softmax",
@@ -218,7 +218,7 @@ impl Op {
                 };
                 (s.n, s.c) == (out.n, out.c) && fits(corner[0], out.h, s.h) && fits(corner[1], out.w, s.w)
             }
-            Kind::Widen => {
+            Kind::Widen(_) => {
                 let dense = inputs.len() == 1 && a.pixel == s.c && s.c <= simple::WIDE;
                 dense && Shape { c: simple::WIDE, ..s } == out
             }
@@ -247,7 +247,7 @@ impl Op {
                 let add = if let Stage::Conv(c) = last { c.formats.add } else { Format::F32 };
                 conv(&Formats { input: first.formats()[0], add, output: last.formats()[1] })
             }
-            Kind::Widen => {
+            Kind::Widen(_) => {
                 (inputs[0].storage, output.storage) == (Storage::F32, Storage::Bf16)
                     && output.pixel == simple::WIDE
             }
@@ -578,7 +578,7 @@ impl Step {
                     simple::resize(k, base, [r, c], a, out, part)
                 }
                 (Kind::Add(op), _) => op.run(k, base, a, b, out, part),
-                (Kind::Widen, _) => simple::widen(base, a, out, part),
+                (Kind::Widen(op), _) => op.run(base, a, out, part),
                 (Kind::Crop(op), _) => op.run(k, base, a, None, out, part),
                 (Kind::Sigmoid, _) => simple::per_pixel(floats, a, out, part, |p| {
                     p.iter_mut().for_each(|v| *v = simple::sigmoid(*v))

@@ -2,6 +2,8 @@
 //! convolution, RoIAlign, and the zeroing of halos.
 
 use super::arena::{Arena, Format, View};
+use super::isa::Isa;
+pub(crate) use super::kernels::simple::WIDE;
 use super::kernels::simple::{Blend, Operand, PoolArgs, ResizeArgs, RowArgs};
 use super::kernels::Kernels;
 use super::part::Part;
@@ -125,28 +127,35 @@ pub(crate) struct AddOp {
     pub formats: [Format; 3],
 }
 
-/// Channels of a network's input in bf16: two words a pixel.
-pub(crate) const WIDE: usize = 4;
+/// Copies a dense map of f32 of up to [`WIDE`] channels to one of bf16 of so many, zeros behind its own. Having one is proof that
+/// the CPU has AMX.
+pub(crate) struct WidenOp(());
 
-/// Copies this thread's part of a dense map of f32 of up to [`WIDE`] channels to one of bf16 of so many, zeros behind its own. On
-/// machines with AMX alone.
-///
-/// # Safety
-/// As [`PoolOp::run`]; the input's pixels lie one behind the other, the output's too.
-pub(crate) unsafe fn widen(base: *mut u8, input: &View, output: &View, part: &Part) {
-    part.each([output.shape.h, output.shape.w], |n, rows, columns| {
-        for y in rows {
-            // SAFETY: the caller's contract.
-            unsafe {
-                let from = input.byte(base, input.at(n, y, columns.start)).cast::<f32>();
-                let to = output.byte(base, output.at(n, y, columns.start)).cast::<u16>();
-                #[cfg(target_arch = "x86_64")]
-                super::kernels::amx::widen(from, input.shape.c, to, columns.len());
-                #[cfg(not(target_arch = "x86_64"))]
-                let _ = (from, to);
+impl WidenOp {
+    /// None where there is no AMX.
+    pub fn new(isa: Isa) -> Option<Self> {
+        isa.has_tiles().then_some(Self(()))
+    }
+
+    /// Computes this thread's part of the output.
+    ///
+    /// # Safety
+    /// As [`PoolOp::run`]; the input's pixels lie one behind the other, the output's too.
+    pub unsafe fn run(&self, base: *mut u8, input: &View, output: &View, part: &Part) {
+        part.each([output.shape.h, output.shape.w], |n, rows, columns| {
+            for y in rows {
+                // SAFETY: the caller's contract; the CPU has AMX.
+                unsafe {
+                    let from = input.byte(base, input.at(n, y, columns.start)).cast::<f32>();
+                    let to = output.byte(base, output.at(n, y, columns.start)).cast::<u16>();
+                    #[cfg(target_arch = "x86_64")]
+                    super::kernels::amx::widen(from, input.shape.c, to, columns.len());
+                    #[cfg(not(target_arch = "x86_64"))]
+                    unreachable!("without AMX there is no such op: {from:?}, {to:?}");
+                }
             }
-        }
-    });
+        });
+    }
 }
 
 impl AddOp {

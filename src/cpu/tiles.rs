@@ -65,6 +65,14 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
+/// Rows, and words of a row, of a tile.
+pub(super) const SIDE: usize = 16;
+
+/// Words of a depth that a tile takes at a time: the largest part up to [`SIDE`] that goes into it.
+pub(super) fn tile_words(depth: usize) -> usize {
+    (1..=SIDE).rev().find(|&words| depth.is_multiple_of(words)).unwrap_or(1)
+}
+
 /// Tiles in use on this thread, released when dropped. tmm0..3 hold sums (2 x 2 tiles), tmm4, 5 the left operand, tmm6, 7 the
 /// right one.
 pub(super) struct Tiles;

@@ -8,8 +8,9 @@ use super::fuse::{channels, root, Chain, Draft, DraftStep, Value, ValueId, Work}
 use super::weights::Weights;
 use crate::cpu::arena::Format;
 use crate::cpu::cascade::{CascadeOp, Stage, MAX_STAGES};
-use crate::cpu::conv::{on_tiles, Formats};
+use crate::cpu::conv::Formats;
 use crate::cpu::program::Kind;
+use crate::cpu::simple::WidenOp;
 use crate::cpu::{Isa, Op};
 use crate::error::{Error, Result};
 use crate::layers::{
@@ -119,7 +120,7 @@ impl Compiled {
     pub(crate) fn in_steps(graph: &Graph, weights: &Weights, isa: Isa, numbers: &Numbers) -> Result<Self> {
         weights.check(graph)?;
         let mut draft = Draft::new(graph);
-        let formats = assign(&mut draft, numbers, on_tiles(isa));
+        let formats = assign(&mut draft, numbers, isa.has_tiles());
         // Chains by the first parameter of their start, with their ops.
         let mut made: HashMap<Option<ParamId>, Vec<Made>> = HashMap::new();
         let Draft { graph, values, steps, inputs, outputs } = draft;
@@ -136,7 +137,11 @@ impl Compiled {
             let op = match work {
                 Work::Siblings(chains) => Arc::new(lower_siblings(&graph, weights, isa, &chains, all)?),
                 Work::Copy => Arc::new(combine::cpu::copy([input, all.output])),
-                Work::Widen => Arc::new(Op(Kind::Widen)),
+                Work::Widen => {
+                    let op = WidenOp::new(isa);
+                    let op = op.ok_or_else(|| Error::Internal("inputs are widened for AMX alone".into()))?;
+                    Arc::new(Op(Kind::Widen(op)))
+                }
                 Work::Plain(layer, slope) => Arc::new(lower_plain(&layer, slope, all)?),
                 Work::Chain(chain) => {
                     let made = made.entry(graph.nodes[node.0].params.first().copied()).or_default();

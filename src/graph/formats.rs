@@ -131,7 +131,7 @@ pub(crate) fn assign(draft: &mut Draft, numbers: &Numbers, tiles: bool) -> Vec<F
     }
     let names = draft.names();
     let steps = std::mem::take(&mut draft.steps);
-    let mut a = Assignment { tiles, ..Assignment::new(draft, numbers, names, &steps) };
+    let mut a = Assignment::new(draft, numbers, tiles, names, &steps);
     steps.into_iter().for_each(|step| a.place(step));
     let Assignment { steps, formats, .. } = a;
     let format = |i: usize| formats.get(&root(&draft.values, ValueId(i)).0).copied().unwrap_or(Format::F32);
@@ -155,12 +155,19 @@ struct Assignment<'a> {
     singles: HashMap<ValueId, ValueId>,
     /// Wider copies of inputs.
     wide: HashMap<ValueId, ValueId>,
+    /// bf16 is multiplied on AMX tiles.
     tiles: bool,
     steps: Vec<DraftStep>,
 }
 
 impl<'a> Assignment<'a> {
-    fn new(draft: &'a mut Draft, numbers: &'a Numbers, names: Vec<String>, steps: &[DraftStep]) -> Self {
+    fn new(
+        draft: &'a mut Draft,
+        numbers: &'a Numbers,
+        tiles: bool,
+        names: Vec<String>,
+        steps: &[DraftStep],
+    ) -> Self {
         let root = |v: ValueId| root(&draft.values, v).0;
         let storage = if *numbers == Numbers::Bf16 { Storage::Bf16 } else { Storage::U8 };
         let mut welcome = BTreeSet::new();
@@ -187,7 +194,7 @@ impl<'a> Assignment<'a> {
             joined,
             singles: HashMap::new(),
             wide: HashMap::new(),
-            tiles: false,
+            tiles,
             steps: Vec::new(),
             draft,
         }

@@ -5,7 +5,7 @@
 use super::gemm::{channel_stride, operand_stride};
 use super::maps::holds;
 use super::Packed;
-use crate::cpu::tiles::{load, multiply_bf16 as multiply, store, zero, Tiles};
+use crate::cpu::tiles::{load, multiply_bf16 as multiply, store, tile_words, zero, Tiles};
 use crate::cpu::{isa, Isa};
 use half::bf16;
 use std::arch::x86_64::*;
@@ -132,7 +132,7 @@ pub(super) fn product(a: &[bf16], a_pixel: usize, pixels: usize, b: &Packed<bf16
 
 /// Values of `depth` that a tile takes at a time: its largest even divisor up to 32.
 pub(super) fn tile_depth(depth: usize) -> usize {
-    (1..=16).rev().map(|half| 2 * half).find(|&d| depth.is_multiple_of(d)).expect("operands are even")
+    2 * tile_words(depth / 2)
 }
 
 /// [`Element::outer`](super::Element::outer): the left operand is transposed and the right one's pixels are

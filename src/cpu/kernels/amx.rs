@@ -5,16 +5,13 @@
 
 use super::avx512::F32x16;
 use super::conv::{self, panel_registers, ConvArgs, Residual, Target};
+use super::simple::WIDE;
 use super::{ConvKernel, Vector};
 use crate::cpu::arena::Storage;
-use crate::cpu::simple::WIDE;
-use crate::cpu::tiles::{load, multiply_bf16, multiply_u8, store, Tiles};
+use crate::cpu::tiles::{load, multiply_bf16, multiply_u8, store, tile_words, Tiles, SIDE};
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-
-/// Rows, and words of a row, of a tile.
-const SIDE: usize = 16;
 
 /// What a tile multiplies.
 trait Product {
@@ -41,11 +38,6 @@ impl Product for U8 {
         // SAFETY: the trait's contract is that function's.
         unsafe { multiply_u8::<C, A, B>() }
     }
-}
-
-/// Words of a run that a tile takes at a time: the largest part up to 16 that goes into it.
-fn tile_words(run: usize) -> usize {
-    (1..=SIDE).rev().find(|&words| run.is_multiple_of(words)).unwrap_or(1)
 }
 
 /// The sums of two tiles of pixels, or of one, at `input`, and one panel, stored with so many values from pixel to pixel.
@@ -115,20 +107,6 @@ const PIXEL: usize = (2 * PANELS + 1) * SIDE;
 #[repr(align(64))]
 struct Values(MaybeUninit<[f32; 2 * SIDE * PIXEL]>);
 
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
-/// Lines of a tile's part of a map, asked for ahead: `pixels` of `bytes` each.
-#[inline(always)]
-unsafe fn ask(first: *const u8, pixel: usize, pixels: Range<usize>, bytes: usize) {
-    for m in pixels {
-        for line in (0..bytes).step_by(LINE) {
-            // SAFETY: a prefetch may point anywhere.
-            unsafe { F32x16::prefetch(first.wrapping_add(m * pixel + line)) };
-        }
-    }
-}
-
 /// Computes output rows `rows` of panels `panels`.
 ///
 /// # Safety
@@ -149,12 +127,11 @@ unsafe fn block<P: Product>(a: &ConvArgs, rows: Range<usize>, panels: Range<usiz
         && a.add_columns.is_empty();
     let (rows, width) = if whole {
         let first = rows.start;
-        // Where these rows are, counted in pixels of the first.
         (first..first + 1, rows.len() * a.width)
     } else {
         (rows, a.width)
     };
-    // Tiles of one height, since another configuration takes as long as twenty products; the last one of a row begins earlier
+    // Tiles of one height, since another configuration takes as long as eighteen products; the last one of a row begins earlier
     // where it would not fit, and some pixels are computed twice.
     let tiles = width.div_ceil(SIDE);
     let pixels = width.div_ceil(tiles);
@@ -188,7 +165,9 @@ unsafe fn block<P: Product>(a: &ConvArgs, rows: Range<usize>, panels: Range<usiz
                     for (target, &at) in targets[..count].iter().zip(&next) {
                         target.ask::<F32x16>(some.clone(), registers * SIDE);
                         if single && group == panels.start {
-                            ask(window(at), a.in_pixel, some.clone(), a.run * 4);
+                            for m in some.clone() {
+                                conv::ask::<F32x16>(window(at).wrapping_add(m * a.in_pixel), a.run * 4);
+                            }
                         }
                     }
                     let panel = (a.weights.add(p * 2 * SIDE * depth), a.start.add(p * 2 * SIDE));
@@ -313,10 +292,7 @@ unsafe fn rows<P: Product, const T: usize, const ADDED: usize>(
                 let to = out.add(at);
                 match T {
                     F32 => _mm512_storeu_ps(to.cast(), v),
-                    BF16 => {
-                        let half: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
-                        _mm256_storeu_si256(to.cast(), half);
-                    }
+                    BF16 => F32x16(v).store_bf16_amx(to.cast(), SIDE),
                     _ => F32x16(_mm512_add_ps(v, zero)).store_u8(to, SIDE),
                 }
             }
@@ -353,8 +329,7 @@ pub(in crate::cpu) unsafe fn widen(from: *const f32, channels: usize, to: *mut u
             let all = |lanes: usize| ((1u32 << lanes) - 1) as __mmask16;
             let v = _mm512_maskz_loadu_ps(all(n * channels), from.add(first * channels));
             let v = _mm512_maskz_permutexvar_ps(own, places, v);
-            let half: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
-            _mm256_mask_storeu_epi16(to.add(first * WIDE).cast(), all(n * WIDE), half);
+            F32x16(v).store_bf16_amx(to.add(first * WIDE), n * WIDE);
         }
     }
 }

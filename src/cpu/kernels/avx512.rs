@@ -101,7 +101,6 @@ impl Vector for F32x16 {
             }
         }
     }
-    #[cfg(feature = "train")]
     #[inline(always)]
     unsafe fn store_bf16_amx(self, p: *mut u16, n: usize) {
         // SAFETY: trait contract; masked lanes are not touched.

@@ -243,15 +243,9 @@ impl<'a> Target<'a> {
         // SAFETY: prefetches may point anywhere; residual columns as in `pixel`.
         unsafe {
             for m in pixels {
-                let out = self.output.wrapping_add(m * self.out_pixel);
-                for line in (0..lanes * self.rule.output.bytes()).step_by(LINE) {
-                    V::prefetch(out.wrapping_add(line));
-                }
+                ask::<V>(self.output.wrapping_add(m * self.out_pixel), lanes * self.rule.output.bytes());
                 if self.rule.residual != Residual::None {
-                    let add = residual(self, m);
-                    for line in (0..lanes * self.rule.add.bytes()).step_by(LINE) {
-                        V::prefetch(add.wrapping_add(line));
-                    }
+                    ask::<V>(residual(self, m), lanes * self.rule.add.bytes());
                 }
             }
         }
@@ -519,6 +513,16 @@ const MOST_VALUES: usize = 14 * 2 * 16;
 
 /// Bytes of a cache line, on most CPUs.
 const LINE: usize = 64;
+
+/// Asks for the lines of so many bytes from `first` on, wherever that points, ahead of their use.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) unsafe fn ask<V: Vector>(first: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(LINE) {
+        // SAFETY: a prefetch may point anywhere; the caller is compiled for V's ISA.
+        unsafe { V::prefetch(first.wrapping_add(line)) };
+    }
+}
 
 /// Where the residual of pixel `m` is.
 #[inline(always)]

@@ -163,7 +163,7 @@ pub(crate) trait Vector: Copy {
     }
 
     /// As [`Vector::store_bf16`], on machines with AMX alone, by their instruction where there is one.
-    #[cfg(feature = "train")]
+    #[cfg(any(feature = "train", target_arch = "x86_64"))]
     #[inline(always)]
     unsafe fn store_bf16_amx(self, p: *mut u16, n: usize) {
         // SAFETY: the contract is the same.

@@ -5,6 +5,9 @@ use super::Vector;
 use crate::cpu::arena::Storage;
 use std::ops::Range;
 
+/// Channels of a network's input in bf16: two words a pixel.
+pub(crate) const WIDE: usize = 4;
+
 /// Max pooling of one image. Windows are clipped to the map, so padding never wins.
 pub(crate) struct PoolArgs {
     /// How input and output are stored; strides count values.
