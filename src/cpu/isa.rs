@@ -29,8 +29,23 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// Every ISA that this CPU can run, weakest first; tests run all of them.
+    /// Every ISA that this CPU can run, weakest first; tests run all of them. Asks the operating system for AMX where the CPU has
+    /// it.
     pub fn supported() -> Vec<Isa> {
+        let mut isas = Self::unasked();
+        #[cfg(target_arch = "x86_64")]
+        if isas.contains(&Isa::Avx512)
+            && is_x86_feature_detected!("avx512bf16")
+            && is_x86_feature_detected!("avx512vnni")
+            && super::tiles::permitted()
+        {
+            isas.push(Isa::Amx);
+        }
+        isas
+    }
+
+    /// Those for which nobody must be asked.
+    fn unasked() -> Vec<Isa> {
         #[allow(unused_mut)] // where no other kernels exist
         let mut isas = vec![Isa::Generic];
         #[cfg(target_arch = "aarch64")]
@@ -44,11 +59,6 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl");
                 if avx512 {
                     isas.push(Isa::Avx512);
-                    let dots =
-                        is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
-                    if dots && super::tiles::permitted() {
-                        isas.push(Isa::Amx);
-                    }
                 }
             }
         }
@@ -83,7 +93,11 @@ impl Isa {
 /// `FARFACE_ISA` = `generic`, `neon`, `avx2`, `avx512` or `amx`. Read once.
 pub fn detected() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
-    *ISA.get_or_init(|| lower(&Isa::supported(), std::env::var("FARFACE_ISA").ok().as_deref()))
+    *ISA.get_or_init(|| {
+        let wanted = std::env::var("FARFACE_ISA").ok();
+        let weaker = Isa::unasked().into_iter().find(|isa| Some(isa.name()) == wanted.as_deref());
+        weaker.unwrap_or_else(|| lower(&Isa::supported(), wanted.as_deref()))
+    })
 }
 
 /// The strongest of `supported`, or the one named `wanted` where the CPU has it.

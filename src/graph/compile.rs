@@ -45,8 +45,8 @@ pub struct Compiled {
     pub(crate) isa: Isa,
 }
 
-/// A chain, and its op for these formats.
-type Made = (Chain, Formats, Arc<Op>);
+/// A chain, and its op for these formats and an input of so many channels where that tells.
+type Made = (Chain, Formats, Option<usize>, Arc<Op>);
 
 /// Rows and columns of a node where they do not depend on the network's input.
 fn static_size(graph: &Graph, id: NodeId) -> Option<[usize; 2]> {
@@ -145,12 +145,14 @@ impl Compiled {
                 Work::Plain(layer, slope) => Arc::new(lower_plain(&layer, slope, all)?),
                 Work::Chain(chain) => {
                     let made = made.entry(graph.nodes[node.0].params.first().copied()).or_default();
-                    match made.iter().find(|(other, f, _)| *f == all && chain.is_like(other, &graph)) {
-                        Some((_, _, op)) => op.clone(),
+                    let wide = values[inputs[0].0].channels;
+                    let like =
+                        |(other, f, w, _): &&Made| (*f, *w) == (all, wide) && chain.is_like(other, &graph);
+                    match made.iter().find(like) {
+                        Some((_, _, _, op)) => op.clone(),
                         None => {
-                            let wide = values[inputs[0].0].channels;
                             let op = Arc::new(lower_chain(&graph, weights, isa, &chain, wide, all)?);
-                            made.push((chain, all, op.clone()));
+                            made.push((chain, all, wide, op.clone()));
                             op
                         }
                     }

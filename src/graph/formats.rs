@@ -41,8 +41,8 @@ impl Ranges {
         // Zero is told exactly: it is what lies around a map, and what a ReLU leaves.
         let (low, high) = (low.min(0.0), high.max(0.0));
         let scale = (high - low) / f32::from(u8::MAX);
-        // Of a file, which may say anything: neither this nor its inverse may be infinite.
-        if !(1e-30..1e30).contains(&scale) {
+        // Of a file, which may say anything: no ratio of two scales may be infinite.
+        if !(1e-15..1e15).contains(&scale) {
             return None;
         }
         Some(Format { storage: Storage::U8, scale, zero: (-low / scale).round() as u8 })

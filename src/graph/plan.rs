@@ -131,7 +131,7 @@ impl Plan {
                 let node = &graph.nodes[id.0];
                 let input = node.inputs.first().map_or(shapes[id.0], |i| shapes[i.0]);
                 // A copy stands for a layer that another step computes.
-                let computes = !matches!(step.op.0, Kind::Add(_) | Kind::Widen(_));
+                let computes = !matches!(step.op.0, Kind::Add(_));
                 node.layer().filter(|_| computes).map_or(0, |l| l.macs(input, shapes[id.0]))
             };
             StepInfo {

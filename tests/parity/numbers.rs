@@ -61,6 +61,10 @@ fn holds(what: &str, channels: usize, limits: [f64; 2], layers: impl FnOnce(&mut
             let network = Compiled::in_numbers(&graph, &Weights::random(&graph, 3), isa, &numbers).unwrap();
             let low = network.listing().filter(|(_, kernel)| kernel.contains(mark)).count();
             assert!(low > 0, "{what}: nothing is computed in {mark}");
+            if isa.name() == "amx" && channels_fill_tiles(&graph) {
+                let tiles = network.listing().any(|(_, kernel)| kernel.contains("amx"));
+                assert!(tiles, "{what}: nothing is computed on tiles");
+            }
             let got = run(&graph, isa, &numbers, &inputs);
             for (i, (g, e)) in got.iter().zip(&expected).enumerate() {
                 let noise = noise(g, e);
@@ -69,6 +73,14 @@ fn holds(what: &str, channels: usize, limits: [f64; 2], layers: impl FnOnce(&mut
             }
         }
     }
+}
+
+/// Whether a convolution named "second" reads 64 channels or more.
+fn channels_fill_tiles(graph: &Graph) -> bool {
+    graph.nodes.iter().any(|n| match n.layer() {
+        Some(farface::layers::Layer::Conv2d(c)) => n.name == "second" && c.in_channels >= 64,
+        _ => false,
+    })
 }
 
 fn conv(b: &mut Builder, name: &str, x: NodeId, conv: Conv2d, activation: Option<Activation>) -> NodeId {
@@ -120,6 +132,46 @@ fn residuals_before_and_behind_the_activation_of_the_same_size_and_enlarged() {
     }
 }
 
+/// Maps that fill AMX tiles, with every residual, in whole panels and in a part of one; rows of 22 and 23 pixels, the last tiles of
+/// which overlap the ones before.
+#[test]
+fn residuals_of_maps_that_fill_tiles() {
+    for channels in [64, 96, 132] {
+        for (after, enlarged) in [(false, false), (false, true), (true, false), (true, true)] {
+            let what = format!("{channels} channels, after {after}, enlarged {enlarged}");
+            holds(&what, 3, [0.02, 0.08], |b, x| {
+                let first = Conv2d { padding: [1, 2, 1, 1], ..Conv2d::new(3, channels, 3) };
+                let x = conv(b, "first", x, first, LEAKY);
+                let small = conv(b, "small", x, Conv2d::new(channels, channels, 3).stride(2), None);
+                let mut y = b.conv("second", x, Conv2d::new(channels, channels, 3).bias());
+                if after {
+                    y = b.relu(y);
+                }
+                let other = if enlarged { b.upsample_to(small, Interpolation::Nearest, y) } else { x };
+                let sum = b.add(y, other);
+                let sum = if after { sum } else { b.relu(sum) };
+                let last = conv(b, "last", sum, Conv2d::new(channels, channels, 1), RELU);
+                let last = conv(b, "plain", last, Conv2d::new(channels, 32, 1), None);
+                b.output("y", last);
+                b.output("small", small);
+            });
+        }
+    }
+}
+
+/// Few rows: threads share the panels, in groups of other sizes for other numbers of threads.
+#[test]
+fn panels_of_one_pixel_are_shared() {
+    holds("one pixel", 3, [0.02, 0.08], |b, x| {
+        let x = conv(b, "first", x, Conv2d::new(3, 64, 3), RELU);
+        let x = conv(b, "small", x, Conv2d::new(64, 128, 3).stride(2), RELU);
+        let pooled = b.max_pool(x, MaxPool::new(7, 7, 0));
+        let y = conv(b, "second", pooled, Conv2d::new(128, 584, 1), RELU);
+        let y = conv(b, "third", y, Conv2d::new(584, 72, 1), None);
+        b.output("y", y);
+    });
+}
+
 #[test]
 fn depthwise_pooling_interpolation_and_concatenation() {
     holds("depthwise and pointwise", 3, [0.02, 0.1], |b, x| {
@@ -168,8 +220,7 @@ fn depthwise_pooling_interpolation_and_concatenation() {
     });
 }
 
-/// On AMX the first convolution reads a copy of the picture in bf16, with a fourth channel of zeros; rows of 22 and 11 pixels are
-/// tiles that overlap.
+/// On AMX the first convolution reads a copy of the picture in bf16, with a fourth channel of zeros.
 #[test]
 fn large_first_convolutions() {
     for channels in [1, 3, 4] {

@@ -132,6 +132,7 @@ pub(super) fn product(a: &[bf16], a_pixel: usize, pixels: usize, b: &Packed<bf16
 
 /// Values of `depth` that a tile takes at a time: its largest even divisor up to 32.
 pub(super) fn tile_depth(depth: usize) -> usize {
+    assert!(depth.is_multiple_of(2), "operands are even");
     2 * tile_words(depth / 2)
 }
 

@@ -200,31 +200,27 @@ unsafe fn finish<P: Product>(
 ) {
     use Residual::*;
     let rule = t.rule;
-    let size = [pixels, registers];
+    // By register, not by group: what a register goes through must not depend on the threads' shares of the panels.
+    let whole = t.registers(SIDE).min(registers);
+    let size = [pixels, whole];
     // SAFETY: the caller's contract.
     unsafe {
-        if t.is_full(registers * SIDE) {
-            match (rule.residual, rule.add, rule.output) {
-                (None, _, Storage::F32) => return rows::<P, F32, NONE>(t, values, size, scales),
-                (None, _, Storage::Bf16) => return rows::<P, BF16, NONE>(t, values, size, scales),
-                (None, _, Storage::U8) => return rows::<P, WHOLE, NONE>(t, values, size, scales),
-                (BeforeActivation, Storage::Bf16, Storage::Bf16) => {
-                    return rows::<P, BF16, BEFORE>(t, values, size, scales)
-                }
-                (AfterActivation, Storage::Bf16, Storage::Bf16) => {
-                    return rows::<P, BF16, AFTER>(t, values, size, scales)
-                }
-                (BeforeActivation, Storage::U8, Storage::U8) => {
-                    return rows::<P, WHOLE, BEFORE>(t, values, size, scales)
-                }
-                (AfterActivation, Storage::U8, Storage::U8) => {
-                    return rows::<P, WHOLE, AFTER>(t, values, size, scales)
-                }
-                _ => {}
+        let done = match (rule.residual, rule.add, rule.output) {
+            (None, _, Storage::F32) => rows::<P, F32, NONE>(t, values, size, scales),
+            (None, _, Storage::Bf16) => rows::<P, BF16, NONE>(t, values, size, scales),
+            (None, _, Storage::U8) => rows::<P, WHOLE, NONE>(t, values, size, scales),
+            (BeforeActivation, Storage::Bf16, Storage::Bf16) => {
+                rows::<P, BF16, BEFORE>(t, values, size, scales)
             }
-        }
+            (AfterActivation, Storage::Bf16, Storage::Bf16) => {
+                rows::<P, BF16, AFTER>(t, values, size, scales)
+            }
+            (BeforeActivation, Storage::U8, Storage::U8) => rows::<P, WHOLE, BEFORE>(t, values, size, scales),
+            (AfterActivation, Storage::U8, Storage::U8) => rows::<P, WHOLE, AFTER>(t, values, size, scales),
+            _ => 0,
+        };
         for m in 0..pixels {
-            for r in 0..registers {
+            for r in done..registers {
                 let at = values.add(m * PIXEL + r * SIDE);
                 let v = F32x16(single::<P>(at, scales, r));
                 conv::store_register(t, v, m, r);
@@ -255,14 +251,14 @@ unsafe fn single<P: Product>(p: *const f32, (scale, bias): (*const f32, *const f
     }
 }
 
-/// As [`finish`], where all lanes are channels.
+/// As [`finish`], for registers all lanes of which are channels; returns how many.
 #[inline(always)]
 unsafe fn rows<P: Product, const T: usize, const ADDED: usize>(
     t: &Target,
     values: *const f32,
     [pixels, registers]: [usize; 2],
     scales: (*const f32, *const f32),
-) {
+) -> usize {
     let storage = [Storage::F32, Storage::Bf16, Storage::U8][T];
     let rule = t.rule;
     // SAFETY: the caller's contract.
@@ -298,6 +294,7 @@ unsafe fn rows<P: Product, const T: usize, const ADDED: usize>(
             }
         }
     }
+    registers
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]

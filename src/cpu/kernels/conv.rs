@@ -216,11 +216,11 @@ impl<'a> Target<'a> {
         }
     }
 
-    /// Whether so many lanes are channels.
+    /// Registers of so many lanes all of which are channels.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    pub fn is_full(&self, lanes: usize) -> bool {
-        self.channels >= lanes
+    pub fn registers(&self, lanes: usize) -> usize {
+        self.channels / lanes
     }
 
     /// Where pixel `m` of the residual, if there is one, and of the output are.
