@@ -142,7 +142,7 @@ impl View {
 }
 
 /// A cache line of floats: the arena's unit, so that it is aligned without unsafe code.
-#[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
+#[derive(Clone, Copy, Default, bytemuck::Zeroable, bytemuck::Pod)]
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
@@ -155,10 +155,7 @@ pub struct Arena {
 impl Arena {
     /// Aligned copy of `values`, zero-filled to whole lines (packed weights).
     pub fn from_slice(values: &[f32]) -> Self {
-        let mut arena = Self::default();
-        arena.lines.reserve_exact(values.len().div_ceil(16));
-        pages::large(&mut arena.lines);
-        arena.lines.resize(values.len().div_ceil(16), Line([0.0; 16]));
+        let mut arena = Self { lines: pages::buffer(values.len().div_ceil(16)) };
         arena.floats_mut()[..values.len()].copy_from_slice(values);
         arena
     }

@@ -2,9 +2,10 @@
 
 use super::arena::{Arena, Format, Storage, View};
 use super::isa::Isa;
-use super::kernels::conv::{panel_registers, panels, ConvArgs, Rule};
-pub(crate) use super::kernels::conv::{Formats, Residual};
+use super::kernels::conv::{panel_registers, panels, ConvArgs};
 use super::kernels::depthwise::DepthwiseArgs;
+use super::kernels::epilogue::Rule;
+pub(crate) use super::kernels::epilogue::{Formats, Residual};
 use super::kernels::{bf16_bits, ConvKernel, Kernels};
 use super::part::Part;
 use super::simple::blends;
@@ -72,17 +73,6 @@ pub(crate) struct ConvOp {
     bias: Arena,
     group_weights: usize,
     group_lanes: usize,
-}
-
-/// Whether the CPU has a dot product of bf16, twice as fast as f32's.
-pub(crate) fn multiplies_bf16(isa: Isa) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return isa >= Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = isa;
-        false
-    }
 }
 
 /// Largest magnitude of a weight as i8.

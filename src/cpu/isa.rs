@@ -65,6 +65,14 @@ impl Isa {
         isas
     }
 
+    /// Whether the CPU has a dot product of bf16.
+    pub(crate) fn multiplies_bf16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self >= Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Whether bf16 and u8 are multiplied on AMX tiles, many times as fast as f32.
     pub(crate) fn has_tiles(self) -> bool {
         #[cfg(target_arch = "x86_64")]

@@ -13,7 +13,6 @@ pub(super) fn large<T>(memory: &mut Vec<T>) {
 }
 
 /// A buffer of `len` zeros (default values), on large pages where it is large and the system has them.
-#[cfg(feature = "train")]
 pub fn buffer<T: Copy + Default>(len: usize) -> Vec<T> {
     let mut buffer = Vec::with_capacity(len);
     // Before the first touch, or the small pages are there already.

@@ -219,8 +219,8 @@ impl Op {
                 (s.n, s.c) == (out.n, out.c) && fits(corner[0], out.h, s.h) && fits(corner[1], out.w, s.w)
             }
             Kind::Widen(_) => {
-                let dense = inputs.len() == 1 && a.pixel == s.c && s.c <= simple::WIDE;
-                dense && Shape { c: simple::WIDE, ..s } == out
+                let dense = inputs.len() == 1 && a.pixel == s.c && s.c <= simple::WIDENED;
+                dense && Shape { c: simple::WIDENED, ..s } == out
             }
             Kind::Sigmoid => s == out,
             Kind::Softmax(k) => s == out && *k > 0 && s.c % k == 0,
@@ -249,7 +249,7 @@ impl Op {
             }
             Kind::Widen(_) => {
                 (inputs[0].storage, output.storage) == (Storage::F32, Storage::Bf16)
-                    && output.pixel == simple::WIDE
+                    && output.pixel == simple::WIDENED
             }
             Kind::Add(a) => {
                 let [of_a, of_b, of_output] = &a.formats;

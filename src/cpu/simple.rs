@@ -3,7 +3,7 @@
 
 use super::arena::{Arena, Format, View};
 use super::isa::Isa;
-pub(crate) use super::kernels::simple::WIDE;
+pub(crate) use super::kernels::simple::WIDENED;
 use super::kernels::simple::{Blend, Operand, PoolArgs, ResizeArgs, RowArgs};
 use super::kernels::Kernels;
 use super::part::Part;
@@ -127,7 +127,7 @@ pub(crate) struct AddOp {
     pub formats: [Format; 3],
 }
 
-/// Copies a dense map of f32 of up to [`WIDE`] channels to one of bf16 of so many, zeros behind its own. Having one is proof that
+/// Copies a dense map of f32 of up to [`WIDENED`] channels to one of bf16 of so many, zeros behind its own. Having one is proof that
 /// the CPU has AMX.
 pub(crate) struct WidenOp(());
 

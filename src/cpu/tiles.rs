@@ -7,10 +7,10 @@ use std::arch::x86_64::*;
 /// Whether the CPU has AMX for bf16 and int8 and the operating system saves its tiles for us. Asks for the permission, which
 /// then holds for the process.
 pub(super) fn permitted() -> bool {
-    has_tiles() && permission()
+    in_cpu() && permission()
 }
 
-fn has_tiles() -> bool {
+fn in_cpu() -> bool {
     const AMX_BF16: u32 = 1 << 22;
     const AMX_TILE: u32 = 1 << 24;
     const AMX_INT8: u32 = 1 << 25;

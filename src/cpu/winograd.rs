@@ -4,7 +4,8 @@
 use super::arena::{Arena, Storage, View};
 use super::conv::{Formats, Residual};
 use super::isa::Isa;
-use super::kernels::conv::{panel_registers, panels, ConvArgs, Rule};
+use super::kernels::conv::{panel_registers, panels, ConvArgs};
+use super::kernels::epilogue::Rule;
 use super::kernels::winograd::{InputArgs, OutputArgs, G, PATCH, POSITIONS, TILE};
 use super::kernels::Kernels;
 use super::part::Part;

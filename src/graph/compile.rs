@@ -287,7 +287,7 @@ fn lower_chain(
     let Affine { weight, bias, .. } = &affine;
     let rule = (chain.slope, chain.residual);
     match node.layer() {
-        Some(Layer::Conv2d(c)) => match wide.filter(|&wide| c.groups == 1 && wide > c.in_channels) {
+        Some(Layer::Conv2d(c)) => match wide.filter(|&wide| wide > c.in_channels) {
             Some(wide) => {
                 let taps = c.kernel[0] * c.kernel[1];
                 let zeros = vec![0.0; (wide - c.in_channels) * taps];

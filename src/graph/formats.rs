@@ -7,7 +7,7 @@
 use super::build::NodeId;
 use super::fuse::{root, Draft, DraftStep, ValueId, Work};
 use crate::cpu::arena::{Format, Storage};
-use crate::cpu::simple::WIDE;
+use crate::cpu::simple::WIDENED;
 use crate::layers::{Activation, Layer};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -120,8 +120,8 @@ impl Deals {
     }
 }
 
-/// Multiply-adds of a network's first convolution for every pixel of its input from which on it reads a copy of that in bf16,
-/// where bf16 is multiplied on tiles: making the copy takes as long as a hundred or so.
+/// A first convolution of fewer multiply-adds a pixel of the picture stays in f32 where bf16 is multiplied on tiles: making the
+/// copy that it would read takes as long as a hundred or so.
 const WORTH_WIDENING: usize = 1000;
 
 /// The format of every value of `draft`; adds the copies that this takes. `tiles`: bf16 is multiplied on AMX tiles.
@@ -269,24 +269,24 @@ impl<'a> Assignment<'a> {
 
     /// Whether a step, a large convolution of few channels of the network's input, should read them in bf16.
     fn widens(&self, step: &DraftStep, deals: Deals) -> bool {
-        let (Work::Chain(chain), Deals::Dense { channels }) = (&step.work, deals) else { return false };
+        let (Work::Chain(chain), Deals::Dense { .. }) = (&step.work, deals) else { return false };
         let Some(Layer::Conv2d(c)) = self.draft.graph.nodes[chain.start.0].layer() else { return false };
         let macs = c.out_channels * c.in_channels * c.kernel[0] * c.kernel[1] / (c.stride[0] * c.stride[1]);
         self.tiles
-            && channels <= WIDE
+            && c.in_channels <= WIDENED
             && c.dilation == [1, 1]
             && macs >= WORTH_WIDENING
             && self.draft.inputs.contains(&step.inputs[0])
     }
 
-    /// The copy of an input in bf16, with [`WIDE`] channels.
+    /// The copy of an input in bf16, with [`WIDENED`] channels.
     fn widened(&mut self, value: ValueId) -> ValueId {
         if let Some(&copy) = self.wide.get(&value) {
             return copy;
         }
         let node = self.draft.values[value.0].node;
         let copy = self.draft.value(node);
-        self.draft.values[copy.0].channels = Some(WIDE);
+        self.draft.values[copy.0].channels = Some(WIDENED);
         self.formats.insert(copy, Format::BF16);
         self.wide.insert(value, copy);
         self.steps.push(DraftStep { work: Work::Widen, inputs: vec![value], output: copy, node });

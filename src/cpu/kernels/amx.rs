@@ -3,9 +3,10 @@
 //! A panel of packed weights is the right operand as it lies there: 16 words of depth are 16 rows of it. The left one is the map
 //! itself, a row a pixel. Two tiles of pixels by a panel are in the registers together.
 
-use super::avx512::F32x16;
-use super::conv::{self, panel_registers, ConvArgs, Residual, Target};
-use super::simple::WIDE;
+use super::avx512::{F32x16, FoursOfU8, PairsOfBf16};
+use super::conv::{panel_registers, ConvArgs, Product};
+use super::epilogue::{activate, ask, store_register, Destination, Residual};
+use super::simple::WIDENED;
 use super::{ConvKernel, Vector};
 use crate::cpu::arena::Storage;
 use crate::cpu::tiles::{load, multiply_bf16, multiply_u8, store, tile_words, Tiles, SIDE};
@@ -13,28 +14,22 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// What a tile multiplies.
-trait Product {
-    /// Whether sums are whole numbers.
-    const WHOLE: bool;
-    unsafe fn multiply<const C: usize, const A: usize, const B: usize>();
+/// A product on tiles, of what AVX-512 has a dot product of.
+trait OnTiles: Product<Values = F32x16> {
+    unsafe fn multiply_tiles<const C: usize, const A: usize, const B: usize>();
 }
 
-struct Bf16;
-impl Product for Bf16 {
-    const WHOLE: bool = false;
+impl OnTiles for PairsOfBf16 {
     #[inline(always)]
-    unsafe fn multiply<const C: usize, const A: usize, const B: usize>() {
+    unsafe fn multiply_tiles<const C: usize, const A: usize, const B: usize>() {
         // SAFETY: the trait's contract is that function's.
         unsafe { multiply_bf16::<C, A, B>() }
     }
 }
 
-struct U8;
-impl Product for U8 {
-    const WHOLE: bool = true;
+impl OnTiles for FoursOfU8 {
     #[inline(always)]
-    unsafe fn multiply<const C: usize, const A: usize, const B: usize>() {
+    unsafe fn multiply_tiles<const C: usize, const A: usize, const B: usize>() {
         // SAFETY: the trait's contract is that function's.
         unsafe { multiply_u8::<C, A, B>() }
     }
@@ -42,7 +37,7 @@ impl Product for U8 {
 
 /// The sums of two tiles of pixels, or of one, at `input`, and one panel, stored with so many values from pixel to pixel.
 #[inline(always)]
-unsafe fn sums<P: Product, const PIXELS: usize, const NR: usize>(
+unsafe fn sums<P: OnTiles, const PIXELS: usize, const NR: usize>(
     a: &ConvArgs,
     input: [*const u8; 2],
     (weights, start): (*const u32, *const u32),
@@ -69,16 +64,16 @@ unsafe fn sums<P: Product, const PIXELS: usize, const NR: usize>(
             for _ in 0..a.run / words {
                 load::<4, u8>(input[0].add(at), a.in_pixel);
                 load::<6, u32>(w, right * 4);
-                P::multiply::<0, 4, 6>();
+                P::multiply_tiles::<0, 4, 6>();
                 if NR == 2 {
                     load::<7, u32>(w.add(SIDE), right * 4);
-                    P::multiply::<1, 4, 7>();
+                    P::multiply_tiles::<1, 4, 7>();
                 }
                 if PIXELS == 2 {
                     load::<5, u8>(input[1].add(at), a.in_pixel);
-                    P::multiply::<2, 5, 6>();
+                    P::multiply_tiles::<2, 5, 6>();
                     if NR == 2 {
-                        P::multiply::<3, 5, 7>();
+                        P::multiply_tiles::<3, 5, 7>();
                     }
                 }
                 w = w.wrapping_add(words * right);
@@ -112,7 +107,7 @@ struct Values(MaybeUninit<[f32; 2 * SIDE * PIXEL]>);
 /// # Safety
 /// As `conv::block`; the CPU has AMX and AVX-512.
 #[inline(always)]
-unsafe fn block<P: Product>(a: &ConvArgs, rows: Range<usize>, panels: Range<usize>) {
+unsafe fn block<P: OnTiles>(a: &ConvArgs, rows: Range<usize>, panels: Range<usize>) {
     if rows.is_empty() || a.width == 0 {
         return;
     }
@@ -157,7 +152,7 @@ unsafe fn block<P: Product>(a: &ConvArgs, rows: Range<usize>, panels: Range<usiz
                 let last = (group + PANELS).min(panels.end);
                 let channel = group * 2 * SIDE;
                 let registers = 2 * (last - group) - 2 + panel_registers(a.channels, SIDE, last - 1);
-                let targets = places.map(|at| Target::new(a, at, channel, registers * SIDE));
+                let targets = places.map(|at| a.destination(at, channel, registers * SIDE));
                 for p in group..last {
                     // This group's residual and output, and, while the first one is computed, the next tiles' windows.
                     let share = |i: usize| pixels * (i - group) / (last - group);
@@ -166,7 +161,7 @@ unsafe fn block<P: Product>(a: &ConvArgs, rows: Range<usize>, panels: Range<usiz
                         target.ask::<F32x16>(some.clone(), registers * SIDE);
                         if single && group == panels.start {
                             for m in some.clone() {
-                                conv::ask::<F32x16>(window(at).wrapping_add(m * a.in_pixel), a.run * 4);
+                                ask::<F32x16>(window(at).wrapping_add(m * a.in_pixel), a.run * 4);
                             }
                         }
                     }
@@ -191,8 +186,8 @@ unsafe fn block<P: Product>(a: &ConvArgs, rows: Range<usize>, panels: Range<usiz
 
 /// Residual, activation and store of a tile's sums, pixels of so many registers.
 #[inline(always)]
-unsafe fn finish<P: Product>(
-    t: &Target,
+unsafe fn finish<P: OnTiles>(
+    t: &Destination,
     values: *mut f32,
     pixels: usize,
     registers: usize,
@@ -208,22 +203,21 @@ unsafe fn finish<P: Product>(
         let done = match (rule.residual, rule.add, rule.output) {
             (None, _, Storage::F32) => rows::<P, F32, NONE>(t, values, size, scales),
             (None, _, Storage::Bf16) => rows::<P, BF16, NONE>(t, values, size, scales),
-            (None, _, Storage::U8) => rows::<P, WHOLE, NONE>(t, values, size, scales),
+            (None, _, Storage::U8) => rows::<P, U8, NONE>(t, values, size, scales),
             (BeforeActivation, Storage::Bf16, Storage::Bf16) => {
                 rows::<P, BF16, BEFORE>(t, values, size, scales)
             }
             (AfterActivation, Storage::Bf16, Storage::Bf16) => {
                 rows::<P, BF16, AFTER>(t, values, size, scales)
             }
-            (BeforeActivation, Storage::U8, Storage::U8) => rows::<P, WHOLE, BEFORE>(t, values, size, scales),
-            (AfterActivation, Storage::U8, Storage::U8) => rows::<P, WHOLE, AFTER>(t, values, size, scales),
+            (BeforeActivation, Storage::U8, Storage::U8) => rows::<P, U8, BEFORE>(t, values, size, scales),
+            (AfterActivation, Storage::U8, Storage::U8) => rows::<P, U8, AFTER>(t, values, size, scales),
             _ => 0,
         };
         for m in 0..pixels {
             for r in done..registers {
                 let at = values.add(m * PIXEL + r * SIDE);
-                let v = F32x16(single::<P>(at, scales, r));
-                conv::store_register(t, v, m, r);
+                store_register(t, single::<P>(at, scales, r), m, r);
             }
         }
     }
@@ -232,29 +226,22 @@ unsafe fn finish<P: Product>(
 // What is known to the compiler of [`rows`]: how output and residual are stored, whether and where that is added.
 const F32: usize = 0;
 const BF16: usize = 1;
-const WHOLE: usize = 2;
+const U8: usize = 2;
 const NONE: usize = 0;
 const BEFORE: usize = 1;
 const AFTER: usize = 2;
 
 /// Register `r` of a pixel's sums, at `p`, in f32.
 #[inline(always)]
-unsafe fn single<P: Product>(p: *const f32, (scale, bias): (*const f32, *const f32), r: usize) -> __m512 {
-    // SAFETY: the caller vouches for a register's values, scales and biases.
-    unsafe {
-        if P::WHOLE {
-            let (scale, bias) = (_mm512_loadu_ps(scale.add(r * SIDE)), _mm512_loadu_ps(bias.add(r * SIDE)));
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(p.cast())), scale, bias)
-        } else {
-            _mm512_loadu_ps(p)
-        }
-    }
+unsafe fn single<P: OnTiles>(p: *const f32, (scale, bias): (*const f32, *const f32), r: usize) -> F32x16 {
+    // SAFETY: the caller vouches for a register's values, and for scales and biases where there are any.
+    unsafe { P::finish(P::start(p.cast()), scale.wrapping_add(r * SIDE), bias.wrapping_add(r * SIDE)) }
 }
 
 /// As [`finish`], for registers all lanes of which are channels; returns how many.
 #[inline(always)]
-unsafe fn rows<P: Product, const T: usize, const ADDED: usize>(
-    t: &Target,
+unsafe fn rows<P: OnTiles, const T: usize, const ADDED: usize>(
+    t: &Destination,
     values: *const f32,
     [pixels, registers]: [usize; 2],
     scales: (*const f32, *const f32),
@@ -263,33 +250,31 @@ unsafe fn rows<P: Product, const T: usize, const ADDED: usize>(
     let rule = t.rule;
     // SAFETY: the caller's contract.
     unsafe {
-        let slope = _mm512_set1_ps(rule.slope);
-        let zero = _mm512_set1_ps(rule.zero);
-        let (add_zero, add_scale) = (_mm512_set1_ps(-rule.add_zero), _mm512_set1_ps(rule.add_scale));
-        let activate = |v| _mm512_max_ps(_mm512_mul_ps(v, slope), v);
+        let (slope, zero) = (F32x16::splat(rule.slope), F32x16::splat(rule.zero));
+        let (add_zero, add_scale) = (F32x16::splat(-rule.add_zero), F32x16::splat(rule.add_scale));
         for m in 0..pixels {
             let (add, out) = t.pixel(m);
             for r in 0..registers {
                 let at = r * SIDE * storage.bytes();
                 let mut v = single::<P>(values.add(m * PIXEL + r * SIDE), scales, r);
                 if ADDED == NONE {
-                    v = activate(v);
+                    v = activate(v, slope);
                 } else {
-                    let mut other = F32x16::load_as(storage, add.add(at), SIDE).0;
-                    if T == WHOLE {
-                        other = _mm512_mul_ps(_mm512_add_ps(other, add_zero), add_scale);
+                    let mut other = F32x16::load_as(storage, add.add(at), SIDE);
+                    if T == U8 {
+                        other = other.add(add_zero).mul(add_scale);
                     }
                     v = if ADDED == BEFORE {
-                        activate(_mm512_add_ps(v, other))
+                        activate(v.add(other), slope)
                     } else {
-                        _mm512_add_ps(activate(v), other)
+                        activate(v, slope).add(other)
                     };
                 }
                 let to = out.add(at);
                 match T {
-                    F32 => _mm512_storeu_ps(to.cast(), v),
-                    BF16 => F32x16(v).store_bf16_amx(to.cast(), SIDE),
-                    _ => F32x16(_mm512_add_ps(v, zero)).store_u8(to, SIDE),
+                    F32 => v.store(to.cast()),
+                    BF16 => v.store_bf16_amx(to.cast(), SIDE),
+                    _ => v.add(zero).store_u8(to, SIDE),
                 }
             }
         }
@@ -300,24 +285,24 @@ unsafe fn rows<P: Product, const T: usize, const ADDED: usize>(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn bf16(a: &ConvArgs, rows: Range<usize>, panels: Range<usize>) {
     // SAFETY: the caller keeps the contract of the function called.
-    unsafe { block::<Bf16>(a, rows, panels) }
+    unsafe { block::<PairsOfBf16>(a, rows, panels) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn u8(a: &ConvArgs, rows: Range<usize>, panels: Range<usize>) {
     // SAFETY: the caller keeps the contract of the function called.
-    unsafe { block::<U8>(a, rows, panels) }
+    unsafe { block::<FoursOfU8>(a, rows, panels) }
 }
 
-/// Copies `pixels` of `channels` f32 each, one behind the other, to as many of [`WIDE`] bf16, zeros behind their own.
+/// Copies `pixels` of `channels` f32 each, one behind the other, to as many of [`WIDENED`] bf16, zeros behind their own.
 ///
 /// # Safety
 /// The values are there, and room for the copy; the CPU has AMX and AVX-512.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(in crate::cpu) unsafe fn widen(from: *const f32, channels: usize, to: *mut u16, pixels: usize) {
-    let together = SIDE / WIDE;
-    let places: [i32; SIDE] = std::array::from_fn(|i| (i / WIDE * channels + i % WIDE) as i32);
-    let own = (0..SIDE).filter(|i| i % WIDE < channels).fold(0u16, |mask, i| mask | 1 << i);
+    let together = SIDE / WIDENED;
+    let places: [i32; SIDE] = std::array::from_fn(|i| (i / WIDENED * channels + i % WIDENED) as i32);
+    let own = (0..SIDE).filter(|i| i % WIDENED < channels).fold(0u16, |mask, i| mask | 1 << i);
     // SAFETY: the caller's contract; masked lanes are not touched.
     unsafe {
         let places = _mm512_loadu_si512(places.as_ptr().cast());
@@ -326,7 +311,7 @@ pub(in crate::cpu) unsafe fn widen(from: *const f32, channels: usize, to: *mut u
             let all = |lanes: usize| ((1u32 << lanes) - 1) as __mmask16;
             let v = _mm512_maskz_loadu_ps(all(n * channels), from.add(first * channels));
             let v = _mm512_maskz_permutexvar_ps(own, places, v);
-            F32x16(v).store_bf16_amx(to.add(first * WIDE), n * WIDE);
+            F32x16(v).store_bf16_amx(to.add(first * WIDENED), n * WIDENED);
         }
     }
 }

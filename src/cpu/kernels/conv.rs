@@ -5,110 +5,11 @@
 //! MR pixels of one output row x one panel of NR registers of output channels in registers and walks all
 //! taps; nothing is gathered or copied beforehand, since the input's halo holds the zeros.
 
+use super::epilogue::{activate, residual, Destination, Residual, Rule, StoreRun, LINE};
 use super::Vector;
-use crate::cpu::arena::{Format, Storage};
+use crate::cpu::arena::Storage;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-
-/// What is added to a convolution's result, and when.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Residual {
-    /// Nothing.
-    None,
-    /// Added before the activation (ResNet).
-    BeforeActivation,
-    /// Added after the activation (top-down sums).
-    AfterActivation,
-}
-
-/// What becomes of a convolution's sums before they are stored, all values in units of the output's.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Rule {
-    /// Result = max(x, slope * x): 1 none, 0 ReLU, between leaky.
-    pub slope: f32,
-    pub residual: Residual,
-    /// How the residual is stored; `(v - add_zero) * add_scale` is added.
-    pub add: Storage,
-    pub add_scale: f32,
-    pub add_zero: f32,
-    /// How the output is stored; of u8, what stands for zero.
-    pub output: Storage,
-    pub zero: f32,
-}
-
-/// What a convolution's step reads and writes.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Formats {
-    pub input: Format,
-    /// Of the residual, where there is one.
-    pub add: Format,
-    pub output: Format,
-}
-
-impl Rule {
-    /// The rule for sums in units of the output.
-    pub fn new(slope: f32, residual: Residual, formats: &Formats) -> Self {
-        let Formats { add, output, .. } = formats;
-        Self {
-            slope,
-            residual,
-            add: add.storage,
-            add_scale: add.scale / output.scale,
-            add_zero: add.zero.into(),
-            output: output.storage,
-            zero: output.zero.into(),
-        }
-    }
-
-    /// The same without a residual, where there `is_none`.
-    pub fn unless(self, is_none: bool) -> Self {
-        Self { residual: if is_none { Residual::None } else { self.residual }, ..self }
-    }
-
-    /// Sums as they are, in f32.
-    pub const PLAIN: Self = Self {
-        slope: 1.0,
-        residual: Residual::None,
-        add: Storage::F32,
-        add_scale: 1.0,
-        add_zero: 0.0,
-        output: Storage::F32,
-        zero: 0.0,
-    };
-
-    /// Activates `v`, adds the residual at `add` where there is one, and stores the first `n <= LANES` lanes at `to`.
-    ///
-    /// # Safety
-    /// So many values are at `add` (where there is a residual), and there is room for them at `to`.
-    #[inline(always)]
-    pub unsafe fn finish<V: Vector>(&self, v: V, add: *const u8, to: *mut u8, n: usize) {
-        // SAFETY: the caller's contract.
-        unsafe {
-            let slope = V::splat(self.slope);
-            let v = match self.residual {
-                Residual::None => activate(v, slope),
-                Residual::BeforeActivation => activate(v.add(self.residual::<V>(add, n)), slope),
-                Residual::AfterActivation => activate(v, slope).add(self.residual::<V>(add, n)),
-            };
-            match self.output {
-                Storage::U8 => v.add(V::splat(self.zero)).store_u8(to, n),
-                other => v.store_as(other, to, n),
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn residual<V: Vector>(&self, add: *const u8, n: usize) -> V {
-        // SAFETY: the contract of `finish`.
-        unsafe {
-            let v = V::load_as(self.add, add, n);
-            if (self.add_scale, self.add_zero) == (1.0, 0.0) {
-                return v;
-            }
-            v.add(V::splat(-self.add_zero)).mul(V::splat(self.add_scale))
-        }
-    }
-}
 
 /// One image's convolution. Pointers are to its first output pixel, its window and its residual; all strides are bytes.
 pub(crate) struct ConvArgs<'a> {
@@ -148,6 +49,28 @@ pub(crate) struct ConvArgs<'a> {
 }
 
 impl<'a> ConvArgs<'a> {
+    /// Where the sums go of the pixels from column `x` of row `y` on and of `width` lanes from channel `first` on.
+    #[inline(always)]
+    pub fn destination(&self, (y, x): (usize, usize), first: usize, width: usize) -> Destination<'_> {
+        let at = |storage: Storage| first * storage.bytes();
+        let add_y = self.add_rows.get(y).map_or(y, |&r| r as usize);
+        Destination {
+            output: self.output.wrapping_add(y * self.out_row + x * self.out_pixel + at(self.rule.output)),
+            out_pixel: self.out_pixel,
+            channels: (self.channels - first).min(width),
+            rule: &self.rule,
+            // It may be null: no claims.
+            add: self.add.wrapping_add(add_y * self.add_row + at(self.rule.add)),
+            add_pixel: self.add_pixel,
+            add_columns: if self.add_columns.is_empty() {
+                std::ptr::null()
+            } else {
+                self.add_columns.as_ptr()
+            },
+            x,
+        }
+    }
+
     /// A matrix product of f32: `pixels` rows of `run` values, `in_pixel` apart, by packed weights to `channels` sums each,
     /// `out_pixel` apart. `start` has one value a lane.
     pub fn product(
@@ -183,75 +106,6 @@ impl<'a> ConvArgs<'a> {
     }
 }
 
-/// Where the sums of some pixels of one row and one panel go, and by way of what.
-pub(crate) struct Target<'a> {
-    output: *mut u8,
-    out_pixel: usize,
-    /// Channels of the panel that exist.
-    channels: usize,
-    pub rule: &'a Rule,
-    /// Row of the residual at the panel's first channel.
-    add: *const u8,
-    add_pixel: usize,
-    add_columns: *const u32,
-    x: usize,
-}
-
-impl<'a> Target<'a> {
-    /// For the pixels from column `x` of row `y` on and the panel of `width` lanes that begins with channel `first`.
-    #[inline(always)]
-    pub fn new(a: &'a ConvArgs, (y, x): (usize, usize), first: usize, width: usize) -> Self {
-        let at = |storage: Storage| first * storage.bytes();
-        let add_y = a.add_rows.get(y).map_or(y, |&r| r as usize);
-        Self {
-            // No claims: the residual's pointer may be null.
-            output: a.output.wrapping_add(y * a.out_row + x * a.out_pixel + at(a.rule.output)),
-            out_pixel: a.out_pixel,
-            channels: (a.channels - first).min(width),
-            rule: &a.rule,
-            add: a.add.wrapping_add(add_y * a.add_row + at(a.rule.add)),
-            add_pixel: a.add_pixel,
-            add_columns: if a.add_columns.is_empty() { std::ptr::null() } else { a.add_columns.as_ptr() },
-            x,
-        }
-    }
-
-    /// Registers of so many lanes all of which are channels.
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    pub fn registers(&self, lanes: usize) -> usize {
-        self.channels / lanes
-    }
-
-    /// Where pixel `m` of the residual, if there is one, and of the output are.
-    ///
-    /// # Safety
-    /// The output has that pixel.
-    #[inline(always)]
-    pub unsafe fn pixel(&self, m: usize) -> (*const u8, *mut u8) {
-        // SAFETY: the caller's contract.
-        unsafe { (residual(self, m), self.output.add(m * self.out_pixel)) }
-    }
-
-    /// Asks for the lines of some pixels and so many lanes of residual and output, ahead of their use.
-    ///
-    /// # Safety
-    /// The output has these pixels; the caller is compiled for V's ISA.
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    pub unsafe fn ask<V: Vector>(&self, pixels: Range<usize>, lanes: usize) {
-        // SAFETY: prefetches may point anywhere; residual columns as in `pixel`.
-        unsafe {
-            for m in pixels {
-                ask::<V>(self.output.wrapping_add(m * self.out_pixel), lanes * self.rule.output.bytes());
-                if self.rule.residual != Residual::None {
-                    ask::<V>(residual(self, m), lanes * self.rule.add.bytes());
-                }
-            }
-        }
-    }
-}
-
 /// MR pixels x one panel.
 pub(crate) struct Tile<'a> {
     input: *const u8,
@@ -262,15 +116,12 @@ pub(crate) struct Tile<'a> {
     start: *const u32,
     scale: *const f32,
     bias: *const f32,
-    to: Target<'a>,
+    to: Destination<'a>,
     /// Bytes from a pixel of the input to the one at the same place of the tile that comes next, to be asked for; 0 for none.
     ahead: usize,
     /// [`store`], compiled for the ISA.
     store: StoreRun,
 }
-
-/// What becomes of a tile's values: so many pixels of so many registers.
-pub(crate) type StoreRun = unsafe fn(&Target, values: *const f32, pixels: usize, registers: usize);
 
 /// What a convolution multiplies: four bytes of input by four of weights, into one sum a lane.
 pub(crate) trait Product {
@@ -402,7 +253,7 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
                         // These may be null: no claims.
                         scale: a.scale.wrapping_add(first),
                         bias: a.bias.wrapping_add(first),
-                        to: Target::new(a, (y, x), first, 2 * lanes),
+                        to: a.destination((y, x), first, 2 * lanes),
                         ahead: if p == panels.start { ahead } else { 0 },
                         store: T::STORE,
                     };
@@ -486,7 +337,7 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
         }
         let to = &t.to;
         let plain = to.rule.residual == Residual::None && to.rule.output == Storage::F32;
-        if P::SINGLE && plain && to.channels >= NR * lanes {
+        if P::SINGLE && plain && to.registers(lanes) >= NR {
             let slope = P::Values::splat(to.rule.slope);
             unroll!(m < MR, {
                 let out = to.output.add(m * to.out_pixel).cast::<f32>();
@@ -511,136 +362,10 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
 /// Values of the largest tile.
 const MOST_VALUES: usize = 14 * 2 * 16;
 
-/// Bytes of a cache line, on most CPUs.
-const LINE: usize = 64;
-
-/// Asks for the lines of so many bytes from `first` on, wherever that points, ahead of their use.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(crate) unsafe fn ask<V: Vector>(first: *const u8, bytes: usize) {
-    for line in (0..bytes).step_by(LINE) {
-        // SAFETY: a prefetch may point anywhere; the caller is compiled for V's ISA.
-        unsafe { V::prefetch(first.wrapping_add(line)) };
-    }
-}
-
-/// Where the residual of pixel `m` is.
-#[inline(always)]
-unsafe fn residual(t: &Target, m: usize) -> *const u8 {
-    let x = t.x + m;
-    // SAFETY: the contract of `block`: a table has an entry for every column.
-    let column = unsafe { t.add_columns.as_ref().map_or(x, |_| *t.add_columns.add(x) as usize) };
-    t.add.wrapping_add(column * t.add_pixel)
-}
-
 /// Register `r` of a tile's sums in f32.
 #[inline(always)]
 unsafe fn finish<P: Product>(t: &Tile, sums: P::Sums, r: usize) -> P::Values {
     let at = r * P::Values::LANES;
     // SAFETY: the contract of `block`.
     unsafe { P::finish(sums, t.scale.wrapping_add(at), t.bias.wrapping_add(at)) }
-}
-
-/// What becomes of a tile's values, pixels of `registers` registers each: residual, activation, store.
-///
-/// # Safety
-/// The contract of [`block`], for the arguments that the target was made of; `values` are there.
-#[inline(always)]
-pub(crate) unsafe fn store<V: Vector>(t: &Target, values: *const f32, pixels: usize, registers: usize) {
-    let rule = t.rule;
-    let full = t.channels >= registers * V::LANES;
-    let scaled = (rule.add_scale, rule.add_zero) != (1.0, 0.0);
-    // SAFETY: the same contract.
-    unsafe {
-        match (rule.residual, rule.add, rule.output) {
-            (Residual::None, _, Storage::F32) if full => {
-                store_full::<V, F32, NONE>(t, values, pixels, registers)
-            }
-            (Residual::None, _, Storage::Bf16) if full => {
-                store_full::<V, BF16, NONE>(t, values, pixels, registers)
-            }
-            (Residual::None, _, Storage::U8) if full => {
-                store_full::<V, U8, NONE>(t, values, pixels, registers)
-            }
-            (_, Storage::F32, Storage::F32) if full => {
-                store_full::<V, F32, ADDED>(t, values, pixels, registers)
-            }
-            (_, Storage::Bf16, Storage::Bf16) if full && !scaled => {
-                store_full::<V, BF16, ADDED>(t, values, pixels, registers)
-            }
-            _ => {
-                for m in 0..pixels {
-                    for r in 0..registers {
-                        let v = V::load(values.add((m * registers + r) * V::LANES));
-                        store_register(t, v, m, r);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// What becomes of register `r` of pixel `m`, some lanes of which may be no channels.
-///
-/// # Safety
-/// As [`store`].
-#[inline(always)]
-pub(crate) unsafe fn store_register<V: Vector>(t: &Target, v: V, m: usize, r: usize) {
-    let at = r * V::LANES;
-    let n = t.channels.saturating_sub(at).min(V::LANES);
-    // SAFETY: the caller's contract.
-    unsafe {
-        let (add, out) = t.pixel(m);
-        let to = out.wrapping_add(at * t.rule.output.bytes());
-        t.rule.finish(v, add.wrapping_add(at * t.rule.add.bytes()), to, n);
-    }
-}
-
-// What is known to the compiler of [`store_full`]: how output and residual are stored, whether there is one.
-const F32: usize = 0;
-const BF16: usize = 1;
-const U8: usize = 2;
-const NONE: bool = false;
-const ADDED: bool = true;
-
-/// As [`store`], where all lanes are channels.
-#[inline(always)]
-unsafe fn store_full<V: Vector, const T: usize, const RESIDUAL: bool>(
-    t: &Target,
-    values: *const f32,
-    pixels: usize,
-    registers: usize,
-) {
-    let storage = [Storage::F32, Storage::Bf16, Storage::U8][T];
-    // SAFETY: the contract of `store`.
-    unsafe {
-        let (slope, zero) = (V::splat(t.rule.slope), V::splat(t.rule.zero));
-        let after = t.rule.residual == Residual::AfterActivation;
-        for m in 0..pixels {
-            let (add, out) = (residual(t, m), t.output.add(m * t.out_pixel));
-            for r in 0..registers {
-                let at = r * V::LANES * storage.bytes();
-                let v = V::load(values.add((m * registers + r) * V::LANES));
-                let v = if RESIDUAL {
-                    let other = V::load_as(storage, add.add(at), V::LANES);
-                    if after {
-                        activate(v, slope).add(other)
-                    } else {
-                        activate(v.add(other), slope)
-                    }
-                } else {
-                    activate(v, slope)
-                };
-                let v = if T == U8 { v.add(zero) } else { v };
-                v.store_as(storage, out.add(at), V::LANES);
-            }
-        }
-    }
-}
-
-/// max(slope * x, x): identity at slope 1, ReLU at 0, leaky between.
-#[inline(always)]
-pub(crate) unsafe fn activate<V: Vector>(x: V, slope: V) -> V {
-    // SAFETY: register arithmetic only; the caller is compiled for V's ISA.
-    unsafe { x.mul(slope).max(x) }
 }

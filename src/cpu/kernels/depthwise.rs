@@ -1,7 +1,8 @@
 //! Depthwise convolution over channels-last maps: a register holds consecutive channels of one
 //! pixel, every channel has its own window weights.
 
-use super::conv::{activate, unroll};
+use super::conv::unroll;
+use super::epilogue::activate;
 use super::Vector;
 use crate::cpu::arena::Storage;
 use std::ops::Range;

@@ -8,6 +8,7 @@
 pub(crate) mod backward;
 pub(crate) mod conv;
 pub(crate) mod depthwise;
+pub(crate) mod epilogue;
 pub(crate) mod simple;
 pub(crate) mod winograd;
 
@@ -221,7 +222,7 @@ impl ConvKernel {
         match input {
             Storage::F32 => Self { lanes: kernels.lanes, offset: 0, tiles: false, run: kernels.conv },
             #[cfg(target_arch = "x86_64")]
-            Storage::Bf16 if super::conv::multiplies_bf16(isa) => avx512::bf16::KERNEL,
+            Storage::Bf16 if isa.multiplies_bf16() => avx512::bf16::KERNEL,
             #[cfg(target_arch = "x86_64")]
             Storage::U8 if isa >= Isa::Avx512 && is_x86_feature_detected!("avx512vnni") => avx512::u8::KERNEL,
             #[cfg(target_arch = "x86_64")]
@@ -307,7 +308,7 @@ macro_rules! conv_kernel {
     ($module:ident, $product:ty, [$(#[$attr:meta])?], wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
         pub(in $crate::cpu::kernels) mod $module {
             use super::*;
-            use $crate::cpu::kernels::{conv, Vector};
+            use $crate::cpu::kernels::{conv, epilogue, Vector};
 
             $(#[$attr])?
             unsafe fn tile_wide<const MR: usize>(t: &conv::Tile) {
@@ -322,10 +323,10 @@ macro_rules! conv_kernel {
             }
 
             $(#[$attr])?
-            unsafe fn store(t: &conv::Target, values: *const f32, pixels: usize, registers: usize) {
+            unsafe fn store(t: &epilogue::Destination, values: *const f32, pixels: usize, registers: usize) {
                 // SAFETY: the caller keeps the contract of the function called.
                 unsafe {
-                    conv::store::<<$product as conv::Product>::Values>(t, values, pixels, registers)
+                    epilogue::store::<<$product as conv::Product>::Values>(t, values, pixels, registers)
                 }
             }
 
@@ -334,7 +335,7 @@ macro_rules! conv_kernel {
                 const WIDE: usize = { let all = [$($wide),+]; all[0] };
                 const NARROW: usize = { let all = [$($narrow),+]; all[0] };
                 const LANES: usize = <<$product as conv::Product>::Values as Vector>::LANES;
-                const STORE: conv::StoreRun = store;
+                const STORE: epilogue::StoreRun = store;
                 #[inline(always)]
                 unsafe fn run(pixels: usize, wide: bool, t: &conv::Tile) {
                     // SAFETY: the caller keeps the contract of the function called.

@@ -1,12 +1,12 @@
 //! Kernels bound by memory: pooling, interpolation, addition, copies.
 
-use super::conv::activate;
+use super::epilogue::activate;
 use super::Vector;
 use crate::cpu::arena::Storage;
 use std::ops::Range;
 
 /// Channels of a network's input in bf16: two words a pixel.
-pub(crate) const WIDE: usize = 4;
+pub(crate) const WIDENED: usize = 4;
 
 /// Max pooling of one image. Windows are clipped to the map, so padding never wins.
 pub(crate) struct PoolArgs {

@@ -2,7 +2,7 @@
 //! `A^T ((G g G^T) * (B^T d B)) A` of its 6x6 inputs `d` and the 3x3 kernel `g`, where `*` is a product for each of the 36
 //! positions, summed over the input channels: 36 multiplications where the plain sum takes 144.
 
-use super::conv::Rule;
+use super::epilogue::Rule;
 use super::Vector;
 use crate::cpu::arena::Storage;
 

@@ -2,7 +2,7 @@
 
 use super::Conv2d;
 use crate::cpu::arena::Storage;
-use crate::cpu::conv::{multiplies_bf16, ConvOp, DepthwiseOp, Formats, Residual, Window};
+use crate::cpu::conv::{ConvOp, DepthwiseOp, Formats, Residual, Window};
 use crate::cpu::program::Kind;
 use crate::cpu::winograd::WinogradOp;
 use crate::cpu::{Isa, Op};
@@ -53,7 +53,7 @@ fn winograd_pays(conv: &Conv2d, formats: &Formats, isa: Isa) -> bool {
         _ if formats.output.storage == Storage::U8 => return false,
         Storage::U8 => return false,
         Storage::Bf16 if isa.has_tiles() => return false,
-        Storage::Bf16 if multiplies_bf16(isa) => WINOGRAD_CHANNELS_BF16,
+        Storage::Bf16 if isa.multiplies_bf16() => WINOGRAD_CHANNELS_BF16,
         _ => WINOGRAD_CHANNELS,
     };
     let plain = conv.kernel == [3, 3] && conv.stride == [1, 1] && conv.dilation == [1, 1] && conv.groups == 1;
