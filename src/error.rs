@@ -33,6 +33,9 @@ pub enum Error {
     /// The machine or this build lacks what was required (ISA, CUDA library, feature).
     #[error("unsupported: {0}")]
     Unsupported(String),
+    /// A CUDA device or library failed; the text names the call.
+    #[error("CUDA: {0}")]
+    Cuda(String),
     /// The caller's buffer is too small.
     #[error("buffer too small: {needed} needed, room for {capacity}")]
     BufferTooSmall {

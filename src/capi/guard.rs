@@ -46,6 +46,7 @@ impl Failure {
             Error::Unsupported(_) => FARFACE_ERROR_UNSUPPORTED,
             Error::BufferTooSmall { .. } => FARFACE_ERROR_BUFFER_TOO_SMALL,
             Error::Internal(_) => FARFACE_ERROR_INTERNAL,
+            Error::Cuda(_) => FARFACE_ERROR_CUDA,
         }
     }
 }

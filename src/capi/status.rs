@@ -38,6 +38,9 @@ pub const FARFACE_ERROR_BUSY: farface_status = 8;
 /// A bug in the library; please report it. The session concerned can only be destroyed.
 pub const FARFACE_ERROR_INTERNAL: farface_status = 9;
 
+/// A CUDA device or one of its libraries failed in a call; the message names it. The session may be used again.
+pub const FARFACE_ERROR_CUDA: farface_status = 10;
+
 /// A few words for a status; "unknown status" for a number that is none. The text is static.
 ///
 /// Threads: any.
@@ -54,6 +57,7 @@ pub extern "C" fn farface_status_string(status: farface_status) -> *const c_char
         FARFACE_ERROR_BUFFER_TOO_SMALL => c"buffer too small",
         FARFACE_ERROR_BUSY => c"session busy",
         FARFACE_ERROR_INTERNAL => c"internal error",
+        FARFACE_ERROR_CUDA => c"CUDA error",
         _ => c"unknown status",
     };
     text.as_ptr()

@@ -1,4 +1,12 @@
-//! NVIDIA libraries: which of them this machine has. The backend itself is not written yet; a session that
-//! requires CUDA is refused with the first thing that is missing.
+//! Raw CUDA: libraries found at run time, contexts, memory, streams, graphs, and the kernels of `cuda/`. Knows nothing of layers.
+//!
+//! Nothing here is linked: where a library or a device is missing, that is an error that names it, and the CPU runs on.
 
+pub mod driver;
+pub mod kernels;
+pub mod map;
+pub mod memory;
+mod nvrtc;
+pub mod ops;
 pub mod probe;
+pub mod program;

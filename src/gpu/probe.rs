@@ -1,12 +1,18 @@
-//! Looks for the NVIDIA libraries without opening a device. cudarc panics where a library is
-//! missing, so nothing may call into one that was not found here.
+//! NVIDIA's libraries: which of them there are, and where.
+//!
+//! Each is looked for where the dynamic loader looks, then in the folders that `FARFACE_CUDA_PATH`, `CUDA_HOME` and `CUDA_PATH` name,
+//! then in `/usr/local/cuda`, then in pip's `nvidia` packages of the active Python environment. What was found stays open: cudarc,
+//! which asks for libraries by name and panics where one is missing, then gets the same ones.
 
 use crate::error::{Error, Result};
+use libloading::Library as Handle;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// A library the CUDA backend uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Library {
-    /// The driver, `libcuda.so.1`.
+    /// The driver.
     Driver,
     /// Run-time compiler of kernels.
     Nvrtc,
@@ -23,40 +29,98 @@ impl Library {
     pub const ALL: [Library; 5] =
         [Library::Driver, Library::Nvrtc, Library::Cublas, Library::CublasLt, Library::Cudnn];
 
-    /// File name and the package that brings it.
-    fn names(self) -> (&'static str, &'static str) {
+    /// File names, newest first.
+    fn names(self) -> &'static [&'static str] {
         match self {
-            Library::Driver => ("libcuda.so.1", "the NVIDIA driver"),
-            Library::Nvrtc => ("libnvrtc.so", "the CUDA toolkit or the nvidia-cuda-nvrtc wheel"),
-            Library::Cublas => ("libcublas.so", "the CUDA toolkit or the nvidia-cublas wheel"),
-            Library::CublasLt => ("libcublasLt.so", "the CUDA toolkit or the nvidia-cublas wheel"),
-            Library::Cudnn => ("libcudnn.so", "cuDNN 9 or the nvidia-cudnn wheel"),
+            Library::Driver => &["libcuda.so.1", "libcuda.so"],
+            Library::Nvrtc => &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2", "libnvrtc.so"],
+            Library::Cublas => &["libcublas.so.13", "libcublas.so.12", "libcublas.so.11", "libcublas.so"],
+            Library::CublasLt => {
+                &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so.11", "libcublasLt.so"]
+            }
+            Library::Cudnn => &["libcudnn.so.9", "libcudnn.so"],
         }
     }
 
-    /// Whether the dynamic loader finds it.
-    pub fn is_present(self) -> bool {
-        // SAFETY: the probes load a library by name and drop it again; loading runs the library's own
-        // initialisers, as any program that links it does.
-        unsafe {
-            match self {
-                Library::Driver => cudarc::driver::sys::is_culib_present(),
-                Library::Nvrtc => cudarc::nvrtc::sys::is_culib_present(),
-                Library::Cublas => cudarc::cublas::sys::is_culib_present(),
-                Library::CublasLt => cudarc::cublaslt::sys::is_culib_present(),
-                Library::Cudnn => cudarc::cudnn::sys::is_culib_present(),
-            }
+    /// The package that brings it.
+    fn source(self) -> &'static str {
+        match self {
+            Library::Driver => "the NVIDIA driver",
+            Library::Nvrtc => "the CUDA toolkit or pip's nvidia-cuda-nvrtc",
+            Library::Cublas | Library::CublasLt => "the CUDA toolkit or pip's nvidia-cublas",
+            Library::Cudnn => "cuDNN 9 or pip's nvidia-cudnn",
         }
+    }
+
+    /// Whether it is there.
+    pub fn is_present(self) -> bool {
+        self.open().is_some()
     }
 
     /// An error that names the library and where it comes from, unless it is there.
     pub fn require(self) -> Result<()> {
-        if self.is_present() {
-            return Ok(());
-        }
-        let (file, source) = self.names();
-        Err(Error::Unsupported(format!("{file} was not found; install {source}")))
+        self.handle().map(|_| ())
     }
+
+    /// The open library.
+    pub(super) fn handle(self) -> Result<&'static Handle> {
+        self.open().ok_or_else(|| {
+            let names = self.names();
+            Error::Unsupported(format!("{} was not found; install {}", names[0], self.source()))
+        })
+    }
+
+    fn open(self) -> Option<&'static Handle> {
+        static OPEN: [OnceLock<Option<Handle>>; Library::ALL.len()] =
+            [const { OnceLock::new() }; Library::ALL.len()];
+        OPEN[self as usize].get_or_init(|| self.find()).as_ref()
+    }
+
+    fn find(self) -> Option<Handle> {
+        // The driver comes with the system, never with a toolkit, whose libcuda is a stub.
+        let folders = if self == Library::Driver { Vec::new() } else { folders() };
+        let by_name = self.names().iter().map(PathBuf::from);
+        let in_folders = folders.iter().flat_map(|f| self.names().iter().map(move |n| f.join(n)));
+        by_name.chain(in_folders).find_map(|path| load(&path))
+    }
+}
+
+/// Opens a library such that others that ask for its name get it.
+fn load(path: &Path) -> Option<Handle> {
+    // SAFETY: loading runs the library's own initialisers, as any program that links it does.
+    #[cfg(unix)]
+    let opened = unsafe {
+        use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+        Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL).map(Handle::from)
+    };
+    #[cfg(not(unix))]
+    // SAFETY: as above.
+    let opened = unsafe { Handle::new(path) };
+    opened.ok()
+}
+
+/// Folders of toolkits and pip packages.
+fn folders() -> Vec<PathBuf> {
+    let named = ["FARFACE_CUDA_PATH", "CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
+    let toolkits = named.map(PathBuf::from).chain([PathBuf::from("/usr/local/cuda")]);
+    let mut folders: Vec<PathBuf> =
+        toolkits.flat_map(|root| [root.join("lib64"), root.join("lib"), root]).collect();
+    let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os);
+    for environment in environments {
+        for python in entries(&Path::new(&environment).join("lib")) {
+            let packages = entries(&python.join("site-packages/nvidia"));
+            folders.extend(packages.into_iter().map(|package| package.join("lib")));
+        }
+    }
+    folders
+}
+
+/// What lies in a folder, in the order of its names; nothing where it cannot be read.
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    let found = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut paths: Vec<PathBuf> = found.map(|entry| entry.path()).collect();
+    paths.sort();
+    paths
 }
 
 #[cfg(test)]
@@ -68,7 +132,7 @@ mod tests {
         for library in Library::ALL {
             match library.require() {
                 Ok(()) => assert!(library.is_present()),
-                Err(e) => assert!(e.to_string().contains(library.names().0), "{e}"),
+                Err(e) => assert!(e.to_string().contains(library.names()[0]), "{e}"),
             }
         }
     }

@@ -49,7 +49,7 @@ pub struct Compiled {
 type Made = (Chain, Formats, Option<usize>, Arc<Op>);
 
 /// Rows and columns of a node where they do not depend on the network's input.
-fn static_size(graph: &Graph, id: NodeId) -> Option<[usize; 2]> {
+pub(super) fn static_size(graph: &Graph, id: NodeId) -> Option<[usize; 2]> {
     let node = &graph.nodes[id.0];
     match node.layer()? {
         Layer::RoiAlign(r) => Some(r.output),
@@ -236,7 +236,7 @@ impl Compiled {
 }
 
 /// Weights and bias of a chain.
-fn affine(graph: &Graph, weights: &Weights, chain: &Chain) -> Result<Affine> {
+pub(super) fn affine(graph: &Graph, weights: &Weights, chain: &Chain) -> Result<Affine> {
     let node = &graph.nodes[chain.start.0];
     let affine = Affine::of(graph, chain.start, weights)?;
     let mut affine = affine.ok_or_else(|| Error::Internal(format!("layer {} starts no chain", node.name)))?;

@@ -5,6 +5,8 @@ pub mod build;
 pub mod calibrate;
 pub mod compile;
 pub mod demand;
+#[cfg(feature = "cuda")]
+pub mod device;
 mod equalize;
 pub mod exec;
 mod fold;
@@ -21,6 +23,8 @@ pub use build::{Builder, Graph, NodeId};
 pub use calibrate::{Calibration, Clip};
 pub use compile::Compiled;
 pub use demand::Want;
+#[cfg(feature = "cuda")]
+pub use device::{DeviceNetwork, DevicePlan};
 pub use exec::run_reference;
 pub use formats::{Numbers, Ranges};
 pub use plan::{Plan, StepInfo};

@@ -1,6 +1,8 @@
 //! Activations: ReLU, leaky ReLU, sigmoid, and softmax over groups of channels.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
 #[cfg(feature = "train")]
 use super::expect_shape;

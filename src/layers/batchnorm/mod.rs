@@ -1,6 +1,8 @@
 //! Batch normalisation over N, H, W for every channel.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
 #[cfg(feature = "train")]
 use super::expect_shape;

@@ -1,6 +1,8 @@
 //! Layers that join or cut maps: add, concat, crop.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
 #[cfg(feature = "train")]
 use super::expect_shape;

@@ -1,6 +1,8 @@
 //! 2-D convolution: groups, depthwise, dilation, stride, per-axis kernel and asymmetric padding.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
 #[cfg(feature = "train")]
 use super::expect_shape;

@@ -1,6 +1,8 @@
 //! 2-D transposed convolution (the gradient of a convolution with respect to its input).
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
 #[cfg(feature = "train")]
 use super::expect_shape;

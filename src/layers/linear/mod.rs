@@ -1,6 +1,8 @@
 //! Fully connected layer.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
 #[cfg(feature = "train")]
 use super::expect_shape;

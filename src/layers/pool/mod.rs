@@ -1,6 +1,8 @@
 //! Max pooling and global average pooling.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
 #[cfg(feature = "train")]
 use super::expect_shape;

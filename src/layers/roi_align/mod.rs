@@ -1,6 +1,8 @@
 //! RoIAlign (He et al., Mask R-CNN): bilinear samples averaged in each bin of a box.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
 #[cfg(feature = "train")]
 use super::expect_shape;

@@ -1,6 +1,8 @@
 //! Nearest and bilinear interpolation, by a factor or to another map's size.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
 #[cfg(feature = "train")]
 use super::expect_shape;

@@ -1,0 +1,186 @@
+// What every kernel file begins with: types of two bytes, vectors of sixteen, and the way a kernel is declared.
+//
+// Kernels take one struct by value, whose fields stand in src/gpu in the same order. They include no header of the CUDA toolkit, so that
+// NVRTC alone compiles them; tests compile the same files as C++, where FARFACE_EMULATED is defined (tests/cuda/emulator).
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+struct f16 {
+    u16 bits;
+};
+struct bf16 {
+    u16 bits;
+};
+
+// Sixteen bytes, loaded and stored at once.
+struct __align__(16) Vec16 {
+    u32 words[4];
+};
+
+#define DEVICE static __device__ __forceinline__
+
+#ifndef FARFACE_EMULATED
+
+// A kernel of this name, for blocks of `threads` threads, that takes `Args a`.
+#define KERNEL(name, Args, threads) \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args a)
+
+DEVICE float to_float(f16 v)
+{
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+    return f;
+}
+DEVICE u16 f16_bits(float v)
+{
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+    return bits;
+}
+
+// Sixteen bytes from global to shared memory, to be waited for; zeros where `inside` is false.
+DEVICE void copy_async(void *shared, const void *global, bool inside)
+{
+#if __CUDA_ARCH__ >= 800
+    u32 to = (u32)__cvta_generic_to_shared(shared);
+    int bytes = inside ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+#else
+    Vec16 zeros = {{0, 0, 0, 0}};
+    *(Vec16 *)shared = inside ? *(const Vec16 *)global : zeros;
+#endif
+}
+// Ends a group of copies.
+DEVICE void copy_commit()
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits until at most `N` groups of copies are under way.
+template <int N> DEVICE void copy_wait()
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
+DEVICE void load_matrices(u32 r[4], const void *row)
+{
+    u32 from = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+// c += a * b on tensor cores: 16x16 by 16x8.
+DEVICE void multiply(float c[4], const u32 a[4], u32 b0, u32 b1, f16)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif __CUDA_ARCH__ >= 750
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+DEVICE void multiply(float c[4], const u32 a[4], u32 b0, u32 b1, bf16)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// The block's dynamic shared memory.
+DEVICE u8 *shared_bytes()
+{
+    extern __shared__ __align__(128) u8 farface_shared[];
+    return farface_shared;
+}
+
+#else
+
+DEVICE float to_float(f16 v);
+DEVICE u16 f16_bits(float v);
+
+#endif
+
+DEVICE float to_float(float v) { return v; }
+DEVICE float to_float(bf16 v) { return __uint_as_float((u32)v.bits << 16); }
+
+// To the nearest value of a type, ties to even; f16 ends at its largest number rather than at infinity, NaN stays NaN.
+DEVICE void set(float &to, float v) { to = v; }
+DEVICE void set(f16 &to, float v)
+{
+    float most = 65504.0f;
+    to.bits = f16_bits(v > most ? most : v < -most ? -most : v);
+}
+DEVICE void set(bf16 &to, float v)
+{
+    u32 bits = __float_as_uint(v);
+    // A NaN stays one where its low half would round it away.
+    to.bits = v != v ? (u16)(bits >> 16 | 0x40) : (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// max(v, slope * v), slope 0 to 1: ReLU, leaky ReLU or nothing.
+DEVICE float activate(float v, float slope)
+{
+    float scaled = v * slope;
+    return v > scaled ? v : scaled;
+}
+
+// A map of images in channels-last order; strides are elements. Behind the channels of a pixel are `tail` more that hold zeros.
+struct Map {
+    void *data;
+    i64 image, row, pixel;
+    int n, h, w, c;
+    // What its elements are: 0 f32, 1 f16, 2 bf16.
+    int type;
+    int tail;
+};
+
+template <class T> DEVICE T *pixel_of(const Map &m, int n, int y, int x)
+{
+    return (T *)m.data + n * m.image + y * m.row + x * m.pixel;
+}
+
+// Whatever the type.
+DEVICE float load(const Map &m, i64 at)
+{
+    switch (m.type) {
+    case 1: return to_float(((const f16 *)m.data)[at]);
+    case 2: return to_float(((const bf16 *)m.data)[at]);
+    default: return ((const float *)m.data)[at];
+    }
+}
+DEVICE void store(const Map &m, i64 at, float v)
+{
+    switch (m.type) {
+    case 1: set(((f16 *)m.data)[at], v); break;
+    case 2: set(((bf16 *)m.data)[at], v); break;
+    default: ((float *)m.data)[at] = v;
+    }
+}
+DEVICE i64 at(const Map &m, int n, int y, int x) { return n * m.image + y * m.row + x * m.pixel; }
+
+// Source index of `dst` on an axis that goes from `from` to `to` values: PyTorch's `nearest` (layers/upsample).
+DEVICE int nearest_source(int dst, int from, int to)
+{
+    float scale = __fdiv_rn((float)from, (float)to);
+    int source = (int)__fmul_rn((float)dst, scale);
+    return source < from - 1 ? source : from - 1;
+}

@@ -1,0 +1,331 @@
+// Convolution as implicit matrix multiplication over channels-last maps, with what follows it: bias, residual sum, activation.
+//
+// Rows of the product are output pixels, columns output channels, its depth is taps x channels. Nothing is gathered beforehand: a
+// thread computes where a pixel's window lies and copies sixteen bytes of it at a time; what lies outside the map is zeros.
+#include "common.cuh"
+
+enum Residual { RESIDUAL_NONE, RESIDUAL_BEFORE, RESIDUAL_AFTER };
+
+struct ConvArgs {
+    Map input, output;
+    // Added to every value, before or behind the activation; of another size, it is enlarged to its nearest pixels.
+    Map add;
+    // [output channel][tap][channel], channels of a group padded to `channels`, in the input's type; f32 bias.
+    const void *weights;
+    const float *bias;
+    int kernel[2], stride[2], dilation[2], pad[2]; // pad: top, left
+    int channels;                                  // of a tap, padded
+    int groups;
+    int residual;
+    float slope;
+};
+
+struct Pixel {
+    int n, y, x;
+    bool inside;
+};
+
+DEVICE Pixel output_pixel(const ConvArgs &a, int index)
+{
+    int area = a.output.h * a.output.w;
+    Pixel p;
+    p.n = index / area;
+    int rest = index - p.n * area;
+    p.y = rest / a.output.w;
+    p.x = rest - p.y * a.output.w;
+    p.inside = p.n < a.output.n;
+    return p;
+}
+
+// Where the residual of an output pixel begins.
+DEVICE i64 residual_at(const ConvArgs &a, const Pixel &p)
+{
+    bool same = a.add.h == a.output.h && a.add.w == a.output.w;
+    int y = same ? p.y : nearest_source(p.y, a.add.h, a.output.h);
+    int x = same ? p.x : nearest_source(p.x, a.add.w, a.output.w);
+    return at(a.add, p.n, y, x);
+}
+
+// Writes the sum of channel `c` of a pixel; channels behind the last are the tail's zeros, or none at all.
+DEVICE void finish(const ConvArgs &a, i64 to, i64 add, int c, float sum)
+{
+    if (c >= a.output.c) {
+        if (c < a.output.c + a.output.tail)
+            store(a.output, to + c, 0.0f);
+        return;
+    }
+    float v = sum + a.bias[c];
+    if (a.residual == RESIDUAL_BEFORE)
+        v += load(a.add, add + c);
+    v = activate(v, a.slope);
+    if (a.residual == RESIDUAL_AFTER)
+        v += load(a.add, add + c);
+    store(a.output, to + c, v);
+}
+
+// Tiles of BM pixels x BN channels on tensor cores, each warp WM x WN of it, the depth in chunks of 32 values, STAGES of them under way.
+// Pixels of the input lie at multiples of sixteen bytes.
+template <class T, int BM, int BN, int WM, int WN> DEVICE void conv_tiles(const ConvArgs &a)
+{
+    const int STAGES = 3, THREADS = (BM / WM) * (BN / WN) * 32;
+    const int ROWS = THREADS / 4; // rows of a chunk that all threads copy at once, four vectors each
+    const int A_COPIES = BM / ROWS, B_COPIES = (BN + ROWS - 1) / ROWS;
+    const int STAGE = (BM + BN) * 4; // vectors
+    Vec16 *stages = (Vec16 *)shared_bytes();
+
+    int columns = (a.output.c + a.output.tail + BN - 1) / BN;
+    int first_pixel = (int)(blockIdx.x / columns) * BM, first_channel = (int)(blockIdx.x % columns) * BN;
+    int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32;
+    int column = thread % 4, row = thread / 4;
+
+    // The windows' first pixels of the rows that this thread copies.
+    const T *input = (const T *)a.input.data;
+    i64 window[A_COPIES];
+    int window_y[A_COPIES], window_x[A_COPIES];
+    for (int i = 0; i < A_COPIES; i++) {
+        Pixel p = output_pixel(a, first_pixel + row + i * ROWS);
+        // So far outside that no tap comes back in.
+        window_y[i] = p.inside ? p.y * a.stride[0] - a.pad[0] : -(1 << 29);
+        window_x[i] = p.x * a.stride[1] - a.pad[1];
+        window[i] = p.inside ? at(a.input, p.n, window_y[i], window_x[i]) : 0;
+    }
+    int vectors = a.channels / 8; // of a tap
+    int depth = a.kernel[0] * a.kernel[1] * vectors;
+    int chunks = (depth + 3) / 4;
+    // The tap and the vector of it that this thread copies next.
+    int tap_y = 0, tap_x = 0, vector = column, place = column;
+    while (vector >= vectors) {
+        vector -= vectors;
+        if (++tap_x == a.kernel[1]) {
+            tap_x = 0;
+            tap_y++;
+        }
+    }
+
+    // Vectors of a row of 64 bytes, in an order in which eight rows of one column lie in different banks.
+    auto place_of = [](int row, int column) { return row * 4 + (column ^ (row / 2 & 3)); };
+    auto copy = [&](int stage) {
+        Vec16 *left = stages + stage * STAGE, *right = left + BM * 4;
+        i64 tap = tap_y * a.dilation[0] * a.input.row + tap_x * a.dilation[1] * a.input.pixel + vector * 8;
+        for (int i = 0; i < A_COPIES; i++) {
+            int y = window_y[i] + tap_y * a.dilation[0], x = window_x[i] + tap_x * a.dilation[1];
+            bool inside = tap_y < a.kernel[0] && y >= 0 && y < a.input.h && x >= 0 && x < a.input.w;
+            copy_async(left + place_of(row + i * ROWS, column), inside ? input + window[i] + tap : input, inside);
+        }
+        const T *weights = (const T *)a.weights;
+        for (int i = 0; i < B_COPIES; i++) {
+            int r = row + i * ROWS, channel = first_channel + r;
+            bool inside = channel < a.output.c && place < depth;
+            if (r < BN)
+                copy_async(right + place_of(r, column),
+                           inside ? weights + ((i64)channel * depth + place) * 8 : weights, inside);
+        }
+        place += 4;
+        vector += 4;
+        while (vector >= vectors) {
+            vector -= vectors;
+            if (++tap_x == a.kernel[1]) {
+                tap_x = 0;
+                tap_y++;
+            }
+        }
+    };
+
+    float sums[WM / 16][WN / 8][4] = {};
+    int warp_row = warp / (BN / WN) * WM, warp_column = warp % (BN / WN) * WN;
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (s < chunks)
+            copy(s);
+        copy_commit();
+    }
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        copy_wait<STAGES - 2>();
+        __syncthreads();
+        // The stage that was read before the barrier.
+        if (chunk + STAGES - 1 < chunks)
+            copy((chunk + STAGES - 1) % STAGES);
+        copy_commit();
+        const Vec16 *left = stages + chunk % STAGES * STAGE, *right = left + BM * 4;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            u32 b[WN / 8][2];
+#pragma unroll
+            for (int j = 0; j < WN / 16; j++) {
+                int r = warp_column + j * 16 + lane / 16 * 8 + lane % 8;
+                u32 four[4];
+                load_matrices(four, right + place_of(r, k * 2 + lane / 8 % 2));
+                b[j * 2][0] = four[0];
+                b[j * 2][1] = four[1];
+                b[j * 2 + 1][0] = four[2];
+                b[j * 2 + 1][1] = four[3];
+            }
+#pragma unroll
+            for (int i = 0; i < WM / 16; i++) {
+                u32 four[4];
+                load_matrices(four, left + place_of(warp_row + i * 16 + lane % 16, k * 2 + lane / 16));
+#pragma unroll
+                for (int j = 0; j < WN / 8; j++)
+                    multiply(sums[i][j], four, b[j][0], b[j][1], T());
+            }
+        }
+    }
+
+    // A thread has two neighbouring channels of a pixel, and of the one eight rows below.
+#pragma unroll
+    for (int i = 0; i < WM / 16; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            Pixel p = output_pixel(a, first_pixel + warp_row + i * 16 + half * 8 + lane / 4);
+            if (!p.inside)
+                continue;
+            i64 to = at(a.output, p.n, p.y, p.x);
+            i64 add = a.residual == RESIDUAL_NONE ? 0 : residual_at(a, p);
+#pragma unroll
+            for (int j = 0; j < WN / 8; j++) {
+                int c = first_channel + warp_column + j * 8 + lane % 4 * 2;
+                finish(a, to, add, c, sums[i][j][half * 2]);
+                finish(a, to, add, c + 1, sums[i][j][half * 2 + 1]);
+            }
+        }
+}
+
+#define CONV_TILES(type, bm, bn, wm, wn)                                                                         \
+    KERNEL(conv_##type##_##bm##x##bn, ConvArgs, (bm / wm) * (bn / wn) * 32) { conv_tiles<type, bm, bn, wm, wn>(a); }
+
+CONV_TILES(f16, 128, 128, 64, 32)
+CONV_TILES(f16, 128, 64, 64, 32)
+CONV_TILES(f16, 64, 64, 32, 32)
+CONV_TILES(f16, 128, 32, 32, 32)
+CONV_TILES(f16, 128, 16, 32, 16)
+CONV_TILES(bf16, 128, 128, 64, 32)
+CONV_TILES(bf16, 128, 64, 64, 32)
+CONV_TILES(bf16, 64, 64, 32, 32)
+CONV_TILES(bf16, 128, 32, 32, 32)
+CONV_TILES(bf16, 128, 16, 32, 16)
+
+// Any convolution, in f32: groups, f32 maps, maps at any address. Tiles of 64 pixels x 64 channels, a thread 4 x 4 of them.
+template <class T> DEVICE void conv_any(const ConvArgs &a)
+{
+    const int SIDE = 64, DEPTH = 16, PITCH = SIDE + 4;
+    float *left = (float *)shared_bytes(), *right = left + DEPTH * PITCH;
+    int each = a.output.c / a.groups, of_input = a.input.c / a.groups; // channels of a group
+    int columns = (each + a.output.tail + SIDE - 1) / SIDE;
+    int group = (int)blockIdx.y, first_channel = (int)(blockIdx.x % columns) * SIDE;
+    int first_pixel = (int)(blockIdx.x / columns) * SIDE;
+    int thread = (int)threadIdx.x;
+
+    // A thread copies four pixels or channels at one depth.
+    int copied = thread / 4, quarter = thread % 4 * 4;
+    Pixel p = output_pixel(a, first_pixel + copied);
+    int window_y = p.y * a.stride[0] - a.pad[0], window_x = p.x * a.stride[1] - a.pad[1];
+    int taps = a.kernel[0] * a.kernel[1], depth = taps * a.channels;
+    const T *weights = (const T *)a.weights;
+
+    float sums[4][4] = {};
+    int my_pixel = thread / 16 * 4, my_channel = thread % 16 * 4;
+    for (int k = 0; k < depth; k += DEPTH) {
+        for (int i = 0; i < 4; i++) {
+            int at_depth = k + quarter + i;
+            int tap = at_depth / a.channels, c = at_depth - tap * a.channels;
+            int y = window_y + tap / a.kernel[1] * a.dilation[0], x = window_x + tap % a.kernel[1] * a.dilation[1];
+            bool real = tap < taps && c < of_input;
+            bool inside = real && p.inside && y >= 0 && y < a.input.h && x >= 0 && x < a.input.w;
+            left[(quarter + i) * PITCH + copied] =
+                inside ? load(a.input, at(a.input, p.n, y, x) + group * of_input + c) : 0.0f;
+            int channel = first_channel + copied;
+            right[(quarter + i) * PITCH + copied] =
+                real && channel < each ? to_float(weights[(i64)(group * each + channel) * depth + at_depth]) : 0.0f;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    sums[i][j] += left[d * PITCH + my_pixel + i] * right[d * PITCH + my_channel + j];
+        __syncthreads();
+    }
+    for (int i = 0; i < 4; i++) {
+        Pixel q = output_pixel(a, first_pixel + my_pixel + i);
+        if (!q.inside)
+            continue;
+        i64 to = at(a.output, q.n, q.y, q.x);
+        i64 add = a.residual == RESIDUAL_NONE ? 0 : residual_at(a, q);
+        for (int j = 0; j < 4; j++) {
+            int channel = first_channel + my_channel + j;
+            // The tail is behind the last group.
+            if (channel < each || group + 1 == a.groups)
+                finish(a, to, add, group * each + channel, sums[i][j]);
+        }
+    }
+}
+
+KERNEL(conv_f32, ConvArgs, 256) { conv_any<float>(a); }
+KERNEL(conv_f16, ConvArgs, 256) { conv_any<f16>(a); }
+KERNEL(conv_bf16, ConvArgs, 256) { conv_any<bf16>(a); }
+
+struct DepthwiseArgs {
+    Map input, output;
+    // [tap][channel] and [channel], f32.
+    const float *weights;
+    const float *bias;
+    int kernel[2], stride[2], dilation[2], pad[2];
+    float slope;
+};
+
+// A thread computes eight channels of a pixel (with the tail all pixels are whole such groups, or it goes value by value).
+template <class T> DEVICE void depthwise(const DepthwiseArgs &a)
+{
+    int groups = (a.output.c + a.output.tail + 7) / 8;
+    i64 index = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    int first = (int)(index % groups) * 8;
+    i64 pixel = index / groups;
+    int area = a.output.h * a.output.w;
+    int n = (int)(pixel / area), rest = (int)(pixel % area), y = rest / a.output.w, x = rest % a.output.w;
+    if (n >= a.output.n)
+        return;
+    int channels = min(8, a.output.c - first);
+    float sums[8];
+#pragma unroll
+    for (int c = 0; c < 8; c++)
+        sums[c] = c < channels ? a.bias[first + c] : 0.0f;
+    bool whole = channels == 8 && sizeof(T) == 2 && (u64)a.input.data % 16 == 0 && a.input.pixel % 8 == 0 &&
+                 a.input.row % 8 == 0 && a.input.image % 8 == 0;
+    for (int ky = 0; ky < a.kernel[0]; ky++) {
+        int from_y = y * a.stride[0] - a.pad[0] + ky * a.dilation[0];
+        if (from_y < 0 || from_y >= a.input.h)
+            continue;
+        for (int kx = 0; kx < a.kernel[1]; kx++) {
+            int from_x = x * a.stride[1] - a.pad[1] + kx * a.dilation[1];
+            if (from_x < 0 || from_x >= a.input.w)
+                continue;
+            const T *in = pixel_of<T>(a.input, n, from_y, from_x) + first;
+            const float *w = a.weights + (i64)(ky * a.kernel[1] + kx) * a.output.c + first;
+            if (whole) {
+                union {
+                    Vec16 vector;
+                    T values[16 / sizeof(T)];
+                } v;
+                v.vector = *(const Vec16 *)in;
+#pragma unroll
+                for (int c = 0; c < 8; c++)
+                    sums[c] += to_float(v.values[c % (16 / sizeof(T))]) * w[c];
+            } else {
+#pragma unroll
+                for (int c = 0; c < 8; c++)
+                    if (c < channels)
+                        sums[c] += to_float(in[c]) * w[c];
+            }
+        }
+    }
+    i64 to = at(a.output, n, y, x) + first;
+#pragma unroll
+    for (int c = 0; c < 8; c++)
+        if (first + c < a.output.c + a.output.tail)
+            store(a.output, to + c, c < channels ? activate(sums[c], a.slope) : 0.0f);
+}
+
+KERNEL(depthwise_f32, DepthwiseArgs, 256) { depthwise<float>(a); }
+KERNEL(depthwise_f16, DepthwiseArgs, 256) { depthwise<f16>(a); }
+KERNEL(depthwise_bf16, DepthwiseArgs, 256) { depthwise<bf16>(a); }

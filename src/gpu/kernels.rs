@@ -1,0 +1,220 @@
+//! The kernels of `cuda/`: compiled by NVRTC when one of a file is first asked for, kept in a folder, found by name.
+
+use super::driver::{cuda, Context, Stream};
+use super::nvrtc::Nvrtc;
+use crate::error::{Error, Result};
+use crate::files;
+use cudarc::driver::sys;
+use std::collections::HashMap;
+use std::ffi::{c_void, CString};
+use std::hash::{Hash, Hasher};
+use std::path::PathBuf;
+use std::ptr::null_mut;
+use std::sync::{Arc, Mutex};
+
+/// What every file includes.
+const HEADER: (&str, &str) = ("common.cuh", include_str!("../../cuda/common.cuh"));
+
+/// A file of kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// Convolutions.
+    Conv,
+    /// Pooling, interpolation, sums and the like.
+    Maps,
+}
+
+impl Source {
+    /// All of them.
+    pub const ALL: [Source; 2] = [Source::Conv, Source::Maps];
+
+    /// The file's name and its text.
+    pub fn file(self) -> (&'static str, &'static str) {
+        match self {
+            Source::Conv => ("conv.cu", include_str!("../../cuda/conv.cu")),
+            Source::Maps => ("maps.cu", include_str!("../../cuda/maps.cu")),
+        }
+    }
+}
+
+/// Code on a device.
+struct Module {
+    context: Arc<Context>,
+    raw: sys::CUmodule,
+}
+
+// SAFETY: as a context.
+unsafe impl Send for Module {}
+// SAFETY: as a context.
+unsafe impl Sync for Module {}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            // SAFETY: loaded by us; kernels of it keep it.
+            unsafe { sys::cuModuleUnload(self.raw) };
+        }
+    }
+}
+
+/// A kernel, ready to be launched.
+#[derive(Clone)]
+pub struct Kernel {
+    module: Arc<Module>,
+    name: &'static str,
+    raw: sys::CUfunction,
+}
+
+// SAFETY: as a context.
+unsafe impl Send for Kernel {}
+// SAFETY: as a context.
+unsafe impl Sync for Kernel {}
+
+impl Kernel {
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Launches `blocks` of `threads` threads with `shared` bytes of memory each, in the stream's order.
+    ///
+    /// # Safety
+    /// `args` is the kernel's struct, field by field, and whatever it points to is there for the kernel, in that order of work.
+    pub unsafe fn launch<A: Copy>(
+        &self,
+        stream: &Stream,
+        blocks: [u32; 3],
+        threads: u32,
+        shared: u32,
+        args: &A,
+    ) -> Result<()> {
+        if blocks.contains(&0) {
+            return Ok(());
+        }
+        self.module.context.bind()?;
+        let mut bytes = size_of::<A>();
+        // CU_LAUNCH_PARAM_BUFFER_POINTER, _SIZE and _END.
+        let mut extra: [*mut c_void; 5] = [
+            std::ptr::without_provenance_mut(1),
+            std::ptr::from_ref(args).cast_mut().cast(),
+            std::ptr::without_provenance_mut(2),
+            (&raw mut bytes).cast(),
+            null_mut(),
+        ];
+        let [x, y, z] = blocks;
+        // SAFETY: the caller's contract; the driver copies the arguments before it returns.
+        let launched = unsafe {
+            cuda!(cuLaunchKernel(
+                self.raw,
+                x,
+                y,
+                z,
+                threads,
+                1,
+                1,
+                shared,
+                stream.raw(),
+                null_mut(),
+                extra.as_mut_ptr()
+            ))
+        };
+        launched.map_err(|e| match e {
+            Error::Cuda(m) => Error::Cuda(format!("kernel {}: {m}", self.name)),
+            other => other,
+        })
+    }
+}
+
+/// The kernels for one context.
+pub struct Kernels {
+    context: Arc<Context>,
+    compiler: Nvrtc,
+    cache: Option<PathBuf>,
+    modules: Mutex<HashMap<Source, Arc<Module>>>,
+}
+
+impl Kernels {
+    /// Opens the compiler; nothing is compiled yet.
+    ///
+    /// Compiled code is kept in the folder `farface` of `XDG_CACHE_HOME` or `~/.cache`, or in the one that `FARFACE_CUDA_CACHE`
+    /// names; nowhere where that is `off`.
+    pub fn new(context: &Arc<Context>) -> Result<Self> {
+        Ok(Self {
+            context: context.clone(),
+            compiler: Nvrtc::open()?,
+            cache: cache_folder(),
+            modules: Mutex::default(),
+        })
+    }
+
+    /// A kernel of a file. `shared` is the most shared memory that it will be launched with.
+    pub fn get(&self, source: Source, name: &'static str, shared: u32) -> Result<Kernel> {
+        let module = self.module(source)?;
+        let c_name = CString::new(name).map_err(|_| Error::Internal("a kernel's name".into()))?;
+        let mut raw = null_mut();
+        self.context.bind()?;
+        // SAFETY: the module is loaded; the driver writes the function.
+        unsafe { cuda!(cuModuleGetFunction(&mut raw, module.raw, c_name.as_ptr())) }
+            .map_err(|e| Error::Cuda(format!("kernel {name}: {e}")))?;
+        if shared > 48 << 10 {
+            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function was found.
+            unsafe { cuda!(cuFuncSetAttribute(raw, attribute, shared as i32))? };
+        }
+        Ok(Kernel { module, name, raw })
+    }
+
+    fn module(&self, source: Source) -> Result<Arc<Module>> {
+        // Held while a file is compiled: a second session waits rather than compiling it again.
+        let mut modules = self.modules.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(module) = modules.get(&source) {
+            return Ok(module.clone());
+        }
+        let image = self.image(source)?;
+        let mut raw = null_mut();
+        self.context.bind()?;
+        // SAFETY: an image that NVRTC has made; PTX ends with a zero byte.
+        unsafe { cuda!(cuModuleLoadData(&mut raw, image.as_ptr().cast()))? };
+        let module = Arc::new(Module { context: self.context.clone(), raw });
+        modules.insert(source, module.clone());
+        Ok(module)
+    }
+
+    /// Machine code or PTX of a file, from the cache where it is there.
+    fn image(&self, source: Source) -> Result<Vec<u8>> {
+        let (name, text) = source.file();
+        let capability = self.context.capability();
+        let arch = self.compiler.arch_for(capability)?;
+        let own = arch == (capability[0] * 10 + capability[1]) as i32;
+        let kept = self.cache.as_ref().map(|folder| {
+            let mut hash = std::hash::DefaultHasher::new();
+            (HEADER.1, text, arch, own, self.compiler.version()).hash(&mut hash);
+            let stem = name.trim_end_matches(".cu");
+            let kind = if own { "cubin" } else { "ptx" };
+            folder.join(format!("{stem}-{arch}-{:016x}.{kind}", hash.finish()))
+        });
+        if let Some(image) = kept.as_ref().and_then(|path| std::fs::read(path).ok()).filter(|i| !i.is_empty()) {
+            return Ok(image);
+        }
+        let image = self.compiler.compile(name, text, HEADER, arch, own)?;
+        // What cannot be kept is compiled again the next time.
+        if let Some(path) = kept {
+            let folder = path.parent().unwrap_or(&path);
+            let _ = files::make_dir(folder).and_then(|()| files::write_whole(&path, &image));
+        }
+        Ok(image)
+    }
+}
+
+/// Where compiled code is kept.
+fn cache_folder() -> Option<PathBuf> {
+    match std::env::var_os("FARFACE_CUDA_CACHE") {
+        Some(off) if off == "off" => None,
+        Some(folder) => Some(folder.into()),
+        None => {
+            let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+            let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home)?;
+            Some(base.join("farface"))
+        }
+    }
+}

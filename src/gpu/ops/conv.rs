@@ -1,0 +1,369 @@
+//! Convolutions: weights on the device, and the tile that fits the sizes.
+
+use super::{blocks, Device, THREADS};
+use crate::error::{Error, Result};
+use crate::gpu::driver::Stream;
+use crate::gpu::kernels::{Kernel, Source};
+use crate::gpu::map::{DeviceView, Element, Map};
+use crate::gpu::memory::DeviceBuffer;
+
+/// Geometry of a window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConvWindow {
+    /// Rows and columns.
+    pub kernel: [usize; 2],
+    /// Vertical and horizontal.
+    pub stride: [usize; 2],
+    /// Vertical and horizontal.
+    pub dilation: [usize; 2],
+    /// Above and to the left.
+    pub pad: [usize; 2],
+}
+
+/// Where a second input is added, if at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Joined {
+    /// Nowhere.
+    No = 0,
+    /// Before the activation.
+    Before = 1,
+    /// Behind it.
+    After = 2,
+}
+
+/// As `int[2]`.
+fn pair([a, b]: [usize; 2]) -> [i32; 2] {
+    [a as i32, b as i32]
+}
+
+/// `ConvArgs` of `cuda/conv.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct ConvArgs {
+    input: Map,
+    output: Map,
+    add: Map,
+    weights: u64,
+    bias: u64,
+    kernel: [i32; 2],
+    stride: [i32; 2],
+    dilation: [i32; 2],
+    pad: [i32; 2],
+    channels: i32,
+    groups: i32,
+    residual: i32,
+    slope: f32,
+}
+
+/// A tile of the tensor core kernels.
+struct Tile {
+    pixels: usize,
+    channels: usize,
+    threads: u32,
+    kernel: Kernel,
+}
+
+/// Stages of a tile's copies, and values of a stage's depth: `conv_tiles` of `cuda/conv.cu`.
+const STAGES: usize = 3;
+const STAGE_DEPTH: usize = 32;
+
+impl Tile {
+    fn shared(pixels: usize, channels: usize) -> u32 {
+        (STAGES * (pixels + channels) * STAGE_DEPTH * 2) as u32
+    }
+}
+
+/// Pixels, channels and threads of the tiles, and the kernels' names for f16 and bf16.
+const TILES: [(usize, usize, u32, [&str; 2]); 5] = [
+    (128, 128, 256, ["conv_f16_128x128", "conv_bf16_128x128"]),
+    (128, 64, 128, ["conv_f16_128x64", "conv_bf16_128x64"]),
+    (64, 64, 128, ["conv_f16_64x64", "conv_bf16_64x64"]),
+    (128, 32, 128, ["conv_f16_128x32", "conv_bf16_128x32"]),
+    (128, 16, 128, ["conv_f16_128x16", "conv_bf16_128x16"]),
+];
+
+/// Pixels and channels of a tile of `conv_any`, and its shared memory.
+const ANY_SIDE: usize = 64;
+const ANY_SHARED: u32 = 2 * 16 * (64 + 4) * 4;
+
+/// A convolution with bias, residual sum and activation.
+pub struct ConvOp {
+    window: ConvWindow,
+    element: Element,
+    groups: usize,
+    /// Channels of a tap, padded.
+    channels: usize,
+    weights: DeviceBuffer,
+    bias: DeviceBuffer,
+    slope: f32,
+    joined: Joined,
+    /// For inputs whose pixels are aligned; none where there is no tensor core for them.
+    tiles: Vec<Tile>,
+    any: Kernel,
+    multiprocessors: usize,
+}
+
+impl ConvOp {
+    /// `weight` in PyTorch's order `[out, in / groups, kh, kw]`, a `bias` an output channel; of inputs of `element`.
+    pub fn new(
+        device: &Device,
+        element: Element,
+        window: ConvWindow,
+        groups: usize,
+        weight: &[f32],
+        bias: &[f32],
+        (slope, joined): (f32, Joined),
+    ) -> Result<Self> {
+        let taps = window.kernel[0] * window.kernel[1];
+        let inputs = weight.len() / (bias.len() * taps).max(1);
+        let channels = inputs.next_multiple_of(element.channel_step());
+        let packed = (0..bias.len()).flat_map(|o| {
+            (0..taps).flat_map(move |tap| {
+                (0..channels).map(move |c| if c < inputs { weight[(o * inputs + c) * taps + tap] } else { 0.0 })
+            })
+        });
+        let kernels = device.kernels();
+        let (any, column) = match element {
+            Element::F32 => ("conv_f32", 0),
+            Element::F16 => ("conv_f16", 0),
+            Element::Bf16 => ("conv_bf16", 1),
+        };
+        let tile = |&(pixels, wide, threads, names): &(usize, usize, u32, [&'static str; 2])| {
+            let kernel = kernels.get(Source::Conv, names[column], Tile::shared(pixels, wide))?;
+            Ok(Tile { pixels, channels: wide, threads, kernel })
+        };
+        let tiles = if groups == 1 && device.multiplies(element) {
+            TILES.iter().map(tile).collect::<Result<_>>()?
+        } else {
+            Vec::new()
+        };
+        Ok(Self {
+            window,
+            element,
+            groups,
+            channels,
+            weights: DeviceBuffer::of(device.uploads(), &element.encode(packed))?,
+            bias: DeviceBuffer::of(device.uploads(), bias)?,
+            slope,
+            joined,
+            tiles,
+            any: kernels.get(Source::Conv, any, ANY_SHARED)?,
+            multiprocessors: device.context().multiprocessors() as usize,
+        })
+    }
+
+    pub(super) fn name(&self) -> &'static str {
+        if self.tiles.is_empty() {
+            self.any.name()
+        } else {
+            "conv_tiles"
+        }
+    }
+
+    /// The tile for so many pixels and channels: as wide as the channels, and small enough that every multiprocessor has one.
+    fn tile(&self, pixels: usize, channels: usize) -> &Tile {
+        let count = |t: &Tile| pixels.div_ceil(t.pixels) * channels.div_ceil(t.channels);
+        let mut fitting = self.tiles.iter().filter(|t| t.channels < 2 * channels.next_multiple_of(16));
+        let first = fitting.next().unwrap_or(&self.tiles[self.tiles.len() - 1]);
+        let mut best = first;
+        while count(best) < self.multiprocessors {
+            match fitting.next() {
+                Some(next) if count(next) > count(best) => best = next,
+                Some(_) => {}
+                None => break,
+            }
+        }
+        best
+    }
+
+    /// # Safety
+    /// As [`super::DeviceOp::launch`].
+    pub(super) unsafe fn launch(
+        &self,
+        stream: &Stream,
+        arena: u64,
+        input: &DeviceView,
+        add: Option<&DeviceView>,
+        output: &DeviceView,
+    ) -> Result<()> {
+        if add.is_none() != (self.joined == Joined::No) {
+            return Err(Error::Internal("a convolution and its residual".into()));
+        }
+        let args = ConvArgs {
+            input: input.at(arena),
+            output: output.at(arena),
+            add: add.map_or(Map::default(), |add| add.at(arena)),
+            weights: self.weights.address(),
+            bias: self.bias.address(),
+            kernel: pair(self.window.kernel),
+            stride: pair(self.window.stride),
+            dilation: pair(self.window.dilation),
+            pad: pair(self.window.pad),
+            channels: self.channels as i32,
+            groups: self.groups as i32,
+            residual: self.joined as i32,
+            slope: self.slope,
+        };
+        let s = output.shape;
+        let pixels = s.n * s.h * s.w;
+        let channels = s.c + output.tail;
+        // Channels behind the input's own are read too: they must be its tail, or the weights' zeros would meet another map's values.
+        let whole = input.shape.c.next_multiple_of(8) == input.shape.c + input.tail;
+        let aligned = input.is_aligned() && whole && input.element == self.element;
+        // SAFETY: the caller's contract; the args are the kernels' struct.
+        unsafe {
+            if self.tiles.is_empty() || !aligned {
+                let columns = (s.c / self.groups + output.tail).div_ceil(ANY_SIDE);
+                let grid = [(pixels.div_ceil(ANY_SIDE) * columns) as u32, self.groups as u32, 1];
+                return self.any.launch(stream, grid, THREADS, ANY_SHARED, &args);
+            }
+            let t = self.tile(pixels, channels);
+            let grid = [(pixels.div_ceil(t.pixels) * channels.div_ceil(t.channels)) as u32, 1, 1];
+            t.kernel.launch(stream, grid, t.threads, Tile::shared(t.pixels, t.channels), &args)
+        }
+    }
+}
+
+/// `DepthwiseArgs` of `cuda/conv.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct DepthwiseArgs {
+    input: Map,
+    output: Map,
+    weights: u64,
+    bias: u64,
+    kernel: [i32; 2],
+    stride: [i32; 2],
+    dilation: [i32; 2],
+    pad: [i32; 2],
+    slope: f32,
+}
+
+/// A convolution of each channel by itself, with bias and activation; of one tap, a scale and a shift.
+pub struct DepthwiseOp {
+    window: ConvWindow,
+    weights: DeviceBuffer,
+    bias: DeviceBuffer,
+    slope: f32,
+    pub(super) kernel: Kernel,
+}
+
+impl DepthwiseOp {
+    /// `weight` `[channel, 1, kh, kw]`, of inputs of `element`.
+    pub fn new(
+        device: &Device,
+        element: Element,
+        window: ConvWindow,
+        weight: &[f32],
+        bias: &[f32],
+        slope: f32,
+    ) -> Result<Self> {
+        let (taps, channels) = (window.kernel[0] * window.kernel[1], bias.len());
+        let packed: Vec<f32> =
+            (0..taps).flat_map(|tap| (0..channels).map(move |c| weight[c * taps + tap])).collect();
+        let name = match element {
+            Element::F32 => "depthwise_f32",
+            Element::F16 => "depthwise_f16",
+            Element::Bf16 => "depthwise_bf16",
+        };
+        Ok(Self {
+            window,
+            weights: DeviceBuffer::of(device.uploads(), &packed)?,
+            bias: DeviceBuffer::of(device.uploads(), bias)?,
+            slope,
+            kernel: device.kernels().get(Source::Conv, name, 0)?,
+        })
+    }
+
+    /// # Safety
+    /// As [`super::DeviceOp::launch`].
+    pub(super) unsafe fn launch(
+        &self,
+        stream: &Stream,
+        arena: u64,
+        input: &DeviceView,
+        output: &DeviceView,
+    ) -> Result<()> {
+        let args = DepthwiseArgs {
+            input: input.at(arena),
+            output: output.at(arena),
+            weights: self.weights.address(),
+            bias: self.bias.address(),
+            kernel: pair(self.window.kernel),
+            stride: pair(self.window.stride),
+            dilation: pair(self.window.dilation),
+            pad: pair(self.window.pad),
+            slope: self.slope,
+        };
+        let s = output.shape;
+        let threads = s.n * s.h * s.w * (s.c + output.tail).div_ceil(8);
+        // SAFETY: the caller's contract; the args are the kernel's struct.
+        unsafe { self.kernel.launch(stream, blocks(threads), THREADS, 0, &args) }
+    }
+}
+
+/// `ConvTransposeArgs` of `cuda/maps.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct ConvTransposeArgs {
+    input: Map,
+    output: Map,
+    weights: u64,
+    bias: u64,
+    kernel: [i32; 2],
+    stride: [i32; 2],
+    pad: [i32; 2],
+    groups: i32,
+}
+
+/// A transposed convolution with bias.
+pub struct ConvTransposeOp {
+    window: ConvWindow,
+    groups: usize,
+    weights: DeviceBuffer,
+    bias: DeviceBuffer,
+    pub(super) kernel: Kernel,
+}
+
+impl ConvTransposeOp {
+    /// `weight` in PyTorch's order `[in, out / groups, kh, kw]`.
+    pub fn new(
+        device: &Device,
+        window: ConvWindow,
+        groups: usize,
+        weight: &[f32],
+        bias: &[f32],
+    ) -> Result<Self> {
+        Ok(Self {
+            window,
+            groups,
+            weights: DeviceBuffer::of(device.uploads(), weight)?,
+            bias: DeviceBuffer::of(device.uploads(), bias)?,
+            kernel: super::maps_kernel(device, "conv_transpose")?,
+        })
+    }
+
+    /// # Safety
+    /// As [`super::DeviceOp::launch`].
+    pub(super) unsafe fn launch(
+        &self,
+        stream: &Stream,
+        arena: u64,
+        input: &DeviceView,
+        output: &DeviceView,
+    ) -> Result<()> {
+        let args = ConvTransposeArgs {
+            input: input.at(arena),
+            output: output.at(arena),
+            weights: self.weights.address(),
+            bias: self.bias.address(),
+            kernel: pair(self.window.kernel),
+            stride: pair(self.window.stride),
+            pad: pair(self.window.pad),
+            groups: self.groups as i32,
+        };
+        // SAFETY: the caller's contract; the args are the kernel's struct.
+        unsafe { self.kernel.launch(stream, super::blocks_for(output), THREADS, 0, &args) }
+    }
+}

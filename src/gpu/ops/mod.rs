@@ -1,0 +1,147 @@
+//! The operations of a network on a device: each has its weights there and launches its kernel on views of an arena.
+
+mod conv;
+mod maps;
+
+pub use conv::{ConvOp, ConvTransposeOp, ConvWindow, DepthwiseOp, Joined};
+pub use maps::{AddOp, AverageOp, PoolOp, ResizeOp, RoiAlignOp, SigmoidOp, SoftmaxOp};
+
+use super::driver::{Context, Stream};
+use super::kernels::{Kernel, Kernels, Source};
+use super::map::{DeviceView, Element};
+use crate::error::Result;
+use std::sync::Arc;
+
+/// A device with its kernels, and a stream for what is brought there once.
+pub struct Device {
+    context: Arc<Context>,
+    kernels: Kernels,
+    uploads: Stream,
+}
+
+impl Device {
+    /// The device of this number.
+    ///
+    /// Errors: [`Error::Unsupported`](crate::Error::Unsupported) naming the library or device that is missing.
+    pub fn new(ordinal: u32) -> Result<Arc<Self>> {
+        let context = Context::new(ordinal)?;
+        let kernels = Kernels::new(&context)?;
+        let uploads = Stream::new(&context)?;
+        Ok(Arc::new(Self { context, kernels, uploads }))
+    }
+
+    /// Its context.
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// Its kernels.
+    pub fn kernels(&self) -> &Kernels {
+        &self.kernels
+    }
+
+    /// For what is brought there once.
+    pub(super) fn uploads(&self) -> &Stream {
+        &self.uploads
+    }
+
+    /// Whether tensor cores multiply such elements with f32 sums, by the instruction that the kernels use.
+    pub fn multiplies(&self, element: Element) -> bool {
+        let capability = self.context.capability();
+        match element {
+            Element::F32 => false,
+            Element::F16 => capability >= [7, 5],
+            Element::Bf16 => capability >= [8, 0],
+        }
+    }
+}
+
+/// An operation.
+pub enum DeviceOp {
+    /// Convolution.
+    Conv(ConvOp),
+    /// Convolution of each channel by itself.
+    Depthwise(DepthwiseOp),
+    /// Transposed convolution.
+    ConvTranspose(ConvTransposeOp),
+    /// Maximum over windows.
+    MaxPool(PoolOp),
+    /// Mean over a map.
+    Average(AverageOp),
+    /// Interpolation.
+    Resize(ResizeOp),
+    /// Sum, copy, crop.
+    Add(AddOp),
+    /// Sigmoid.
+    Sigmoid(SigmoidOp),
+    /// Softmax.
+    Softmax(SoftmaxOp),
+    /// RoIAlign.
+    RoiAlign(RoiAlignOp),
+}
+
+impl DeviceOp {
+    /// Name of its kernel, where it does not depend on sizes.
+    pub fn name(&self) -> &'static str {
+        match self {
+            DeviceOp::Conv(op) => op.name(),
+            DeviceOp::Depthwise(op) => op.kernel.name(),
+            DeviceOp::ConvTranspose(op) => op.kernel.name(),
+            DeviceOp::MaxPool(op) => op.kernel.name(),
+            DeviceOp::Average(op) => op.kernel.name(),
+            DeviceOp::Resize(op) => op.kernel.name(),
+            DeviceOp::Add(op) => op.kernel.name(),
+            DeviceOp::Sigmoid(op) => op.kernel.name(),
+            DeviceOp::Softmax(op) => op.kernel.name(),
+            DeviceOp::RoiAlign(op) => op.kernel.name(),
+        }
+    }
+
+    /// Gives its work to the stream, on views of an arena at this address.
+    ///
+    /// # Safety
+    /// The views lie in the arena, the output apart from the inputs, and their sizes are those that the layer has.
+    pub(super) unsafe fn launch(
+        &self,
+        stream: &Stream,
+        arena: u64,
+        inputs: &[DeviceView],
+        output: &DeviceView,
+    ) -> Result<()> {
+        let (a, b) = (&inputs[0], inputs.get(1));
+        // SAFETY: the caller's contract is each callee's.
+        unsafe {
+            match self {
+                DeviceOp::Conv(op) => op.launch(stream, arena, a, b, output),
+                DeviceOp::Depthwise(op) => op.launch(stream, arena, a, output),
+                DeviceOp::ConvTranspose(op) => op.launch(stream, arena, a, output),
+                DeviceOp::MaxPool(op) => op.launch(stream, arena, a, output),
+                DeviceOp::Average(op) => op.launch(stream, arena, a, output),
+                DeviceOp::Resize(op) => op.launch(stream, arena, a, output),
+                DeviceOp::Add(op) => op.launch(stream, arena, a, b, output),
+                DeviceOp::Sigmoid(op) => op.launch(stream, arena, a, output),
+                DeviceOp::Softmax(op) => op.launch(stream, arena, a, output),
+                DeviceOp::RoiAlign(op) => op.launch(stream, arena, a, b, output),
+            }
+        }
+    }
+}
+
+/// Threads of a block of the kernels that compute value by value.
+const THREADS: u32 = 256;
+
+/// Blocks for so many threads in all.
+fn blocks(threads: usize) -> [u32; 3] {
+    [threads.div_ceil(THREADS as usize) as u32, 1, 1]
+}
+
+/// Blocks for a thread a value of a map, its tail with it.
+fn blocks_for(output: &DeviceView) -> [u32; 3] {
+    let s = output.shape;
+    blocks(s.n * s.h * s.w * (s.c + output.tail))
+}
+
+/// A kernel of `maps.cu`, with shared memory for a float a thread.
+fn maps_kernel(device: &Device, name: &'static str) -> Result<Kernel> {
+    device.kernels.get(Source::Maps, name, 0)
+}

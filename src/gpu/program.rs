@@ -1,0 +1,94 @@
+//! The safe face of the operations: every view is checked once, when the program is made.
+
+use super::driver::Stream;
+use super::map::DeviceView;
+use super::memory::DeviceBuffer;
+use super::ops::DeviceOp;
+use crate::error::{Error, Result};
+use std::sync::Arc;
+
+/// An operation on its views.
+pub struct DeviceStep {
+    /// The operation.
+    pub op: Arc<DeviceOp>,
+    /// Inputs in its order.
+    pub inputs: Vec<DeviceView>,
+    /// Output.
+    pub output: DeviceView,
+}
+
+/// Operations in their order on views of one arena.
+pub struct DeviceProgram {
+    steps: Vec<DeviceStep>,
+    bytes: usize,
+}
+
+impl DeviceProgram {
+    /// Checks that all views lie in an arena of `bytes` bytes and that no output overlaps an input. That sizes are those of the
+    /// layers is for the caller to know.
+    pub(crate) fn new(bytes: usize, steps: Vec<DeviceStep>) -> Result<Self> {
+        let range = |v: &DeviceView| {
+            let s = v.shape;
+            let pixels = s.n * s.h * s.w;
+            let values = pixels.saturating_sub(1).saturating_mul(v.pixel).saturating_add(s.c + v.tail);
+            v.offset..v.offset.saturating_add(values.saturating_mul(v.element.bytes()))
+        };
+        for (i, step) in steps.iter().enumerate() {
+            let bad = |what: &str| Err(Error::Internal(format!("device step {i}: {what}")));
+            let mut views = step.inputs.iter().chain([&step.output]);
+            // Kernels reckon with indices of 32 bits within a map's rows and columns.
+            let small = |v: &DeviceView| v.shape.n * v.shape.h * v.shape.w <= i32::MAX as usize;
+            if !views.clone().all(|v| !v.shape.is_empty() && small(v)) {
+                return bad("a map is empty or has too many pixels");
+            }
+            if step.inputs.is_empty() || !views.all(|v| range(v).end <= bytes && v.shape.c + v.tail <= v.pixel) {
+                return bad("a view lies outside the arena");
+            }
+            // Channels of one map lie between each other: those of a concatenation are apart all the same.
+            let out = range(&step.output);
+            let meets = |v: &DeviceView| {
+                let r = range(v);
+                let beside = v.pixel == step.output.pixel
+                    && v.element == step.output.element
+                    && apart_in_pixel(v, &step.output);
+                r.start < out.end && out.start < r.end && !beside
+            };
+            if step.inputs.iter().any(meets) {
+                return bad("the output overlaps an input");
+            }
+        }
+        Ok(Self { steps, bytes })
+    }
+
+    /// Bytes of arena.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Number of steps.
+    pub fn len(&self) -> usize {
+        self.steps.len()
+    }
+
+    /// Gives all steps to the stream.
+    pub fn launch(&self, stream: &Stream, arena: &DeviceBuffer) -> Result<()> {
+        if arena.len() < self.bytes {
+            return Err(Error::Internal("a device arena smaller than the program needs".into()));
+        }
+        for step in &self.steps {
+            // SAFETY: checked when the program was made, and the arena is as large.
+            unsafe { step.op.launch(stream, arena.address(), &step.inputs, &step.output)? };
+        }
+        Ok(())
+    }
+}
+
+/// Whether two views with the same distance between pixels, of the same map, have different channels of it.
+fn apart_in_pixel(a: &DeviceView, b: &DeviceView) -> bool {
+    let bytes = a.element.bytes();
+    let (low, high) = if a.offset <= b.offset { (a, b) } else { (b, a) };
+    let distance = (high.offset - low.offset) / bytes;
+    distance < low.pixel
+        && low.shape.c + low.tail <= distance
+        && distance + high.shape.c + high.tail <= low.pixel
+}

@@ -1,0 +1,128 @@
+//! The emulated driver: built with the machine's C++ compiler, opened before the library looks for one.
+
+use farface::gpu::ops::Device;
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use std::hash::{Hash, Hasher};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, OnceLock};
+
+/// What the tests run on.
+pub enum Driver {
+    /// The machine's.
+    Own,
+    /// That of `emulator/`.
+    Emulated(Emulator),
+}
+
+/// Functions of the emulated driver beside CUDA's.
+pub struct Emulator {
+    driver: Library,
+}
+
+impl Emulator {
+    /// Makes the call of this number, counted from 1, fail; 0 for none.
+    pub fn fail_at(&self, n: i64) {
+        // SAFETY: the function of driver.cpp, with its type.
+        unsafe { self.driver.get::<unsafe extern "C" fn(i64)>(b"farface_emulator_fail_at").unwrap()(n) }
+    }
+
+    /// Calls since `fail_at`.
+    pub fn calls(&self) -> i64 {
+        // SAFETY: as above.
+        unsafe { self.driver.get::<unsafe extern "C" fn() -> i64>(b"farface_emulator_calls").unwrap()() }
+    }
+
+    /// What was made and not given back.
+    pub fn live(&self) -> i64 {
+        // SAFETY: as above.
+        unsafe { self.driver.get::<unsafe extern "C" fn() -> i64>(b"farface_emulator_live").unwrap()() }
+    }
+
+    /// The order in which the threads of a block run.
+    pub fn backwards(&self, on: bool) {
+        // SAFETY: as above.
+        unsafe { self.driver.get::<unsafe extern "C" fn(i32)>(b"farface_emulator_backwards").unwrap()(on.into()) }
+    }
+}
+
+/// What the tests run on; None (said on standard error) where there is neither a device nor a C++ compiler.
+pub fn driver() -> Option<&'static Driver> {
+    static DRIVER: OnceLock<Option<Driver>> = OnceLock::new();
+    let driver = DRIVER.get_or_init(|| {
+        if std::env::var("FARFACE_TEST_CUDA").as_deref() == Ok("device") {
+            return Some(Driver::Own);
+        }
+        // Nothing of the emulator's is kept for a real device.
+        std::env::set_var("FARFACE_CUDA_CACHE", "off");
+        let folder = build()?;
+        let open = |name: &str| {
+            // SAFETY: libraries of ours, whose initialisers list the kernels.
+            unsafe { Library::open(Some(folder.join(name)), RTLD_NOW | RTLD_GLOBAL) }
+                .unwrap_or_else(|e| panic!("{name}: {e}"))
+        };
+        // Whoever asks for these names now gets these.
+        std::mem::forget(open("libnvrtc.so.12"));
+        Some(Driver::Emulated(Emulator { driver: open("libcuda.so.1") }))
+    });
+    if driver.is_none() {
+        // Not by eprintln, which the test runner keeps to itself where a test passes.
+        let _ = writeln!(std::io::stderr(), "skipped: no C++ compiler (c++) for the emulated CUDA driver");
+    }
+    driver.as_ref()
+}
+
+/// The device that the tests run on.
+pub fn device() -> Option<Arc<Device>> {
+    driver()?;
+    Some(Device::new(0).expect("a driver and a device"))
+}
+
+/// Builds both libraries, where their sources have changed; None where there is no compiler.
+fn build() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let emulator = root.join("tests/cuda/emulator");
+    let mut kernels: Vec<PathBuf> = std::fs::read_dir(root.join("cuda"))
+        .expect("cuda/")
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
+        .collect();
+    kernels.sort();
+    let sanitize = std::env::var_os("FARFACE_TEST_SANITIZE").is_some();
+    let mut hash = std::hash::DefaultHasher::new();
+    sanitize.hash(&mut hash);
+    let parts = ["driver.cpp", "fibers.cpp", "fibers.hpp", "nvrtc.cpp", "shim.hpp"].map(|f| emulator.join(f));
+    let header = root.join("cuda/common.cuh");
+    for file in kernels.iter().chain(&parts).chain([&header]) {
+        std::fs::read(file).unwrap_or_else(|e| panic!("{}: {e}", file.display())).hash(&mut hash);
+    }
+    let folder =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda-emulator-{:016x}", hash.finish()));
+    if folder.join("done").exists() {
+        return Some(folder);
+    }
+    Command::new("c++").arg("--version").output().ok()?;
+    std::fs::create_dir_all(&folder).unwrap();
+    let compile = |name: &str, sources: &[&Path], more: &[&str]| {
+        // Another process may do the same: whoever is last puts the same file there.
+        let part = folder.join(format!("{name}.{}.part", std::process::id()));
+        let mut c = Command::new("c++");
+        c.args(["-std=c++17", "-O2", "-g", "-Wall", "-Wno-unused-function", "-shared", "-fPIC", "-o"]).arg(&part);
+        c.arg(format!("-Wl,-soname,{name}")).args(more).args(["-x", "c++"]).args(sources);
+        let out = c.output().expect("c++ runs");
+        assert!(out.status.success(), "{name}: {}", String::from_utf8_lossy(&out.stderr));
+        std::fs::rename(part, folder.join(name)).unwrap();
+    };
+    compile("libnvrtc.so.12", &[&emulator.join("nvrtc.cpp")], &[]);
+    let shim = emulator.join("shim.hpp");
+    let mut more = vec!["-include", shim.to_str().expect("a path of UTF-8"), "-Wno-unused-variable"];
+    if sanitize {
+        more.extend(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]);
+    }
+    let mut sources: Vec<&Path> = kernels.iter().map(PathBuf::as_path).collect();
+    sources.extend(parts[..2].iter().map(PathBuf::as_path));
+    compile("libcuda.so.1", &sources, &more);
+    std::fs::write(folder.join("done"), "").unwrap();
+    Some(folder)
+}

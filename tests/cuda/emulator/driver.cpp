@@ -1,0 +1,461 @@
+// A libcuda.so.1 that runs the kernels of cuda/ on the CPU: what src/gpu calls of the driver, done at once and in order.
+//
+// It is stricter than the driver where that finds faults: memory must be inside one allocation, a context current on the thread that
+// calls, an argument as large as the kernel's. Any call can be made to fail (farface_emulator_fail_at), and what was made and not
+// given back is counted (farface_emulator_live).
+
+#include "fibers.hpp"
+
+#include <chrono>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace {
+
+enum Result {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NOT_INITIALIZED = 3,
+    INVALID_DEVICE = 101,
+    INVALID_CONTEXT = 201,
+    INVALID_HANDLE = 400,
+    NOT_FOUND = 500,
+    CAPTURE_UNSUPPORTED = 900,
+    UNKNOWN = 999,
+};
+
+using Pointer = unsigned long long;
+
+struct Graph {
+    std::vector<std::function<int()>> work;
+};
+struct Stream {
+    std::unique_ptr<Graph> capture;
+};
+struct Event {
+    std::chrono::steady_clock::time_point at;
+};
+struct Module {
+    int loaded = 1;
+};
+struct Function {
+    std::size_t bytes;
+    emulator::Body body;
+    int shared = 48 << 10;
+};
+
+std::recursive_mutex lock;
+std::map<Pointer, std::size_t> allocations; // device and pinned memory by its first byte
+long calls, fail_at, live;
+bool initialized;
+int retained;
+Stream default_stream;
+thread_local void *current_context;
+char context;
+
+// Whether a call may go on.
+int begin(bool needs_context)
+{
+    calls++;
+    if (calls == fail_at)
+        return UNKNOWN;
+    if (!initialized)
+        return NOT_INITIALIZED;
+    if (needs_context && (current_context != &context || retained == 0))
+        return INVALID_CONTEXT;
+    return SUCCESS;
+}
+
+bool inside(Pointer p, std::size_t bytes)
+{
+    auto next = allocations.upper_bound(p);
+    if (next == allocations.begin())
+        return false;
+    auto &[first, size] = *std::prev(next);
+    return p - first <= size && bytes <= size - (p - first);
+}
+
+int run(void *stream, std::function<int()> work)
+{
+    Stream *s = stream ? (Stream *)stream : &default_stream;
+    if (s->capture) {
+        s->capture->work.push_back(std::move(work));
+        return SUCCESS;
+    }
+    return work();
+}
+
+int allocate(void **p, std::size_t bytes)
+{
+    if (bytes == 0 || !p)
+        return INVALID_VALUE;
+    // At a multiple of 256, and no more than was asked for.
+    if (posix_memalign(p, 256, bytes))
+        return OUT_OF_MEMORY;
+    std::memset(*p, 0xff, bytes);
+    allocations[(Pointer)*p] = bytes;
+    live++;
+    return SUCCESS;
+}
+
+int release(void *p)
+{
+    if (!allocations.erase((Pointer)p))
+        return INVALID_VALUE;
+    std::free(p);
+    live--;
+    return SUCCESS;
+}
+
+} // namespace
+
+#define ENTRY(needs_context)                                                                                     \
+    std::lock_guard<std::recursive_mutex> guard(lock);                                                           \
+    if (int failed = begin(needs_context))                                                                       \
+    return failed
+
+extern "C" {
+
+// The call of this number, counted from 1 since the last time this was asked for, fails; 0 for none.
+void farface_emulator_fail_at(long n)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    calls = 0;
+    fail_at = n;
+}
+long farface_emulator_calls() { return calls; }
+long farface_emulator_live() { return live; }
+void farface_emulator_backwards(int on) { emulator::run_backwards(on != 0); }
+int cuInit(unsigned)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    if (++calls == fail_at)
+        return UNKNOWN;
+    initialized = true;
+    return SUCCESS;
+}
+int cuDriverGetVersion(int *version)
+{
+    ENTRY(false);
+    *version = 13000;
+    return SUCCESS;
+}
+int cuDeviceGetCount(int *count)
+{
+    ENTRY(false);
+    *count = 1;
+    return SUCCESS;
+}
+int cuDeviceGet(int *device, int ordinal)
+{
+    ENTRY(false);
+    *device = ordinal;
+    return ordinal == 0 ? SUCCESS : INVALID_DEVICE;
+}
+int cuDeviceGetName(char *name, int bytes, int)
+{
+    ENTRY(false);
+    std::snprintf(name, (std::size_t)bytes, "%s", "emulated");
+    return SUCCESS;
+}
+int cuDeviceGetAttribute(int *value, int attribute, int)
+{
+    ENTRY(false);
+    switch (attribute) {
+    case 8: *value = 48 << 10; break;    // shared memory a block
+    case 97: *value = 227 << 10; break;  // what a kernel may ask for
+    case 16: *value = 4; break;          // multiprocessors
+    case 75: *value = 9; break;          // compute capability
+    case 76: *value = 0; break;
+    default: return INVALID_VALUE;
+    }
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(void **c, int)
+{
+    ENTRY(false);
+    *c = &context;
+    retained++;
+    live++;
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRelease_v2(int)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    retained--;
+    live--;
+    return SUCCESS;
+}
+int cuCtxSetCurrent(void *c)
+{
+    ENTRY(false);
+    if (c != &context)
+        return INVALID_CONTEXT;
+    current_context = c;
+    return SUCCESS;
+}
+int cuMemGetInfo_v2(std::size_t *free, std::size_t *total)
+{
+    ENTRY(true);
+    *free = *total = (std::size_t)8 << 30;
+    return SUCCESS;
+}
+int cuMemAlloc_v2(Pointer *p, std::size_t bytes)
+{
+    ENTRY(true);
+    return allocate((void **)p, bytes);
+}
+int cuMemFree_v2(Pointer p)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    return release((void *)p);
+}
+int cuMemHostAlloc(void **p, std::size_t bytes, unsigned)
+{
+    ENTRY(true);
+    return allocate(p, bytes);
+}
+int cuMemFreeHost(void *p)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    return release(p);
+}
+int cuMemcpyHtoDAsync_v2(Pointer to, const void *from, std::size_t bytes, void *stream)
+{
+    ENTRY(true);
+    if (!inside(to, bytes))
+        return INVALID_VALUE;
+    return run(stream, [=] {
+        std::memcpy((void *)to, from, bytes);
+        return SUCCESS;
+    });
+}
+int cuMemcpyDtoHAsync_v2(void *to, Pointer from, std::size_t bytes, void *stream)
+{
+    ENTRY(true);
+    if (!inside(from, bytes))
+        return INVALID_VALUE;
+    return run(stream, [=] {
+        std::memcpy(to, (const void *)from, bytes);
+        return SUCCESS;
+    });
+}
+int cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, std::size_t bytes, void *stream)
+{
+    ENTRY(true);
+    if (!inside(from, bytes) || !inside(to, bytes))
+        return INVALID_VALUE;
+    return run(stream, [=] {
+        std::memmove((void *)to, (const void *)from, bytes);
+        return SUCCESS;
+    });
+}
+int cuMemsetD8Async(Pointer to, unsigned char value, std::size_t bytes, void *stream)
+{
+    ENTRY(true);
+    if (!inside(to, bytes))
+        return INVALID_VALUE;
+    return run(stream, [=] {
+        std::memset((void *)to, value, bytes);
+        return SUCCESS;
+    });
+}
+int cuStreamCreate(void **stream, unsigned)
+{
+    ENTRY(true);
+    *stream = new Stream;
+    live++;
+    return SUCCESS;
+}
+int cuStreamDestroy_v2(void *stream)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    delete (Stream *)stream;
+    live--;
+    return SUCCESS;
+}
+int cuStreamSynchronize(void *)
+{
+    ENTRY(true);
+    return SUCCESS;
+}
+int cuStreamQuery(void *)
+{
+    ENTRY(true);
+    return SUCCESS;
+}
+int cuStreamWaitEvent(void *, void *event, unsigned)
+{
+    ENTRY(true);
+    return event ? SUCCESS : INVALID_HANDLE;
+}
+int cuStreamBeginCapture_v2(void *stream, int)
+{
+    ENTRY(true);
+    Stream *s = (Stream *)stream;
+    if (!s || s->capture)
+        return CAPTURE_UNSUPPORTED;
+    s->capture = std::make_unique<Graph>();
+    return SUCCESS;
+}
+int cuStreamEndCapture(void *stream, void **graph)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    Stream *s = (Stream *)stream;
+    if (!s || !s->capture)
+        return CAPTURE_UNSUPPORTED;
+    *graph = nullptr;
+    // As the driver's, a capture ends whether or not there is a graph of it.
+    std::unique_ptr<Graph> captured = std::move(s->capture);
+    if (int failed = begin(true))
+        return failed;
+    *graph = captured.release();
+    live++;
+    return SUCCESS;
+}
+int cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long)
+{
+    ENTRY(true);
+    *exec = new Graph(*(Graph *)graph);
+    live++;
+    return SUCCESS;
+}
+int cuGraphLaunch(void *exec, void *)
+{
+    ENTRY(true);
+    for (auto &work : ((Graph *)exec)->work)
+        if (int failed = work())
+            return failed;
+    return SUCCESS;
+}
+int cuGraphExecDestroy(void *exec)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    delete (Graph *)exec;
+    live--;
+    return SUCCESS;
+}
+int cuGraphDestroy(void *graph)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    delete (Graph *)graph;
+    live--;
+    return SUCCESS;
+}
+int cuEventCreate(void **event, unsigned)
+{
+    ENTRY(true);
+    *event = new Event;
+    live++;
+    return SUCCESS;
+}
+int cuEventDestroy_v2(void *event)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    delete (Event *)event;
+    live--;
+    return SUCCESS;
+}
+int cuEventRecord(void *event, void *)
+{
+    ENTRY(true);
+    ((Event *)event)->at = std::chrono::steady_clock::now();
+    return SUCCESS;
+}
+int cuEventSynchronize(void *)
+{
+    ENTRY(true);
+    return SUCCESS;
+}
+int cuEventElapsedTime(float *ms, void *start, void *end)
+{
+    ENTRY(true);
+    *ms = std::chrono::duration<float, std::milli>(((Event *)end)->at - ((Event *)start)->at).count();
+    return SUCCESS;
+}
+int cuModuleLoadData(void **module, const void *image)
+{
+    ENTRY(true);
+    if (!image)
+        return INVALID_VALUE;
+    *module = new Module;
+    live++;
+    return SUCCESS;
+}
+int cuModuleUnload(void *module)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    delete (Module *)module;
+    live--;
+    return SUCCESS;
+}
+int cuModuleGetFunction(void **function, void *, const char *name)
+{
+    ENTRY(true);
+    // They live as long as the library, as kernels do.
+    static std::map<std::string, std::unique_ptr<Function>> functions;
+    auto &f = functions[name];
+    if (!f) {
+        Function made{};
+        if (!emulator::find(name, &made.bytes, &made.body))
+            return NOT_FOUND;
+        f = std::make_unique<Function>(made);
+    }
+    *function = f.get();
+    return SUCCESS;
+}
+int cuFuncSetAttribute(void *function, int attribute, int value)
+{
+    ENTRY(true);
+    if (attribute != 8 || value > 227 << 10)
+        return INVALID_VALUE;
+    ((Function *)function)->shared = value;
+    return SUCCESS;
+}
+int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void *stream, void **parameters, void **extra)
+{
+    ENTRY(true);
+    Function *f = (Function *)function;
+    bool fits = gx && gy && gz && bx && by && bz && gy < 65536 && gz < 65536 && (u64)bx * by * bz <= 1024;
+    // Arguments come as one block, whose size can be compared: CU_LAUNCH_PARAM_BUFFER_POINTER, _SIZE, _END.
+    bool block = !parameters && extra && extra[0] == (void *)1 && extra[2] == (void *)2 && extra[4] == nullptr;
+    if (!f || !fits || !block || (int)shared > f->shared)
+        return INVALID_VALUE;
+    std::size_t bytes = *(std::size_t *)extra[3];
+    if (bytes != f->bytes) {
+        std::fprintf(stderr, "an argument of %zu bytes for a kernel that takes %zu\n", bytes, f->bytes);
+        return INVALID_VALUE;
+    }
+    auto arguments = std::make_shared<std::vector<u64>>((bytes + 7) / 8);
+    std::memcpy(arguments->data(), extra[1], bytes);
+    return run(stream, [=] {
+        emulator::launch(f->body, arguments->data(), {gx, gy, gz}, {bx, by, bz}, shared);
+        return SUCCESS;
+    });
+}
+int cuGetErrorName(int error, const char **text)
+{
+    switch (error) {
+    case INVALID_VALUE: *text = "CUDA_ERROR_INVALID_VALUE"; break;
+    case OUT_OF_MEMORY: *text = "CUDA_ERROR_OUT_OF_MEMORY"; break;
+    case NOT_INITIALIZED: *text = "CUDA_ERROR_NOT_INITIALIZED"; break;
+    case INVALID_DEVICE: *text = "CUDA_ERROR_INVALID_DEVICE"; break;
+    case INVALID_CONTEXT: *text = "CUDA_ERROR_INVALID_CONTEXT"; break;
+    case NOT_FOUND: *text = "CUDA_ERROR_NOT_FOUND"; break;
+    default: *text = "CUDA_ERROR_UNKNOWN"; break;
+    }
+    return SUCCESS;
+}
+int cuGetErrorString(int, const char **text)
+{
+    *text = "an emulated error";
+    return SUCCESS;
+}
+
+} // extern "C"

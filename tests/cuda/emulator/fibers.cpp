@@ -1,0 +1,357 @@
+// Runs a kernel's blocks, the threads of each as fibers.
+
+#include "fibers.hpp"
+
+#include <map>
+#include <string>
+#include <sys/mman.h>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// void emulator_switch(void **save, void *load): goes on with another stack, on which it was called before.
+#if defined(__x86_64__)
+asm(R"(
+.text
+.type emulator_switch,@function
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size emulator_switch,.-emulator_switch
+)");
+#elif defined(__aarch64__)
+asm(R"(
+.text
+.type emulator_switch,%function
+emulator_switch:
+    sub sp, sp, #160
+    stp x19, x20, [sp, #0]
+    stp x21, x22, [sp, #16]
+    stp x23, x24, [sp, #32]
+    stp x25, x26, [sp, #48]
+    stp x27, x28, [sp, #64]
+    stp x29, x30, [sp, #80]
+    stp d8, d9, [sp, #96]
+    stp d10, d11, [sp, #112]
+    stp d12, d13, [sp, #128]
+    stp d14, d15, [sp, #144]
+    mov x2, sp
+    str x2, [x0]
+    mov sp, x1
+    ldp x19, x20, [sp, #0]
+    ldp x21, x22, [sp, #16]
+    ldp x23, x24, [sp, #32]
+    ldp x25, x26, [sp, #48]
+    ldp x27, x28, [sp, #64]
+    ldp x29, x30, [sp, #80]
+    ldp d8, d9, [sp, #96]
+    ldp d10, d11, [sp, #112]
+    ldp d12, d13, [sp, #128]
+    ldp d14, d15, [sp, #144]
+    add sp, sp, #160
+    ret
+.size emulator_switch,.-emulator_switch
+)");
+#else
+#error "fibers for this processor are not written"
+#endif
+extern "C" void emulator_switch(void **save, void *load);
+
+namespace emulator {
+
+Index thread_index, block_index, block_size, grid_size;
+unsigned char *shared_memory;
+
+namespace {
+
+constexpr std::size_t STACK = 128 << 10;
+constexpr unsigned MOST_THREADS = 1024;
+
+struct Kernel {
+    std::size_t bytes;
+    Body body;
+};
+std::map<std::string, Kernel> &kernels()
+{
+    static std::map<std::string, Kernel> all;
+    return all;
+}
+
+// What a fiber waits for.
+enum class Waits { Nothing, Barrier, Warp, Ended };
+
+struct Fiber {
+    char *stack = nullptr;
+    void *pointer = nullptr; // its stack's, while it does not run
+    void *sanitizer = nullptr;
+    Index index{};
+    Waits waits = Waits::Ended;
+};
+
+struct Warp {
+    Slot slots[2][32];
+    unsigned arrived = 0, running = 0, turn = 0;
+};
+
+Fiber fibers[MOST_THREADS];
+Warp warps[MOST_THREADS / 32];
+unsigned count, current, arrived, running;
+void *scheduler;
+[[maybe_unused]] const void *scheduler_stack;
+[[maybe_unused]] std::size_t scheduler_size;
+bool backwards;
+Body body;
+const void *arguments;
+
+void leave(bool ended)
+{
+    Fiber &f = fibers[current];
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(ended ? nullptr : &f.sanitizer, scheduler_stack, scheduler_size);
+#endif
+    emulator_switch(&f.pointer, scheduler);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(f.sanitizer, &scheduler_stack, &scheduler_size);
+#endif
+    (void)ended;
+    thread_index = f.index;
+}
+
+void release_barrier()
+{
+    if (running > 0 && arrived == running) {
+        arrived = 0;
+        for (unsigned i = 0; i < count; i++)
+            if (fibers[i].waits == Waits::Barrier)
+                fibers[i].waits = Waits::Nothing;
+    }
+}
+
+void release_warp(unsigned w)
+{
+    Warp &warp = warps[w];
+    if (warp.running > 0 && warp.arrived == warp.running) {
+        warp.arrived = 0;
+        warp.turn ^= 1;
+        for (unsigned i = w * 32; i < count && i < w * 32 + 32; i++)
+            if (fibers[i].waits == Waits::Warp)
+                fibers[i].waits = Waits::Nothing;
+    }
+}
+
+void enter()
+{
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
+#endif
+    thread_index = fibers[current].index;
+    body(arguments);
+    fibers[current].waits = Waits::Ended;
+    running--;
+    warps[current / 32].running--;
+    release_barrier();
+    release_warp(current / 32);
+    leave(true);
+}
+
+void start(unsigned i)
+{
+    Fiber &f = fibers[i];
+    if (!f.stack) {
+        void *p = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED)
+            abort();
+        f.stack = (char *)p;
+    }
+    // As emulator_switch leaves a stack, with `enter` to return to.
+#if defined(__x86_64__)
+    void **top = (void **)(f.stack + STACK) - 2;
+    top[0] = (void *)enter;
+    top[1] = nullptr;
+    for (int k = 1; k <= 6; k++)
+        top[-k] = nullptr;
+    f.pointer = top - 6;
+#else
+    void **top = (void **)(f.stack + STACK - 160);
+    std::memset(top, 0, 160);
+    top[11] = (void *)enter;
+    f.pointer = top;
+#endif
+    f.waits = Waits::Nothing;
+}
+
+void resume(unsigned i)
+{
+    current = i;
+#ifdef __SANITIZE_ADDRESS__
+    void *own;
+    __sanitizer_start_switch_fiber(&own, fibers[i].stack, STACK);
+#endif
+    emulator_switch(&scheduler, fibers[i].pointer);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
+#endif
+}
+
+void run_block()
+{
+    arrived = 0;
+    running = count;
+    for (unsigned i = 0; i < count; i++) {
+        fibers[i].index = {i % block_size.x, i / block_size.x % block_size.y, i / (block_size.x * block_size.y)};
+        start(i);
+    }
+    for (unsigned w = 0; w * 32 < count; w++) {
+        warps[w].arrived = 0;
+        warps[w].turn = 0;
+        warps[w].running = count - w * 32 < 32 ? count - w * 32 : 32;
+    }
+    while (running > 0) {
+        bool any = false;
+        for (unsigned k = 0; k < count; k++) {
+            unsigned i = backwards ? count - 1 - k : k;
+            // As far as it goes without the others of its block.
+            while (fibers[i].waits == Waits::Nothing) {
+                any = true;
+                resume(i);
+            }
+        }
+        if (!any && running > 0) {
+            std::fprintf(stderr, "a block waits for itself: not all of its threads come to a barrier\n");
+            std::abort();
+        }
+    }
+}
+
+} // namespace
+
+void barrier()
+{
+    fibers[current].waits = Waits::Barrier;
+    arrived++;
+    release_barrier();
+    if (fibers[current].waits == Waits::Barrier)
+        leave(false);
+}
+
+const Slot *together(const Slot &mine)
+{
+    unsigned w = current / 32;
+    Warp &warp = warps[w];
+    Slot *slots = warp.slots[warp.turn];
+    slots[current % 32] = mine;
+    fibers[current].waits = Waits::Warp;
+    warp.arrived++;
+    release_warp(w);
+    if (fibers[current].waits == Waits::Warp)
+        leave(false);
+    return slots;
+}
+
+unsigned lane() { return current % 32; }
+
+Register::Register(const char *name, std::size_t bytes, Body body)
+{
+    if (!kernels().insert({name, {bytes, body}}).second) {
+        std::fprintf(stderr, "two kernels are called %s\n", name);
+        std::abort();
+    }
+}
+
+bool find(const char *name, std::size_t *bytes, Body *body)
+{
+    auto found = kernels().find(name);
+    if (found == kernels().end())
+        return false;
+    *bytes = found->second.bytes;
+    *body = found->second.body;
+    return true;
+}
+
+void launch(Body kernel, const void *args, Index grid, Index block, std::size_t shared)
+{
+    body = kernel;
+    arguments = args;
+    grid_size = grid;
+    block_size = block;
+    count = block.x * block.y * block.z;
+    std::size_t lines = (shared + 127) / 128 * 128 + 128;
+    unsigned char *memory = (unsigned char *)std::aligned_alloc(128, lines);
+    if (!memory)
+        std::abort();
+    shared_memory = memory;
+#ifdef __SANITIZE_ADDRESS__
+    __asan_poison_memory_region(memory + shared, lines - shared);
+#endif
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                block_index = {x, y, z};
+                std::memset(memory, 0xff, shared);
+                run_block();
+            }
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(memory + shared, lines - shared);
+#endif
+    std::free(memory);
+}
+
+void run_backwards(bool on) { backwards = on; }
+
+float half_to_float(std::uint16_t bits)
+{
+    static float *table;
+    if (!table) {
+        table = new float[65536];
+        for (unsigned i = 0; i < 65536; i++) {
+            unsigned exponent = i >> 10 & 31, mantissa = i & 1023;
+            float v = exponent == 0    ? std::ldexp((float)mantissa, -24)
+                      : exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                       : std::ldexp((float)(mantissa | 1024), (int)exponent - 25);
+            table[i] = i & 0x8000 ? -v : v;
+        }
+    }
+    return table[bits];
+}
+
+std::uint16_t float_to_half(float v)
+{
+    std::uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    std::uint16_t sign = (std::uint16_t)(bits >> 16 & 0x8000);
+    float size = std::fabs(v);
+    if (v != v)
+        return 0x7fff;
+    if (size >= 65520.0f)
+        return sign | 0x7c00;
+    if (size == 0.0f)
+        return sign;
+    int exponent;
+    std::frexp(size, &exponent);
+    // Of the last place: half's has 11 bits, and none below 2^-24.
+    int last = exponent - 11 > -24 ? exponent - 11 : -24;
+    float places = std::nearbyint(std::ldexp(size, -last));
+    int p = (int)places;
+    if (last == -24)
+        return (std::uint16_t)(sign | p);
+    // 1024 <= p <= 2048, the last of which is the next power of two.
+    return (std::uint16_t)(sign | (((last + 24) << 10) + p));
+}
+
+} // namespace emulator

@@ -1,0 +1,16 @@
+//! The CUDA backend: every layer, network and detector against the plain loops and the CPU.
+//!
+//! Without a GPU the kernels of `cuda/` are compiled as C++ into a driver of their own (`emulator/`), so that the whole way, from the
+//! search for libraries to the download of faces, runs on the CPU. With `FARFACE_TEST_CUDA=device` the machine's own driver is used.
+
+#[path = "../common/shared.rs"]
+mod common;
+mod emulator;
+mod failures;
+#[path = "../parity/fusion.rs"]
+mod fusion;
+#[path = "../parity/kernels.rs"]
+mod kernels;
+#[path = "../parity/random.rs"]
+mod random;
+mod support;

@@ -1,0 +1,114 @@
+//! The face that the parity tests of the CPU have, on a device: what they check there is checked here of the same networks.
+
+use crate::emulator::{device, driver, Driver};
+use farface::gpu::driver::Stream;
+use farface::gpu::map::Element;
+use farface::gpu::memory::DeviceBuffer;
+use farface::gpu::ops::Device;
+use farface::graph::init::Rng;
+use farface::graph::{run_reference, DeviceNetwork, DevicePlan, Graph, Weights};
+use farface::shape::{Shape, Tensor};
+use std::sync::Arc;
+
+/// Types of tensors under test with the largest error allowed. Of f32 relative to the output's largest magnitude, as on the CPU; of the
+/// others the root of the mean squared difference, relative to that of the expected values: each tensor on the way is rounded to 2^-11
+/// (f16) or 2^-8 (bf16).
+const ELEMENTS: [(Element, f64); 3] = [(Element::F32, 1e-4), (Element::F16, 1e-2), (Element::Bf16, 8e-2)];
+
+/// Tensor of normal values.
+pub fn random_tensor(shape: Shape, rng: &mut Rng) -> Tensor {
+    Tensor::from_vec(shape, (0..shape.len()).map(|_| rng.normal()).collect())
+}
+
+/// How far `got` is off, as [`ELEMENTS`] says.
+fn error(element: Element, got: &Tensor, expected: &Tensor) -> f64 {
+    if got.shape != expected.shape || got.data.iter().chain(&expected.data).any(|v| !v.is_finite()) {
+        return f64::INFINITY;
+    }
+    let pairs = || got.data.iter().zip(&expected.data).map(|(&g, &e)| (f64::from(g), f64::from(e)));
+    if element == Element::F32 {
+        let largest = pairs().fold(1e-30f64, |m, (_, e)| m.max(e.abs()));
+        pairs().fold(0.0f64, |m, (g, e)| m.max((g - e).abs())) / largest
+    } else {
+        let squares: f64 = pairs().map(|(_, e)| e * e).sum();
+        (pairs().map(|(g, e)| (g - e) * (g - e)).sum::<f64>() / squares.max(1e-30)).sqrt()
+    }
+}
+
+/// Runs networks on the device and remembers the largest error of every type.
+pub struct Parity {
+    device: Option<(Arc<Device>, Stream)>,
+    worst: [f64; ELEMENTS.len()],
+}
+
+impl Parity {
+    pub fn new() -> Self {
+        let device = device().map(|d| {
+            let stream = Stream::new(d.context()).unwrap();
+            (d, stream)
+        });
+        Self { device, worst: [0.0; ELEMENTS.len()] }
+    }
+
+    /// Holds the network to `expected` in every type: within its error, bit for bit the same whatever the arena held before, whatever
+    /// the order of threads, and launched as a graph; nothing written past the plan's bytes.
+    pub fn check(
+        &mut self,
+        what: &str,
+        graph: &Graph,
+        weights: &Weights,
+        inputs: &[Tensor],
+        expected: &[Tensor],
+    ) {
+        let Some((device, stream)) = &self.device else { return };
+        let shapes: Vec<Shape> = inputs.iter().map(|x| x.shape).collect();
+        for ((element, most), worst) in ELEMENTS.into_iter().zip(&mut self.worst) {
+            let context = || format!("{what} in {element:?}");
+            let network = DeviceNetwork::new(graph, weights, device, element)
+                .unwrap_or_else(|e| panic!("{}: {e}", context()));
+            let plan = DevicePlan::new(&network, &shapes).unwrap_or_else(|e| panic!("{}: {e}", context()));
+            let arena = DeviceBuffer::new(device.context(), plan.bytes() + 256).unwrap();
+            let run = |fill: u8| {
+                arena.fill(stream, 0..arena.len(), fill).unwrap();
+                let got = plan.run_tensors(stream, &arena, inputs).unwrap_or_else(|e| panic!("{}: {e}", context()));
+                let behind = arena.values::<u8>(stream, plan.bytes(), 256).unwrap();
+                assert!(behind.iter().all(|&b| b == fill), "{}: wrote past the plan's bytes", context());
+                got
+            };
+            let bits =
+                |all: &[Tensor]| all.iter().flat_map(|t| t.data.iter().map(|v| v.to_bits())).collect::<Vec<u32>>();
+            // All ones are a NaN in every type; 0x7b7b is 61,280 in f16, 1.3e36 in the others.
+            let got = run(0xff);
+            for (i, (g, e)) in got.iter().zip(expected).enumerate() {
+                let error = error(element, g, e);
+                *worst = worst.max(error);
+                assert!(error <= most, "{}: output {i} {} is off by {error:e}", context(), e.shape);
+            }
+            if let Some(Driver::Emulated(emulator)) = driver() {
+                emulator.backwards(true);
+                let again = run(0x7b);
+                emulator.backwards(false);
+                assert!(bits(&got) == bits(&again), "{}: other bits with other memory or order", context());
+            }
+            let recorded = stream.capture(|| plan.launch(stream, &arena)).unwrap();
+            recorded.launch(stream).unwrap();
+            stream.synchronize().unwrap();
+        }
+    }
+
+    /// As [`Parity::check`], with random weights and inputs, against the reference.
+    pub fn check_random(&mut self, what: &str, graph: &Graph, shapes: &[Shape], seed: u64) {
+        let weights = Weights::random(graph, seed);
+        let mut rng = Rng::new(seed);
+        let inputs: Vec<Tensor> = shapes.iter().map(|&s| random_tensor(s, &mut rng)).collect();
+        let expected = run_reference(graph, &weights, &inputs).unwrap_or_else(|e| panic!("{what}: {e}"));
+        self.check(what, graph, &weights, &inputs, &expected);
+    }
+
+    /// Prints the largest error of every type.
+    pub fn report(&self, what: &str) {
+        for ((element, _), worst) in ELEMENTS.iter().zip(self.worst) {
+            println!("{what}: {element:?}: largest error {worst:.1e}");
+        }
+    }
+}
