@@ -73,11 +73,15 @@ template <int N> DEVICE void copy_wait()
 // Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
 DEVICE void load_matrices(u32 r[4], const void *row)
 {
+#if __CUDA_ARCH__ >= 750
     u32 from = (u32)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(from)
                  : "memory");
+#else
+    __trap(); // no kernel that comes here is launched on such a device
+#endif
 }
 
 // c += a * b on tensor cores: 16x16 by 16x8.

@@ -82,6 +82,7 @@ template <class T, int BM, int BN, int WM, int WN> DEVICE void conv_tiles(const 
     const T *input = (const T *)a.input.data;
     i64 window[A_COPIES];
     int window_y[A_COPIES], window_x[A_COPIES];
+#pragma unroll
     for (int i = 0; i < A_COPIES; i++) {
         Pixel p = output_pixel(a, first_pixel + row + i * ROWS);
         // So far outside that no tap comes back in.
@@ -107,12 +108,14 @@ template <class T, int BM, int BN, int WM, int WN> DEVICE void conv_tiles(const 
     auto copy = [&](int stage) {
         Vec16 *left = stages + stage * STAGE, *right = left + BM * 4;
         i64 tap = tap_y * a.dilation[0] * a.input.row + tap_x * a.dilation[1] * a.input.pixel + vector * 8;
+#pragma unroll
         for (int i = 0; i < A_COPIES; i++) {
             int y = window_y[i] + tap_y * a.dilation[0], x = window_x[i] + tap_x * a.dilation[1];
             bool inside = tap_y < a.kernel[0] && y >= 0 && y < a.input.h && x >= 0 && x < a.input.w;
             copy_async(left + place_of(row + i * ROWS, column), inside ? input + window[i] + tap : input, inside);
         }
         const T *weights = (const T *)a.weights;
+#pragma unroll
         for (int i = 0; i < B_COPIES; i++) {
             int r = row + i * ROWS, channel = first_channel + r;
             bool inside = channel < a.output.c && place < depth;
@@ -224,6 +227,7 @@ template <class T> DEVICE void conv_any(const ConvArgs &a)
     float sums[4][4] = {};
     int my_pixel = thread / 16 * 4, my_channel = thread % 16 * 4;
     for (int k = 0; k < depth; k += DEPTH) {
+#pragma unroll
         for (int i = 0; i < 4; i++) {
             int at_depth = k + quarter + i;
             int tap = at_depth / a.channels, c = at_depth - tap * a.channels;
@@ -246,12 +250,14 @@ template <class T> DEVICE void conv_any(const ConvArgs &a)
                     sums[i][j] += left[d * PITCH + my_pixel + i] * right[d * PITCH + my_channel + j];
         __syncthreads();
     }
+#pragma unroll
     for (int i = 0; i < 4; i++) {
         Pixel q = output_pixel(a, first_pixel + my_pixel + i);
         if (!q.inside)
             continue;
         i64 to = at(a.output, q.n, q.y, q.x);
         i64 add = a.residual == RESIDUAL_NONE ? 0 : residual_at(a, q);
+#pragma unroll
         for (int j = 0; j < 4; j++) {
             int channel = first_channel + my_channel + j;
             // The tail is behind the last group.
@@ -277,11 +283,9 @@ struct DepthwiseArgs {
 // A thread computes eight channels of a pixel (with the tail all pixels are whole such groups, or it goes value by value).
 template <class T> DEVICE void depthwise(const DepthwiseArgs &a)
 {
-    int groups = (a.output.c + a.output.tail + 7) / 8;
-    i64 index = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    u32 groups = (u32)(a.output.c + a.output.tail + 7) / 8, index = blockIdx.x * blockDim.x + threadIdx.x;
     int first = (int)(index % groups) * 8;
-    i64 pixel = index / groups;
-    int area = a.output.h * a.output.w;
+    u32 pixel = index / groups, area = (u32)(a.output.h * a.output.w);
     int n = (int)(pixel / area), rest = (int)(pixel % area), y = rest / a.output.w, x = rest % a.output.w;
     if (n >= a.output.n)
         return;

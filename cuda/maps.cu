@@ -10,17 +10,16 @@ struct Place {
 // The output value of this thread, the tail counted with the channels.
 DEVICE Place place_of(const Map &output)
 {
-    int channels = output.c + output.tail;
-    i64 index = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    // A map has less than 2^31 values.
+    u32 channels = (u32)(output.c + output.tail), index = blockIdx.x * blockDim.x + threadIdx.x;
     Place p;
     p.c = (int)(index % channels);
     index /= channels;
-    p.x = (int)(index % output.w);
-    index /= output.w;
-    p.y = (int)(index % output.h);
-    index /= output.h;
-    p.n = (int)index;
-    p.inside = index < output.n;
+    p.x = (int)(index % (u32)output.w);
+    index /= (u32)output.w;
+    p.y = (int)(index % (u32)output.h);
+    p.n = (int)(index / (u32)output.h);
+    p.inside = p.n < output.n;
     return p;
 }
 
@@ -163,13 +162,12 @@ struct SoftmaxArgs {
 // Softmax over each group of neighbouring channels; a thread a group of a pixel.
 KERNEL(softmax, SoftmaxArgs, 256)
 {
-    int groups = a.output.c / a.group;
-    i64 index = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    u32 groups = (u32)(a.output.c / a.group), index = blockIdx.x * blockDim.x + threadIdx.x;
     int first = (int)(index % groups) * a.group;
     index /= groups;
-    int x = (int)(index % a.output.w);
-    index /= a.output.w;
-    int y = (int)(index % a.output.h), n = (int)(index / a.output.h);
+    int x = (int)(index % (u32)a.output.w);
+    index /= (u32)a.output.w;
+    int y = (int)(index % (u32)a.output.h), n = (int)(index / (u32)a.output.h);
     if (n >= a.output.n)
         return;
     i64 from = at(a.input, n, y, x) + first, to = at(a.output, n, y, x) + first;

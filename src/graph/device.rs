@@ -93,9 +93,17 @@ impl DeviceNetwork {
             };
             Ok(Step { op, inputs, output, node })
         };
-        let steps = steps.into_iter().map(lower).collect::<Result<_>>()?;
+        let steps = steps.into_iter().map(lower).collect::<Result<Vec<_>>>()?;
+        // Where boxes come from outside, their corners stay what they are.
+        let corners = |v: &ValueId| {
+            inputs.contains(v)
+                && steps.iter().any(|s: &Step| {
+                    matches!(*s.op, DeviceOp::RoiAlign(_)) && s.inputs.get(1) == Some(v)
+                })
+        };
+        let single = |v: &ValueId| outputs.contains(v) || corners(v);
         let elements = (0..values.len())
-            .map(|i| if outputs.contains(&root(&values, ValueId(i)).0) { Element::F32 } else { element })
+            .map(|i| if single(&root(&values, ValueId(i)).0) { Element::F32 } else { element })
             .collect();
         Ok(Self { graph, values, elements, steps, inputs, outputs, device: device.clone() })
     }
