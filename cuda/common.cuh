@@ -28,7 +28,7 @@ struct __align__(16) Vec16 {
 
 // A kernel of this name, for blocks of `threads` threads, that takes `Args a`.
 #define KERNEL(name, Args, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args a)
+    extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args a)
 
 DEVICE float to_float(f16 v)
 {

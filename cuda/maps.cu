@@ -200,22 +200,21 @@ KERNEL(conv_transpose, ConvTransposeArgs, 256)
     if (p.c < a.output.c) {
         int each = a.output.c / a.groups, of_input = a.input.c / a.groups, group = p.c / each;
         v = a.bias[p.c];
-        for (int ky = 0; ky < a.kernel[0]; ky++)
-            for (int kx = 0; kx < a.kernel[1]; kx++) {
-                int y = p.y + a.pad[0] - ky, x = p.x + a.pad[1] - kx;
-                if (y < 0 || x < 0 || y % a.stride[0] != 0 || x % a.stride[1] != 0)
-                    continue;
-                y /= a.stride[0];
-                x /= a.stride[1];
-                if (y >= a.input.h || x >= a.input.w)
-                    continue;
-                i64 from = at(a.input, p.n, y, x) + group * of_input;
-                for (int i = 0; i < of_input; i++) {
-                    int tap = ky * a.kernel[1] + kx;
-                    i64 weight = ((i64)(group * of_input + i) * each + p.c % each) * a.kernel[0] * a.kernel[1] + tap;
-                    v += load(a.input, from + i) * a.weights[weight];
-                }
-            }
+        int taps = a.kernel[0] * a.kernel[1], first = group * of_input;
+        const float *weights = a.weights + ((i64)first * each + p.c - group * each) * taps;
+        for (int tap = 0; tap < taps; tap++) {
+            int ky = tap / a.kernel[1];
+            int y = p.y + a.pad[0] - ky, x = p.x + a.pad[1] - (tap - ky * a.kernel[1]);
+            if (y < 0 || x < 0 || y % a.stride[0] != 0 || x % a.stride[1] != 0)
+                continue;
+            y /= a.stride[0];
+            x /= a.stride[1];
+            if (y >= a.input.h || x >= a.input.w)
+                continue;
+            i64 from = at(a.input, p.n, y, x) + first;
+            for (int i = 0; i < of_input; i++)
+                v += load(a.input, from + i) * weights[(i64)i * each * taps + tap];
+        }
     }
     store(a.output, at(a.output, p), v);
 }

@@ -6,10 +6,15 @@ use super::options::Precision;
 use super::second_stage::CompiledSecondStage;
 use crate::cpu::isa;
 use crate::error::{Error, Result};
-
+#[cfg(feature = "cuda")]
+use crate::gpu::{map::Element, ops::Device};
+#[cfg(feature = "cuda")]
+use crate::graph::DeviceNetwork;
 use crate::graph::{Compiled, Graph, Numbers, Reach, Weights};
 use crate::pixels::Normalization;
 use std::path::Path;
+#[cfg(feature = "cuda")]
+use std::sync::Weak;
 use std::sync::{Arc, Mutex};
 
 /// A model; cloning shares it.
@@ -22,6 +27,9 @@ struct Inner {
     graph: Graph,
     /// The network in every kind of numbers that a session has asked for.
     networks: Mutex<Vec<(Precision, Arc<Compiled>)>>,
+    /// The network on devices, while a session has it there.
+    #[cfg(feature = "cuda")]
+    on_devices: Mutex<Vec<(u32, Element, Weak<DeviceNetwork>)>>,
     /// Of which other networks can be made.
     weights: Weights,
     normalization: Normalization,
@@ -87,6 +95,8 @@ impl Model {
             detector,
             graph,
             networks,
+            #[cfg(feature = "cuda")]
+            on_devices: Mutex::default(),
             weights,
             normalization,
             reach,
@@ -157,6 +167,23 @@ impl Model {
         }
         let network = Arc::new(Compiled::in_numbers(graph, weights, isa::detected(), &numbers)?);
         networks.push((precision, network.clone()));
+        Ok(network)
+    }
+
+    /// The network on a device, with tensors of `element`; brought there when it is first asked for, then shared by those who hold
+    /// it. Of two stages the first.
+    #[cfg(feature = "cuda")]
+    pub fn device_network(&self, device: &Arc<Device>, element: Element) -> Result<Arc<DeviceNetwork>> {
+        let ordinal = device.context().ordinal();
+        // Held while it is brought there, as in `network`.
+        let mut all = self.0.on_devices.lock().unwrap_or_else(|e| e.into_inner());
+        all.retain(|(.., network)| network.strong_count() > 0);
+        let mut held = all.iter().filter(|(n, e, _)| (*n, *e) == (ordinal, element));
+        if let Some(network) = held.find_map(|(.., network)| network.upgrade()) {
+            return Ok(network);
+        }
+        let network = Arc::new(DeviceNetwork::new(&self.0.graph, &self.0.weights, device, element)?);
+        all.push((ordinal, element, Arc::downgrade(&network)));
         Ok(network)
     }
 

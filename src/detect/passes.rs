@@ -4,7 +4,7 @@ use super::detector::wants;
 use super::model::Model;
 use super::options::{Options, Pyramid};
 use crate::error::{Error, Result};
-use crate::graph::{Compiled, Plan, Want};
+use crate::graph::Want;
 use crate::pixels::{
     keep_for_faces, largest_tile, pyramid, FaceRange, Level, PyramidLimits, PyramidPolicy, Size, TileGrid,
 };
@@ -37,10 +37,13 @@ pub(super) fn input_shape(window: Size) -> Shape {
     Shape::new(1, 3, window.height, window.width)
 }
 
+/// Bytes of arena that the network takes for a window of this size.
+pub(super) type ArenaBytes<'a> = &'a dyn Fn(Size) -> Result<u64>;
+
 /// Levels of a picture of upright size `size`, each cut so that its arena takes at most `budget` bytes.
 pub(super) fn passes(
     model: &Model,
-    network: &Compiled,
+    arena: ArenaBytes<'_>,
     options: &Options,
     size: Size,
     budget: u64,
@@ -54,7 +57,7 @@ pub(super) fn passes(
         let greatest = options.max_face_px * level.scale as f32 * 1.001;
         let greatest = if greatest > 0.0 { greatest } else { f32::INFINITY };
         let wants = wants(model.detector(), [least, greatest]);
-        passes.push(Pass { level, padded, grid: grid(model, network, options, padded, budget)?, wants });
+        passes.push(Pass { level, padded, grid: grid(model, arena, options, padded, budget)?, wants });
     }
     Ok(passes)
 }
@@ -130,13 +133,13 @@ fn padded(model: &Model, level: Size) -> Size {
 }
 
 /// How a level is cut: not at all where it fits the budget and the tile size.
-fn grid(model: &Model, network: &Compiled, options: &Options, level: Size, budget: u64) -> Result<TileGrid> {
+fn grid(model: &Model, arena: ArenaBytes<'_>, options: &Options, level: Size, budget: u64) -> Result<TileGrid> {
     let reach = model.reach();
     let align = reach.stride[0].max(reach.stride[1]);
     let halo = reach.pixels[0].max(reach.pixels[1]);
     if halo == usize::MAX {
         // An output sees the whole picture: it cannot be cut.
-        let need = Plan::arena_bytes(network, &[input_shape(level)])? as u64;
+        let need = arena(level)?;
         if need > budget {
             return Err(Error::LimitExceeded(format!(
                 "{}x{} px need {need} bytes and this network's pictures cannot be cut; raise the memory cap",
@@ -145,8 +148,7 @@ fn grid(model: &Model, network: &Compiled, options: &Options, level: Size, budge
         }
         return TileGrid::new(level, level, 1, 0);
     }
-    let bytes = |s: Size| Plan::arena_bytes(network, &[input_shape(s)]).ok().map(|b| b as u64);
-    let fits = largest_tile(level, align, halo, budget, bytes)?;
+    let fits = largest_tile(level, align, halo, budget, |s| arena(s).ok())?;
     let tile = match options.tile_px {
         0 => fits,
         side => Size::new(fits.width.min(side), fits.height.min(side)),

@@ -366,13 +366,13 @@ impl Session {
         // What is not arena is known only once the tiles are: take it off and cut again. It hardly
         // changes with the tiles, so that the second or third try fits.
         for _ in 0..8 {
-            let passes =
-                passes(&self.model, &self.network, &self.options, size, budget).map_err(|e| match e {
-                    Error::LimitExceeded(m) if budget < cap => {
-                        Error::LimitExceeded(format!("{m} ({cap}, less {} for other buffers)", cap - budget))
-                    }
-                    other => other,
-                })?;
+            let arena = |s: Size| Ok(Plan::arena_bytes(&self.network, &[input_shape(s)])? as u64);
+            let passes = passes(&self.model, &arena, &self.options, size, budget).map_err(|e| match e {
+                Error::LimitExceeded(m) if budget < cap => {
+                    Error::LimitExceeded(format!("{m} ({cap}, less {} for other buffers)", cap - budget))
+                }
+                other => other,
+            })?;
             let mut plans = Plans::new();
             for (pass, window) in passes.iter().flat_map(|p| p.windows().map(move |w| (p, w))) {
                 if plans.iter().all(|p| !p.is_for(window, &pass.wants)) {

@@ -1,1 +1,81 @@
-//! A driver that fails at each call in turn: errors, and nothing kept.
+//! A driver that fails at each call in turn: errors that name the call, no crash, and nothing kept.
+
+use crate::emulator::{driver, Driver, Emulator};
+use farface::error::Result;
+use farface::gpu::driver::Stream;
+use farface::gpu::map::Element;
+use farface::gpu::memory::DeviceBuffer;
+use farface::gpu::ops::Device;
+use farface::graph::{Builder, DeviceNetwork, DevicePlan, Graph, Weights};
+use farface::layers::{Conv2d, MaxPool};
+use farface::shape::{Shape, Tensor};
+use std::process::Command;
+
+/// Tells the process that it is the one in which calls fail; the other tests must not be hit.
+const ALONE: &str = "FARFACE_TEST_FAILURES";
+
+/// Runs the test of this name in a process of its own, unless this is it. True there.
+pub fn alone(name: &str) -> bool {
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let me = std::env::current_exe().unwrap();
+    let out = Command::new(me).args([name, "--exact", "--nocapture"]).env(ALONE, "1").output().unwrap();
+    let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(out.status.success(), "{text}");
+    println!("{text}");
+    false
+}
+
+/// Lets every call that `run` makes fail once. Prints how many there were.
+pub fn fail_at_each(emulator: &Emulator, what: &str, run: impl Fn() -> Result<()>) {
+    // Once before, for what is made once a process.
+    run().unwrap();
+    emulator.fail_at(0);
+    run().unwrap();
+    let calls = emulator.calls();
+    let held = emulator.live();
+    assert!(calls > 20, "{what}: {calls} calls");
+    for n in 1..=calls {
+        emulator.fail_at(n);
+        let error = run().expect_err(&format!("{what}: call {n} of {calls} fails unnoticed")).to_string();
+        assert!(error.contains("cu") && error.contains("CUDA_ERROR"), "{what}: call {n}: {error}");
+        emulator.fail_at(0);
+        assert_eq!(emulator.live(), held, "{what}: call {n} fails and something is kept: {error}");
+    }
+    run().unwrap();
+    println!("{what}: {calls} calls, each failed once");
+}
+
+fn small_network() -> Graph {
+    let mut b = Builder::new();
+    let x = b.input("x", 3);
+    let y = b.conv("conv", x, Conv2d::new(3, 8, 3).bias());
+    let y = b.relu(y);
+    let d = b.conv("depthwise", y, Conv2d::depthwise(8, 3));
+    let p = b.max_pool(d, MaxPool::new(2, 2, 0));
+    b.output("y", p);
+    b.finish()
+}
+
+#[test]
+fn a_driver_that_fails_at_any_call_is_an_error() {
+    let Some(Driver::Emulated(emulator)) = driver() else { return };
+    if !alone("failures::a_driver_that_fails_at_any_call_is_an_error") {
+        return;
+    }
+    let graph = small_network();
+    let weights = Weights::random(&graph, 1);
+    let input = [Tensor::zeros(Shape::new(1, 3, 8, 8))];
+    fail_at_each(emulator, "a network", || {
+        let device = Device::new(0)?;
+        let stream = Stream::new(device.context())?;
+        let network = DeviceNetwork::new(&graph, &weights, &device, Element::F16)?;
+        let plan = DevicePlan::new(&network, &[input[0].shape])?;
+        let arena = DeviceBuffer::new(device.context(), plan.bytes())?;
+        plan.run_tensors(&stream, &arena, &input)?;
+        let graph = stream.capture(|| plan.launch(&stream, &arena))?;
+        graph.launch(&stream)?;
+        stream.synchronize()
+    });
+}

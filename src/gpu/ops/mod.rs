@@ -10,7 +10,7 @@ use super::driver::{Context, Stream};
 use super::kernels::{Kernel, Kernels, Source};
 use super::map::{DeviceView, Element};
 use crate::error::Result;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 
 /// A device with its kernels, and a stream for what is brought there once.
 pub struct Device {
@@ -28,6 +28,22 @@ impl Device {
         let kernels = Kernels::new(&context)?;
         let uploads = Stream::new(&context)?;
         Ok(Arc::new(Self { context, kernels, uploads }))
+    }
+
+    /// The device of this number, the same for all who hold it meanwhile: kernels are compiled and loaded once.
+    ///
+    /// Errors: as [`Device::new`].
+    pub fn shared(ordinal: u32) -> Result<Arc<Self>> {
+        static DEVICES: Mutex<Vec<(u32, Weak<Device>)>> = Mutex::new(Vec::new());
+        // Held while one is opened: a second session waits rather than opening it again.
+        let mut devices = DEVICES.lock().unwrap_or_else(|e| e.into_inner());
+        devices.retain(|(_, device)| device.strong_count() > 0);
+        if let Some(device) = devices.iter().filter(|(n, _)| *n == ordinal).find_map(|(_, d)| d.upgrade()) {
+            return Ok(device);
+        }
+        let device = Self::new(ordinal)?;
+        devices.push((ordinal, Arc::downgrade(&device)));
+        Ok(device)
     }
 
     /// Its context.

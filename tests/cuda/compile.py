@@ -1,0 +1,80 @@
+"""Compiles cuda/*.cu by NVRTC, prints registers and spills of every kernel, and fails where one spills.
+
+usage: compile.py FOLDER   (FOLDER has libnvrtc, such as that of pip's nvidia-cuda-nvrtc-cu11)
+"""
+
+import ctypes
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2] / "cuda"
+# Machine code for these, and PTX for the oldest, which newer devices' drivers compile.
+TARGETS = ["compute_70", "sm_75", "sm_80", "sm_90"]
+# Kernels whose registers are printed.
+SHOWN = "sm_90"
+
+
+def check(nvrtc, status, call):
+    if status != 0:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        sys.exit(f"{call}: {nvrtc.nvrtcGetErrorString(status).decode()}")
+
+
+def compile_file(nvrtc, path, header, target):
+    """The compiler's messages and whether it succeeded."""
+    program = ctypes.c_void_p()
+    headers, names = (ctypes.c_char_p * 1)(header), (ctypes.c_char_p * 1)(b"common.cuh")
+    source = path.read_bytes()
+    made = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, path.name.encode(), 1, headers, names)
+    check(nvrtc, made, "nvrtcCreateProgram")
+    options = [f"--gpu-architecture={target}", "--std=c++17"]
+    if target.startswith("sm_"):
+        options.append("--ptxas-options=-v")
+    array = (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
+    status = nvrtc.nvrtcCompileProgram(program, len(options), array)
+    size = ctypes.c_size_t()
+    check(nvrtc, nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)), "nvrtcGetProgramLogSize")
+    log = ctypes.create_string_buffer(size.value)
+    check(nvrtc, nvrtc.nvrtcGetProgramLog(program, log), "nvrtcGetProgramLog")
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return log.value.decode(), status == 0
+
+
+def kernels(log):
+    """(name, registers, bytes spilled) of every kernel that ptxas reports."""
+    parts = re.split(r"Compiling entry function '(\w+)'", log)
+    for name, text in zip(parts[1::2], parts[2::2]):
+        registers = int(re.search(r"Used (\d+) registers", text).group(1))
+        stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text).groups())
+        yield name, registers, stores + loads
+
+
+def main():
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    libraries = sorted(pathlib.Path(sys.argv[1]).glob("**/libnvrtc.so*"))
+    if not libraries:
+        sys.exit(f"{sys.argv[1]}: no libnvrtc.so there")
+    nvrtc = ctypes.CDLL(str(libraries[0]))
+    header = (ROOT / "common.cuh").read_bytes()
+    files = sorted(ROOT.glob("*.cu"))
+    failed = []
+    for target in TARGETS:
+        for path in files:
+            log, compiled = compile_file(nvrtc, path, header, target)
+            if not compiled or "warning" in log:
+                failed.append(f"{path.name} for {target}:\n{log}")
+                continue
+            for name, registers, spilled in kernels(log):
+                if target == SHOWN:
+                    print(f"{path.name:12} {name:24} {registers:4} registers, {spilled} bytes spilled")
+                if spilled:
+                    failed.append(f"{name} of {path.name} spills {spilled} bytes for {target}")
+    for text in failed:
+        print(text, file=sys.stderr)
+    print(f"{len(files)} files for {', '.join(TARGETS)}: {len(failed)} faults")
+    sys.exit(1 if failed else 0)
+
+
+main()
