@@ -26,16 +26,10 @@ struct __align__(16) Vec16 {
 
 #ifndef FARFACE_EMULATED
 
-// Copies to shared memory go through registers before 8.0: the compiler may use all there are, rather than spill for a second block.
-#if __CUDA_ARCH__ >= 800
-#define BOUNDS(threads) __launch_bounds__(threads)
-#else
-#define BOUNDS(threads) __launch_bounds__(threads, 1)
-#endif
-
-// A kernel of this name, for blocks of `threads` threads, that takes `Args a`.
-#define KERNEL(name, Args, threads) \
-    extern "C" __global__ void BOUNDS(threads) name(const __grid_constant__ Args a)
+// A kernel of this name that takes `Args a`, for blocks of `threads` threads, of which at least `blocks` shall fit a multiprocessor.
+#define KERNEL_FOR(name, Args, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args a)
+#define KERNEL(name, Args, threads) KERNEL_FOR(name, Args, threads, 1)
 
 DEVICE float to_float(f16 v)
 {

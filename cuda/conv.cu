@@ -192,8 +192,18 @@ template <class T, int BM, int BN, int WM, int WN> DEVICE void conv_tiles(const 
         }
 }
 
+// 512 threads a multiprocessor, 128 registers each; before 8.0 what is copied goes through registers and more are wanted.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define TILES_TOGETHER(threads) (512 / (threads))
+#else
+#define TILES_TOGETHER(threads) 1
+#endif
 #define CONV_TILES(type, bm, bn, wm, wn)                                                                         \
-    KERNEL(conv_##type##_##bm##x##bn, ConvArgs, (bm / wm) * (bn / wn) * 32) { conv_tiles<type, bm, bn, wm, wn>(a); }
+    KERNEL_FOR(conv_##type##_##bm##x##bn, ConvArgs, (bm / wm) * (bn / wn) * 32,                                  \
+               TILES_TOGETHER((bm / wm) * (bn / wn) * 32))                                                       \
+    {                                                                                                            \
+        conv_tiles<type, bm, bn, wm, wn>(a);                                                                     \
+    }
 
 CONV_TILES(f16, 128, 128, 64, 32)
 CONV_TILES(f16, 128, 64, 64, 32)

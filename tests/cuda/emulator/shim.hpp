@@ -58,7 +58,8 @@ std::uint16_t float_to_half(float v);
 #define blockDim emulator::block_size
 #define gridDim emulator::grid_size
 
-#define KERNEL(name, Args, threads)                                                                              \
+#define KERNEL(name, Args, threads) KERNEL_FOR(name, Args, threads, 1)
+#define KERNEL_FOR(name, Args, threads, blocks)                                                                              \
     static void name##_body(const Args &a);                                                                      \
     static emulator::Register name##_registered(#name, sizeof(Args),                                             \
                                                 [](const void *p) { name##_body(*(const Args *)p); });           \
