@@ -6,11 +6,13 @@
 //! number of threads, alone or in any batch.
 
 use super::guard::{guard, Failure, Out, OutSlice, Result};
-use super::image::{farface_image, view};
+use super::image::{farface_image, picture, Picture};
 use super::session::{enter, farface_session};
 use super::status::*;
 use crate::detect::{Face, Session};
 use crate::error::Error;
+#[cfg(feature = "cuda")]
+use crate::{detect::device::Source, gpu::driver::foreign_stream};
 use std::ffi::c_void;
 
 /// `landmarks` of the face are set.
@@ -183,8 +185,10 @@ pub unsafe extern "C" fn farface_detect_batch(
     })
 }
 
-/// Begins to search a picture on the caller's CUDA stream (a cudaStream_t) and returns without
-/// waiting; farface_session_wait() brings the faces. The picture must stay in place until then.
+/// Begins to search a picture on the caller's CUDA stream (a cudaStream_t of the session's device; NULL is CUDA's default stream) and
+/// returns without waiting; farface_session_wait() brings the faces. A picture in CUDA memory and the stream must stay in place until
+/// then; one in the host's memory is copied before this returns. The faces of a picture that was begun before and not waited for are
+/// lost.
 ///
 /// Errors: those of farface_detect(); FARFACE_ERROR_UNSUPPORTED with a session on the CPU.
 #[no_mangle]
@@ -194,13 +198,11 @@ pub unsafe extern "C" fn farface_detect_async(
     cuda_stream: *mut c_void,
 ) -> farface_status {
     guard(|| {
-        let _ = cuda_stream; // NULL is CUDA's default stream
-
         // SAFETY: the caller's promise about `session`, `image` and its planes.
         unsafe {
             enter(session, |s| {
-                view(image)?;
-                Err(no_stream(s))
+                let picture = picture(image)?;
+                begin(s, picture, cuda_stream)
             })
         }
     })
@@ -219,11 +221,41 @@ pub unsafe extern "C" fn farface_session_wait(
     guard(|| {
         // SAFETY: the caller's promise about `count`, `faces` and `session`.
         unsafe {
-            Out::new(count, "count")?.set(0);
-            OutSlice::new(faces, capacity, "faces")?;
-            enter(session, |s| Err(no_stream(s)))
+            let count = Out::new(count, "count")?;
+            count.set(0);
+            let faces = OutSlice::new(faces, capacity, "faces")?;
+            enter(session, |s| write(wait(s)?, &faces, &count))
         }
     })
+}
+
+/// # Safety
+/// `cuda_stream` is NULL or a stream of the session's device, which lives until the picture is waited for.
+#[cfg(feature = "cuda")]
+unsafe fn begin(session: &mut Session, picture: Picture<'_>, cuda_stream: *mut c_void) -> Result<()> {
+    let Some(context) = session.context() else { return Err(no_stream(session)) };
+    // SAFETY: the caller's contract.
+    let stream = unsafe { foreign_stream(context, cuda_stream) };
+    let source = match picture {
+        Picture::Host(view) => Source::Host(view),
+        Picture::Cuda(image) => Source::Device(image),
+    };
+    Ok(session.detect_async(source, Some(&stream))?)
+}
+
+/// # Safety
+/// None; as with the feature `cuda`.
+#[cfg(not(feature = "cuda"))]
+unsafe fn begin(session: &mut Session, _: Picture<'_>, _: *mut c_void) -> Result<()> {
+    Err(no_stream(session))
+}
+
+fn wait(session: &mut Session) -> Result<&[Face]> {
+    #[cfg(feature = "cuda")]
+    if session.context().is_some() {
+        return Ok(session.wait()?);
+    }
+    Err(no_stream(session))
 }
 
 fn no_stream(session: &Session) -> Failure {
@@ -235,7 +267,7 @@ fn no_stream(session: &Session) -> Failure {
 }
 
 /// # Safety
-/// As [`view`].
+/// As [`picture`].
 unsafe fn detect_one(
     session: &mut Session,
     image: *const farface_image,
@@ -243,7 +275,16 @@ unsafe fn detect_one(
     count: &Out<usize>,
 ) -> Result<()> {
     // SAFETY: the caller's contract.
-    let found = session.detect(&unsafe { view(image)? })?;
+    let found = match unsafe { picture(image)? } {
+        Picture::Host(view) => session.detect(&view)?,
+        #[cfg(feature = "cuda")]
+        Picture::Cuda(image) => session.detect_on_device(&image)?,
+    };
+    write(found, faces, count)
+}
+
+/// Gives the caller what was found, as much as there is room for.
+fn write(found: &[Face], faces: &OutSlice<farface_face>, count: &Out<usize>) -> Result<()> {
     count.set(found.len());
     for (i, face) in found.iter().take(faces.len()).enumerate() {
         faces.set(i, face.into());

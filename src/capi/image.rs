@@ -127,12 +127,19 @@ fn bad<T>(what: String) -> Result<T> {
     Err(Error::InvalidImage(what).into())
 }
 
+/// A picture, where its planes are.
+pub(super) enum Picture<'a> {
+    Host(ImageView<'a>),
+    #[cfg(feature = "cuda")]
+    Cuda(DeviceImage),
+}
+
 /// The picture at `image`, checked.
 ///
 /// # Safety
 /// `image` is NULL, misaligned, or valid; its planes have all bytes that size, format and strides
-/// speak of, unchanged during `'a`.
-pub(super) unsafe fn view<'a>(image: *const farface_image) -> Result<ImageView<'a>> {
+/// speak of, unchanged during `'a`; those in CUDA memory until the detection is done.
+pub(super) unsafe fn picture<'a>(image: *const farface_image) -> Result<Picture<'a>> {
     // SAFETY: the caller's contract.
     let image: &farface_image = unsafe { input(image, "image")? };
     let format = match image.format {
@@ -158,14 +165,6 @@ pub(super) unsafe fn view<'a>(image: *const farface_image) -> Result<ImageView<'
         FARFACE_RANGE_FULL => ColorRange::Full,
         other => return bad(format!("range {other} is no FARFACE_RANGE_ value")),
     };
-    match image.memory {
-        FARFACE_MEMORY_HOST => {}
-        FARFACE_MEMORY_CUDA => {
-            let text = "planes in CUDA memory, but the session runs on the CPU; copy them to the host";
-            return Err(Error::Unsupported(text.into()).into());
-        }
-        other => return bad(format!("memory {other} is no FARFACE_MEMORY_ value")),
-    }
     if image.mirrored > 1 {
         return bad(format!("mirrored is {}, it must be 0 or 1", image.mirrored));
     }
@@ -176,6 +175,30 @@ pub(super) unsafe fn view<'a>(image: *const farface_image) -> Result<ImageView<'
         Orientation { mirrored: image.mirrored == 1, rotation: Rotation::from_degrees(image.rotation)? };
     let (width, height) = (image.width as usize, image.height as usize);
     ImageView::check_size(width, height)?;
+    let r = image.roi;
+    let roi = (r != farface_rect::default())
+        .then(|| Rect::new(r.x as usize, r.y as usize, r.width as usize, r.height as usize));
+    match image.memory {
+        FARFACE_MEMORY_HOST => {}
+        #[cfg(feature = "cuda")]
+        FARFACE_MEMORY_CUDA => {
+            let plane = |p: &farface_plane| (p.data.addr() as u64, p.stride);
+            let planes = image.planes.each_ref().map(plane);
+            let picture = DeviceImage::new(width, height, format, &planes[..format.planes()])?
+                .with_color(matrix, range)
+                .with_orientation(orientation);
+            return Ok(Picture::Cuda(match roi {
+                Some(roi) => picture.with_roi(roi)?,
+                None => picture,
+            }));
+        }
+        #[cfg(not(feature = "cuda"))]
+        FARFACE_MEMORY_CUDA => {
+            let text = "planes in CUDA memory, but this build lacks the feature `cuda`; copy them to the host";
+            return Err(Error::Unsupported(text.into()).into());
+        }
+        other => return bad(format!("memory {other} is no FARFACE_MEMORY_ value")),
+    }
     let mut planes = [Plane::new(&[], 0); 3];
     for (i, plane) in planes.iter_mut().enumerate().take(format.planes()) {
         // SAFETY: the caller's contract.
@@ -184,11 +207,10 @@ pub(super) unsafe fn view<'a>(image: *const farface_image) -> Result<ImageView<'
     let view = ImageView::new(width, height, format, &planes[..format.planes()])?
         .with_color(matrix, range)
         .with_orientation(orientation);
-    let r = image.roi;
-    if r == farface_rect::default() {
-        return Ok(view);
-    }
-    Ok(view.with_roi(Rect::new(r.x as usize, r.y as usize, r.width as usize, r.height as usize))?)
+    Ok(Picture::Host(match roi {
+        Some(roi) => view.with_roi(roi)?,
+        None => view,
+    }))
 }
 
 /// The bytes of plane `index`, from the lowest address to the end of the row that lies last.

@@ -8,7 +8,7 @@ use crate::pixels::{pyramid, PyramidLimits, PyramidPolicy, Size};
 /// Where the network runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum DevicePolicy {
-    /// The best device there is; today that is the CPU.
+    /// The CPU, until it has been measured which is the faster.
     #[default]
     Auto,
     /// The CPU.
@@ -196,8 +196,11 @@ impl Options {
         if self.threads > MAX_THREADS {
             return bad(format!("threads {} is more than {MAX_THREADS}", self.threads));
         }
+        #[cfg(not(feature = "cuda"))]
         if let DevicePolicy::RequireCuda(n) = self.device {
-            return Err(no_cuda(n));
+            return Err(Error::Unsupported(format!(
+                "CUDA device {n} is required, but this build lacks the feature `cuda`; use the CPU policy"
+            )));
         }
         Ok(())
     }
@@ -209,17 +212,4 @@ impl Options {
             n => n,
         }
     }
-}
-
-/// Why CUDA device `n` cannot be had.
-fn no_cuda(n: u32) -> Error {
-    #[cfg(feature = "cuda")]
-    if let Some(Error::Unsupported(missing)) =
-        crate::gpu::probe::Library::ALL.iter().find_map(|library| library.require().err())
-    {
-        return Error::Unsupported(format!("CUDA device {n} is required, but {missing}"));
-    }
-    Error::Unsupported(format!(
-        "CUDA device {n} is required, but this version runs on the CPU alone; use the CPU policy"
-    ))
 }

@@ -6,18 +6,26 @@
 
 use super::boxes::Convention;
 use super::candidates::Candidates;
+#[cfg(feature = "cuda")]
+use super::device::{OnDevice, Source};
 use super::detector::{Map, Window};
 use super::face::Face;
 use super::input::{fill_input, scratch_widths};
 use super::model::Model;
 use super::nms::{Nms, Rule};
+#[cfg(feature = "cuda")]
+use super::options::DevicePolicy;
 use super::options::Options;
 use super::passes::{input_shape, passes, Pass};
 use super::second_stage::Refiner;
 use super::Detection;
 use crate::cpu::{Arena, Pool};
 use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::gpu::driver::{Context, Stream};
 use crate::graph::{Compiled, Plan, Want};
+#[cfg(feature = "cuda")]
+use crate::pixels::DeviceImage;
 use crate::pixels::{ImageView, Rect, Scratch, Size};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -86,6 +94,9 @@ pub struct Session {
     faces: Vec<Face>,
     calls: u64,
     timings: Option<Timings>,
+    /// What does the work where it is on a device: of the above model, options, faces and timings alone are then in use.
+    #[cfg(feature = "cuda")]
+    device: Option<Box<OnDevice>>,
 }
 
 impl Session {
@@ -100,10 +111,14 @@ impl Session {
         if !(1..=MAX_OUTPUTS).contains(&model.graph().outputs.len()) {
             return Err(Error::InvalidModel(format!("a network has 1 to {MAX_OUTPUTS} outputs")));
         }
+        #[cfg(feature = "cuda")]
+        let device = on_device(model, &options)?;
         let pool = new_pool(&options)?;
         Ok(Self {
             model: model.clone(),
             network: model.network(options.precision)?,
+            #[cfg(feature = "cuda")]
+            device,
             options,
             pool,
             arena: Arena::default(),
@@ -132,6 +147,13 @@ impl Session {
     /// Changes the settings. What was prepared or warmed up is given up where the change concerns it.
     pub fn set_options(&mut self, options: Options) -> Result<()> {
         options.check()?;
+        #[cfg(feature = "cuda")]
+        match &mut self.device {
+            Some(device) if options.device == self.options.device => {
+                device.set_options(&self.model, &self.options, &options)?;
+            }
+            _ => self.device = on_device(&self.model, &options)?,
+        }
         let network = self.model.network(options.precision)?;
         let threads = options.thread_count() != self.pool.threads();
         if threads {
@@ -160,7 +182,11 @@ impl Session {
     }
 
     /// Name of the device that the network runs on.
-    pub fn device(&self) -> &'static str {
+    pub fn device(&self) -> &str {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = &self.device {
+            return device.name();
+        }
         "cpu"
     }
 
@@ -177,7 +203,12 @@ impl Session {
     /// Prepares everything for pictures of this upright size (pixels), so that detecting on them
     /// allocates nothing.
     pub fn warmup(&mut self, width: usize, height: usize) -> Result<()> {
-        let index = self.prepare(checked_size(width, height)?)?;
+        let size = checked_size(width, height)?;
+        #[cfg(feature = "cuda")]
+        if let Some(device) = &mut self.device {
+            return device.warmup(&self.model, &self.options, size);
+        }
+        let index = self.prepare(size)?;
         // One run touches all pages, so that the first picture is not slower than the next.
         let (passes, plans) = (&self.prepared[index].passes, &self.plans);
         for pass in passes {
@@ -194,6 +225,10 @@ impl Session {
     /// other, its threads' stacks not counted.
     pub fn workspace_bytes(&self, width: usize, height: usize) -> Result<u64> {
         let size = checked_size(width, height)?;
+        #[cfg(feature = "cuda")]
+        if let Some(device) = &self.device {
+            return device.workspace_bytes(&self.model, &self.options, size);
+        }
         let (passes, plans) = self.fit(size)?;
         Ok(self.held_bytes(size, &passes, &plans))
     }
@@ -201,19 +236,22 @@ impl Session {
     /// The scales on which a picture of this upright size is searched, and what each costs, in the order of the search;
     /// none where no level can hold a face of a size asked for.
     pub fn levels(&self, width: usize, height: usize) -> Result<Vec<LevelCost>> {
-        let (passes, _) = self.fit(checked_size(width, height)?)?;
-        let times = if self.options.flip { 2 } else { 1 };
-        let cost = |p: &Pass| LevelCost {
-            scale: p.level.scale,
-            size: p.level.size,
-            tiles: p.grid.len(),
-            network_pixels: p.grid.window_pixels().saturating_mul(times),
-        };
-        Ok(passes.iter().map(cost).collect())
+        let size = checked_size(width, height)?;
+        #[cfg(feature = "cuda")]
+        if let Some(device) = &self.device {
+            return device.levels(&self.model, &self.options, size);
+        }
+        Ok(costs(&self.fit(size)?.0, &self.options))
     }
 
     /// Finds faces, best first, in pixels of the picture as given.
     pub fn detect(&mut self, image: &ImageView<'_>) -> Result<&[Face]> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = &mut self.device {
+            let timings = device.detect(&self.model, &self.options, Source::Host(*image), &mut self.faces)?;
+            self.timings = self.timings.map(|_| timings);
+            return Ok(&self.faces);
+        }
         let size = image.upright_size();
         let index = self.prepare(size)?;
         self.candidates.clear();
@@ -294,6 +332,47 @@ impl Session {
             self.timings = Some(timings);
         }
         Ok(&self.faces)
+    }
+
+    /// As [`Session::detect`], of a picture in the memory of the session's device.
+    ///
+    /// Errors: [`Error::Unsupported`] of a session on the CPU. A picture whose planes cannot be read there fails the device, for all who
+    /// use it in this process.
+    #[cfg(feature = "cuda")]
+    pub fn detect_on_device(&mut self, image: &DeviceImage) -> Result<&[Face]> {
+        let device = self.device.as_mut().ok_or_else(no_device)?;
+        let timings = device.detect(&self.model, &self.options, Source::Device(*image), &mut self.faces)?;
+        self.timings = self.timings.map(|_| timings);
+        Ok(&self.faces)
+    }
+
+    /// Begins to search a picture on a stream (the session's own where there is none given) and returns without waiting;
+    /// [`Session::wait`] brings the faces. A picture on the device must stay there until then. Faces of one that was begun before and
+    /// not waited for are lost.
+    ///
+    /// Errors: as [`Session::detect_on_device`].
+    #[cfg(feature = "cuda")]
+    pub fn detect_async(&mut self, image: Source<'_>, stream: Option<&Stream>) -> Result<()> {
+        let device = self.device.as_mut().ok_or_else(no_device)?;
+        device.detect_async(&self.model, &self.options, image, stream)
+    }
+
+    /// Waits for the picture of [`Session::detect_async`].
+    ///
+    /// Errors: [`Error::InvalidArgument`] where none was begun; else as [`Session::detect_on_device`].
+    #[cfg(feature = "cuda")]
+    pub fn wait(&mut self) -> Result<&[Face]> {
+        let device = self.device.as_mut().ok_or_else(no_device)?;
+        if !device.wait(&self.model, &self.options, &mut self.faces)? {
+            return Err(Error::InvalidArgument("no picture was begun".into()));
+        }
+        Ok(&self.faces)
+    }
+
+    /// The context of the session's device, of which a caller's streams must be.
+    #[cfg(feature = "cuda")]
+    pub fn context(&self) -> Option<&Arc<Context>> {
+        self.device.as_ref().map(|device| device.context())
     }
 
     /// Finds faces as [`Session::detect`] and writes the best into `faces`. Returns how many there
@@ -420,8 +499,20 @@ impl Session {
     }
 }
 
+/// What each level of a picture costs.
+pub(super) fn costs(passes: &[Pass], options: &Options) -> Vec<LevelCost> {
+    let times = if options.flip { 2 } else { 1 };
+    let cost = |p: &Pass| LevelCost {
+        scale: p.level.scale,
+        size: p.level.size,
+        tiles: p.grid.len(),
+        network_pixels: p.grid.window_pixels().saturating_mul(times),
+    };
+    passes.iter().map(cost).collect()
+}
+
 /// How candidates become faces.
-fn rule(model: &Model, options: &Options) -> Rule {
+pub(super) fn rule(model: &Model, options: &Options) -> Rule {
     let plus_one = model.config().nms_plus_one;
     Rule {
         suppression: options.suppression,
@@ -430,6 +521,27 @@ fn rule(model: &Model, options: &Options) -> Rule {
         floor: options.score_threshold,
         limit: if options.max_faces == 0 { usize::MAX } else { options.max_faces },
     }
+}
+
+/// The device that the policy asks for, where it is to be had.
+#[cfg(feature = "cuda")]
+fn on_device(model: &Model, options: &Options) -> Result<Option<Box<OnDevice>>> {
+    let open = |n| OnDevice::new(model, options, n).map(Box::new);
+    match options.device {
+        DevicePolicy::Auto | DevicePolicy::Cpu => Ok(None),
+        DevicePolicy::RequireCuda(n) => open(n).map(Some),
+        // What cannot be had is no error; what fails for another reason is.
+        DevicePolicy::PreferCuda(n) => match open(n) {
+            Ok(device) => Ok(Some(device)),
+            Err(Error::Unsupported(_)) => Ok(None),
+            Err(other) => Err(other),
+        },
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn no_device() -> Error {
+    Error::Unsupported("this session runs on the CPU, which has no streams and no memory of its own".into())
 }
 
 fn new_pool(options: &Options) -> Result<Pool> {

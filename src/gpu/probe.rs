@@ -1,8 +1,9 @@
 //! NVIDIA's libraries: which of them there are, and where.
 //!
-//! Each is looked for where the dynamic loader looks, then in the folders that `FARFACE_CUDA_PATH`, `CUDA_HOME` and `CUDA_PATH` name,
-//! then in `/usr/local/cuda`, then in pip's `nvidia` packages of the active Python environment. What was found stays open: cudarc,
-//! which asks for libraries by name and panics where one is missing, then gets the same ones.
+//! Each is looked for where the dynamic loader looks, then in the folders that `FARFACE_CUDA_PATH` lists (as `PATH` does), then in
+//! those of the toolkits that `CUDA_HOME` and `CUDA_PATH` name and of `/usr/local/cuda`, then in pip's `nvidia` packages of the active
+//! Python environment. What was found stays open: cudarc, which asks for libraries by name and panics where one is missing, then gets
+//! the same ones.
 
 use crate::error::{Error, Result};
 use libloading::Library as Handle;
@@ -101,10 +102,11 @@ fn load(path: &Path) -> Option<Handle> {
 
 /// Folders of toolkits and pip packages.
 fn folders() -> Vec<PathBuf> {
-    let named = ["FARFACE_CUDA_PATH", "CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
-    let toolkits = named.map(PathBuf::from).chain([PathBuf::from("/usr/local/cuda")]);
-    let mut folders: Vec<PathBuf> =
-        toolkits.flat_map(|root| [root.join("lib64"), root.join("lib"), root]).collect();
+    let listed = std::env::var_os("FARFACE_CUDA_PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> = std::env::split_paths(&listed).filter(|p| p.is_absolute()).collect();
+    let named = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
+    let toolkits = named.chain([PathBuf::from("/usr/local/cuda")]);
+    folders.extend(toolkits.flat_map(|root| [root.join("lib64"), root.join("lib")]));
     let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os);
     for environment in environments {
         for python in entries(&Path::new(&environment).join("lib")) {

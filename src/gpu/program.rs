@@ -1,6 +1,6 @@
 //! The safe face of the operations: every view is checked once, when the program is made.
 
-use super::driver::Stream;
+use super::driver::{Event, Stream};
 use super::map::DeviceView;
 use super::memory::DeviceBuffer;
 use super::ops::DeviceOp;
@@ -72,14 +72,28 @@ impl DeviceProgram {
 
     /// Gives all steps to the stream.
     pub fn launch(&self, stream: &Stream, arena: &DeviceBuffer) -> Result<()> {
+        self.steps.iter().try_for_each(|step| self.launch_step(step, stream, arena))
+    }
+
+    /// As [`DeviceProgram::launch`], waiting for each step. Returns their milliseconds.
+    pub fn launch_timed(&self, stream: &Stream, arena: &DeviceBuffer) -> Result<Vec<f32>> {
+        let [before, after] = [Event::new(stream.context())?, Event::new(stream.context())?];
+        let timed = |step| {
+            before.record(stream)?;
+            self.launch_step(step, stream, arena)?;
+            after.record(stream)?;
+            after.synchronize()?;
+            after.since(&before)
+        };
+        self.steps.iter().map(timed).collect()
+    }
+
+    fn launch_step(&self, step: &DeviceStep, stream: &Stream, arena: &DeviceBuffer) -> Result<()> {
         if arena.len() < self.bytes {
             return Err(Error::Internal("a device arena smaller than the program needs".into()));
         }
-        for step in &self.steps {
-            // SAFETY: checked when the program was made, and the arena is as large.
-            unsafe { step.op.launch(stream, arena.address(), &step.inputs, &step.output)? };
-        }
-        Ok(())
+        // SAFETY: checked when the program was made, and the arena is as large.
+        unsafe { step.op.launch(stream, arena.address(), &step.inputs, &step.output) }
     }
 }
 

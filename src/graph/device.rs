@@ -287,9 +287,19 @@ impl DevicePlan {
         self.program.bytes()
     }
 
+    /// Number of steps.
+    pub fn steps(&self) -> usize {
+        self.program.len()
+    }
+
     /// Gives the network's work to the stream, on inputs that are in the arena by then.
     pub fn launch(&self, stream: &Stream, arena: &DeviceBuffer) -> Result<()> {
         self.program.launch(stream, arena)
+    }
+
+    /// As [`DevicePlan::launch`], waiting for each step. Returns their milliseconds.
+    pub fn launch_timed(&self, stream: &Stream, arena: &DeviceBuffer) -> Result<Vec<f32>> {
+        self.program.launch_timed(stream, arena)
     }
 
     /// Writes `inputs` into the arena, runs, and reads the outputs, in the graph's order. For tests and tools.

@@ -13,4 +13,5 @@ mod fusion;
 mod kernels;
 #[path = "../parity/random.rs"]
 mod random;
+mod sessions;
 mod support;

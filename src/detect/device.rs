@@ -1,0 +1,561 @@
+//! A session's work on a CUDA device: one upload, one graph, one small download.
+//!
+//! What depends on a picture's size is recorded once: pixels to network input, the network, its outputs to candidates, for every level
+//! and tile, then sorting and suppression. What may change from call to call (settings, how the picture lies, its pixels) is read
+//! from memory that the recorded upload fills.
+
+use super::detector::Window;
+use super::face::Face;
+use super::heads::{cuda, Extras};
+use super::model::Model;
+use super::nms::{Nms, Suppression};
+use super::options::{Options, Precision};
+use super::passes::{input_shape, passes, Pass};
+use super::session::{costs, rule, LevelCost, Timings};
+use super::Detection;
+use crate::error::{Error, Result};
+use crate::gpu::driver::{Context, Event, Graph, Stream};
+use crate::gpu::faces::{Candidate, FaceBuffers, Header, Level, Placement as ToUpright, Settings};
+use crate::gpu::map::Element;
+use crate::gpu::memory::{DeviceBuffer, PinnedBuffer};
+use crate::gpu::ops::Device;
+use crate::gpu::pixels::{InputNorm, InputWindow, Picture};
+use crate::gpu::stage::{Stage, PICTURES};
+use crate::graph::{DeviceNetwork, DevicePlan, Want};
+use crate::pixels::device::{copied_picture, input_window};
+use crate::pixels::{DeviceImage, ImageView, Placement, Size};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Picture sizes whose recordings are kept.
+const KEPT_SIZES: usize = 8;
+/// Faces that the first download brings.
+const FIRST_FACES: usize = 256;
+/// Steps of a picture beyond which they are launched one by one: a graph of so many takes longer to make than it saves.
+const MOST_RECORDED: usize = 20_000;
+/// Bytes a pixel for which there is room from the start; planes of f32 make more when they come.
+const PIXEL_BYTES: usize = 4;
+
+/// A plan, and what it is for.
+struct Planned {
+    window: Size,
+    wants: Vec<Want>,
+    plan: DevicePlan,
+}
+
+/// A tile of a level, or its mirror image.
+struct Part {
+    /// Which of `Prepared::plans`.
+    plan: usize,
+    input: InputWindow,
+    levels: Vec<Level>,
+    placement: ToUpright,
+}
+
+/// A recording, and what it is for.
+struct Recorded {
+    /// Bytes of the upload.
+    upload: usize,
+    graph: Graph,
+}
+
+/// What depends on the picture's upright size.
+struct Prepared {
+    size: Size,
+    passes: Vec<Pass>,
+    plans: Vec<Planned>,
+    parts: Vec<Part>,
+    recorded: Vec<Recorded>,
+    used: u64,
+}
+
+/// Memory that all sizes share. Recordings have its addresses: they go before it does.
+struct Memory {
+    arena: DeviceBuffer,
+    stage: Stage,
+    faces: FaceBuffers,
+    result: PinnedBuffer,
+}
+
+
+/// A picture that was given to a stream.
+#[derive(Clone, Copy)]
+struct Pending {
+    placement: Placement,
+    /// Width of the upright picture.
+    width: f32,
+}
+
+/// A session's part on a device.
+pub(super) struct OnDevice {
+    device: Arc<Device>,
+    network: Arc<DeviceNetwork>,
+    stream: Stream,
+    /// Where the stream's last detection ended.
+    done: Event,
+    prepared: Vec<Prepared>,
+    memory: Option<Memory>,
+    /// Of a picture whose faces are still to come.
+    pending: Option<Pending>,
+    calls: u64,
+    name: String,
+    nms: Nms,
+    /// What the detector's candidates have beside box and score.
+    extras: Extras,
+}
+
+/// Type of the tensors for a precision.
+fn element(precision: Precision) -> Result<Element> {
+    match precision {
+        Precision::Auto | Precision::F16 => Ok(Element::F16),
+        Precision::F32 => Ok(Element::F32),
+        Precision::Bf16 => Ok(Element::Bf16),
+        Precision::Int8 => Err(Error::Unsupported(
+            "int8 is computed on the CPU alone; on a CUDA device take auto, f16, bf16 or f32".into(),
+        )),
+    }
+}
+
+impl OnDevice {
+    /// The model's network on the device of this number.
+    pub fn new(model: &Model, options: &Options, ordinal: u32) -> Result<Self> {
+        if model.second_stage().is_some() {
+            return Err(Error::Unsupported(
+                "detectors with a second stage run on the CPU alone; take the CPU policy".into(),
+            ));
+        }
+        let device = Device::shared(ordinal)?;
+        let network = model.device_network(&device, element(options.precision)?)?;
+        let stream = Stream::new(device.context())?;
+        let done = Event::new(device.context())?;
+        let extras = model.detector().heads(1.0).first().map(|head| head.extras).unwrap_or_default();
+        Ok(Self {
+            device,
+            network,
+            stream,
+            done,
+            prepared: Vec::new(),
+            memory: None,
+            pending: None,
+            calls: 0,
+            name: format!("cuda:{ordinal}"),
+            nms: Nms::default(),
+            extras,
+        })
+    }
+
+    /// The device's context.
+    pub fn context(&self) -> &Arc<Context> {
+        self.device.context()
+    }
+
+    /// `cuda:` and the device's number.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Takes other settings over: another network where the precision is another, and new recordings where the change concerns them.
+    pub fn set_options(&mut self, model: &Model, old: &Options, new: &Options) -> Result<()> {
+        self.finish_pending()?;
+        let network = model.device_network(&self.device, element(new.precision)?)?;
+        let plan_of = |o: &Options| {
+            (o.min_face_px, o.max_face_px, o.pyramid, o.tile_px, o.memory_cap, o.flip, o.max_candidates)
+        };
+        if !Arc::ptr_eq(&network, &self.network) || plan_of(old) != plan_of(new) {
+            self.prepared.clear();
+            self.memory = None;
+        }
+        self.network = network;
+        Ok(())
+    }
+
+    /// Prepares for pictures of this size, and records the detection of one whose pixels have [`PIXEL_BYTES`] bytes.
+    pub fn warmup(&mut self, model: &Model, options: &Options, size: Size) -> Result<()> {
+        self.finish_pending()?;
+        let index = self.prepare(model, options, size)?;
+        let Some(memory) = &mut self.memory else { return Ok(()) };
+        // A run on nothing: kernels are brought to the device, pictures of no size are not read.
+        memory.stage.describe(&settings(model, options), &[Picture::default(); PICTURES]);
+        let prepared = &self.prepared[index];
+        launch(model, prepared, memory, &self.stream, Stage::head())?;
+        self.stream.synchronize()
+    }
+
+    /// Bytes of device and pinned memory that the session holds once it is warmed up for this size and no other.
+    pub fn workspace_bytes(&self, model: &Model, options: &Options, size: Size) -> Result<u64> {
+        let prepared = self.fit(model, options, size)?;
+        Ok(held_bytes(options, &prepared) as u64)
+    }
+
+    /// As [`Session::levels`](super::Session::levels).
+    pub fn levels(&self, model: &Model, options: &Options, size: Size) -> Result<Vec<LevelCost>> {
+        Ok(costs(&self.fit(model, options, size)?.passes, options))
+    }
+
+    /// Finds the faces of a picture, best first.
+    pub fn detect(
+        &mut self,
+        model: &Model,
+        options: &Options,
+        image: Source<'_>,
+        faces: &mut Vec<Face>,
+    ) -> Result<Timings> {
+        let start = Instant::now();
+        let began = self.begin(model, options, image, None)?;
+        let input = start.elapsed();
+        let waited = Instant::now();
+        self.done.synchronize()?;
+        let network = waited.elapsed();
+        let merging = Instant::now();
+        self.pending = None;
+        self.collect(model, options, &began, faces)?;
+        Ok(Timings { input, network, merge: merging.elapsed(), ..Timings::default() })
+    }
+
+    /// Begins to search a picture, on the caller's stream or the session's; [`wait`](Self::wait) brings the faces.
+    pub fn detect_async(
+        &mut self,
+        model: &Model,
+        options: &Options,
+        image: Source<'_>,
+        stream: Option<&Stream>,
+    ) -> Result<()> {
+        self.begin(model, options, image, stream).map(|_| ())
+    }
+
+    /// Waits for the picture that was begun, where there is one. False where there is none.
+    pub fn wait(&mut self, model: &Model, options: &Options, faces: &mut Vec<Face>) -> Result<bool> {
+        let Some(pending) = self.pending.take() else { return Ok(false) };
+        self.done.synchronize()?;
+        self.collect(model, options, &pending, faces)?;
+        Ok(true)
+    }
+
+    /// Waits for a picture whose faces nobody fetched: its memory is used again.
+    fn finish_pending(&mut self) -> Result<()> {
+        match self.pending.take() {
+            Some(_) => self.done.synchronize(),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives all work of a picture to a stream.
+    fn begin(
+        &mut self,
+        model: &Model,
+        options: &Options,
+        image: Source<'_>,
+        stream: Option<&Stream>,
+    ) -> Result<Pending> {
+        self.finish_pending()?;
+        let size = image.upright_size();
+        let index = self.prepare(model, options, size)?;
+        let memory = self.memory.as_mut().ok_or_else(|| Error::Internal("a device without memory".into()))?;
+        let pixels = image.pixel_bytes();
+        if pixels > memory.stage.room() {
+            self.prepared.iter_mut().for_each(|p| p.recorded.clear());
+            memory.stage = Stage::new(&self.device, pixels)?;
+        }
+        let views = [false, true].map(|mirrored| image.turned(mirrored));
+        let views = &views[..if options.flip { 2 } else { 1 }];
+        let (addresses, upload) = memory.stage.place(image.planes())?;
+        let picture = |view: &Source<'_>| view.picture(&addresses);
+        let pictures = views.iter().map(picture).collect::<Result<Vec<Picture>>>()?;
+        memory.stage.describe(&settings(model, options), &pictures);
+
+        let prepared = &mut self.prepared[index];
+        let own = &self.stream;
+        let to = stream.unwrap_or(own);
+        let steps: usize = prepared.parts.iter().map(|p| prepared.plans[p.plan].plan.steps() + 2).sum();
+        if steps > MOST_RECORDED {
+            launch(model, prepared, memory, to, upload)?;
+        } else {
+            let known = prepared.recorded.iter().position(|r| r.upload == upload);
+            let at = match known {
+                Some(at) => at,
+                None => {
+                    let graph = own.capture(|| launch(model, prepared, memory, own, upload))?;
+                    prepared.recorded.push(Recorded { upload, graph });
+                    prepared.recorded.len() - 1
+                }
+            };
+            prepared.recorded[at].graph.launch(to)?;
+        }
+        self.done.record(to)?;
+        let pending = Pending { placement: image.placement(), width: size.width as f32 };
+        self.pending = Some(pending);
+        Ok(pending)
+    }
+
+    /// Faces from what the device has found.
+    fn collect(
+        &mut self,
+        model: &Model,
+        options: &Options,
+        pending: &Pending,
+        faces: &mut Vec<Face>,
+    ) -> Result<()> {
+        let Some(memory) = &self.memory else { return Err(Error::Internal("no detection was begun".into())) };
+        let bytes = memory.result.bytes();
+        let header: Header = bytemuck::pod_read_unaligned(&bytes[..size_of::<Header>()]);
+        if header.overflow > 0 {
+            return Err(Error::Internal(format!("{} candidates had no room on the device", header.overflow)));
+        }
+        let kept = header.kept as usize;
+        let mut candidates: Vec<Candidate> = bytes[size_of::<Header>()..]
+            .chunks_exact(size_of::<Candidate>())
+            .take(kept)
+            .map(bytemuck::pod_read_unaligned)
+            .collect();
+        if kept > candidates.len() {
+            let result = memory.faces.result();
+            candidates = result.values(&self.stream, size_of::<Header>(), kept)?;
+        }
+        // Of the box the device has seen to that it is one; what the host adds may still not be finite.
+        let face = |c: &Candidate| cuda::face(model.detector(), self.extras, c, pending.width);
+        let found = candidates.iter().map(face).filter(|f| f.is_wanted((0.0, 0.0)));
+        let placement = &pending.placement;
+        faces.clear();
+        if options.suppression == Suppression::Greedy {
+            faces.extend(found.map(|f| f.stored(placement)));
+            return Ok(());
+        }
+        let sorted: Vec<Face> = found.collect();
+        let rule = rule(model, options);
+        self.nms.run(sorted.len(), |i| sorted[i].detection(), &rule, |i, Detection { bbox, score }| {
+            faces.push(Face { bbox, score, ..sorted[i] }.stored(placement));
+        });
+        Ok(())
+    }
+
+    /// Index of what is prepared for this size; prepares it where it is not.
+    fn prepare(&mut self, model: &Model, options: &Options, size: Size) -> Result<usize> {
+        self.calls += 1;
+        if let Some(i) = self.prepared.iter().position(|p| p.size == size) {
+            self.prepared[i].used = self.calls;
+            return Ok(i);
+        }
+        let mut prepared = self.fit(model, options, size)?;
+        prepared.used = self.calls;
+        if self.prepared.len() == KEPT_SIZES {
+            let oldest = (0..KEPT_SIZES).min_by_key(|&i| self.prepared[i].used).unwrap_or(0);
+            self.prepared.swap_remove(oldest);
+        }
+        self.prepared.push(prepared);
+        let need = Need::of(&self.prepared);
+        let enough = |m: &Memory| {
+            m.arena.len() >= need.arena
+                && m.stage.room() >= need.pixels
+                && m.faces.limit() == options.max_candidates
+                && m.faces.capacity() >= options.max_candidates + need.candidates
+        };
+        if !self.memory.as_ref().is_some_and(enough) {
+            // Recordings have the old addresses.
+            self.prepared.iter_mut().for_each(|p| p.recorded.clear());
+            self.memory = None;
+            self.memory = Some(Memory {
+                arena: DeviceBuffer::new(self.device.context(), need.arena)?,
+                stage: Stage::new(&self.device, need.pixels)?,
+                faces: FaceBuffers::new(&self.device, options.max_candidates, need.candidates)?,
+                result: PinnedBuffer::new(self.device.context(), FaceBuffers::result_bytes(FIRST_FACES))?,
+            });
+        }
+        Ok(self.prepared.len() - 1)
+    }
+
+    /// Levels, tiles and plans for a picture, such that the session stays within its memory cap.
+    fn fit(&self, model: &Model, options: &Options, size: Size) -> Result<Prepared> {
+        let cap = options.memory_cap;
+        let mut budget = cap;
+        // As on the CPU: what is not arena is known only once the tiles are.
+        for _ in 0..8 {
+            let arena =
+                |s: Size| Ok(DevicePlan::new(&self.network, &[input_shape(s)])?.bytes() as u64);
+            let passes = passes(model, &arena, options, size, budget)?;
+            let prepared = self.parts(model, options, size, passes)?;
+            let held = held_bytes(options, &prepared) as u64;
+            if held <= cap {
+                return Ok(prepared);
+            }
+            budget = budget.saturating_sub(held - cap);
+        }
+        Err(Error::LimitExceeded(format!(
+            "the buffers for {}x{} px do not fit the memory cap of {cap} bytes; raise the cap",
+            size.width, size.height
+        )))
+    }
+
+    /// Plans and windows of all tiles.
+    fn parts(&self, model: &Model, options: &Options, size: Size, passes: Vec<Pass>) -> Result<Prepared> {
+        let (mut plans, mut parts) = (Vec::<Planned>::new(), Vec::new());
+        for pass in &passes {
+            let scale = pass.level.scale as f32;
+            let heads = model.detector().heads(scale);
+            for tile in pass.grid.iter() {
+                let size_of_tile = tile.window.size();
+                let known = plans.iter().position(|p| p.window == size_of_tile && p.wants == pass.wants);
+                let plan = match known {
+                    Some(plan) => plan,
+                    None => {
+                        let plan =
+                            DevicePlan::for_wants(&self.network, &[input_shape(size_of_tile)], &pass.wants)?;
+                        plans.push(Planned { window: size_of_tile, wants: pass.wants.clone(), plan });
+                        plans.len() - 1
+                    }
+                };
+                let window = Window::of(&tile, pass.padded, pass.level.size, scale);
+                let outputs = plans[plan].plan.outputs();
+                for mirrored in [false, true].into_iter().take(if options.flip { 2 } else { 1 }) {
+                    parts.push(Part {
+                        plan,
+                        input: input_window(&self.device, size, pass.level.size, tile.window)?,
+                        levels: heads.iter().filter_map(|head| head.level(outputs, &window)).collect(),
+                        placement: ToUpright {
+                            offset: [tile.window.x as f32, tile.window.y as f32],
+                            factor: pass.level.to_upright(size),
+                            mirrored: mirrored.then_some(size.width as f32),
+                        },
+                    });
+                }
+            }
+        }
+        Ok(Prepared { size, passes, plans, parts, recorded: Vec::new(), used: 0 })
+    }
+}
+
+impl Drop for OnDevice {
+    fn drop(&mut self) {
+        // Work that is under way reads and writes what is about to go; a device that fails here has nothing under way.
+        let _ = self.finish_pending();
+    }
+}
+
+/// A picture to search.
+#[derive(Clone, Copy)]
+pub enum Source<'a> {
+    /// In the host's memory.
+    Host(ImageView<'a>),
+    /// In the device's.
+    Device(DeviceImage),
+}
+
+impl<'a> Source<'a> {
+    fn upright_size(&self) -> Size {
+        match self {
+            Source::Host(view) => view.upright_size(),
+            Source::Device(image) => image.upright_size(),
+        }
+    }
+
+    fn placement(&self) -> Placement {
+        match self {
+            Source::Host(view) => view.placement(),
+            Source::Device(image) => image.placement(),
+        }
+    }
+
+    /// The picture or its mirror image.
+    fn turned(&self, mirrored: bool) -> Self {
+        match self {
+            _ if !mirrored => *self,
+            Source::Host(view) => Source::Host(view.with_orientation(view.orientation().mirror())),
+            Source::Device(image) => Source::Device(image.with_orientation(image.orientation().mirror())),
+        }
+    }
+
+    /// What has to be brought to the device.
+    fn planes(&self) -> impl Iterator<Item = &'a [u8]> {
+        let planes: [&'a [u8]; 3] = match self {
+            Source::Host(view) => std::array::from_fn(|i| view.planes().get(i).map_or(&[][..], |p| p.data)),
+            Source::Device(_) => [&[]; 3],
+        };
+        planes.into_iter().filter(|p| !p.is_empty())
+    }
+
+    /// Bytes of the stage that it takes.
+    fn pixel_bytes(&self) -> usize {
+        Stage::pixels_for(self.planes().map(<[u8]>::len))
+    }
+
+    /// As the kernels take it, once its planes are at these addresses of the device.
+    fn picture(&self, copies: &[u64]) -> Result<Picture> {
+        match self {
+            Source::Host(view) => copied_picture(view, copies),
+            Source::Device(image) => image.picture(),
+        }
+    }
+}
+
+/// What the kernels read of the settings.
+fn settings(model: &Model, options: &Options) -> Settings {
+    let sizes = [options.min_face_px, options.max_face_px];
+    cuda::settings(options.score_threshold, sizes, options.max_candidates, &rule(model, options))
+}
+
+/// Memory for what is prepared.
+#[derive(Default)]
+struct Need {
+    arena: usize,
+    pixels: usize,
+    candidates: usize,
+}
+
+impl Need {
+    fn of<'a>(prepared: impl IntoIterator<Item = &'a Prepared>) -> Self {
+        let mut need = Self::default();
+        for p in prepared {
+            need.arena = p.plans.iter().map(|p| p.plan.bytes()).fold(need.arena, usize::max);
+            need.pixels = need.pixels.max(p.size.width * p.size.height * PIXEL_BYTES + 3 * PLANE_ROOM);
+            need.candidates = p.parts.iter().map(Part::candidates).fold(need.candidates, usize::max);
+        }
+        need
+    }
+
+    /// Bytes, on the device and pinned together.
+    fn bytes(&self, options: &Options) -> usize {
+        self.arena
+            + 2 * (Stage::head() + self.pixels)
+            + FaceBuffers::bytes_for(options.max_candidates, self.candidates)
+            + FaceBuffers::result_bytes(FIRST_FACES)
+    }
+}
+
+/// Bytes that a plane may take more for its alignment.
+const PLANE_ROOM: usize = 256;
+
+/// Bytes of device and pinned memory that a session holds with one size prepared.
+fn held_bytes(options: &Options, prepared: &Prepared) -> usize {
+    let windows: usize = prepared.parts.iter().map(|p| p.input.bytes()).sum();
+    Need::of([prepared]).bytes(options) + windows
+}
+
+impl Part {
+    /// Candidates that its levels can give.
+    fn candidates(&self) -> usize {
+        self.levels.iter().map(Level::candidates).sum()
+    }
+}
+
+/// Gives all work of a picture to a stream, or to its recording.
+fn launch(
+    model: &Model,
+    prepared: &Prepared,
+    memory: &mut Memory,
+    stream: &Stream,
+    upload: usize,
+) -> Result<()> {
+    let Memory { arena, stage, faces, result } = memory;
+    let norm = InputNorm::from(model.normalization());
+    stage.upload(stream, upload)?;
+    faces.begin(stream, stage.settings_address())?;
+    for part in &prepared.parts {
+        let plan = &prepared.plans[part.plan].plan;
+        let picture = usize::from(part.placement.mirrored.is_some());
+        stage.input(stream, picture, &part.input, &norm, arena, &plan.inputs()[0])?;
+        plan.launch(stream, arena)?;
+        faces.decode(stream, arena, &part.levels, &part.placement)?;
+    }
+    faces.finish(stream)?;
+    let first = result.len().min(faces.result().len());
+    faces.result().read(stream, 0..first, result, 0)
+}

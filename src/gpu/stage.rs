@@ -1,0 +1,111 @@
+//! What a detection brings to the device: its settings, how its pictures lie, their pixels; in pinned memory first, then in one copy.
+
+use super::driver::Stream;
+use super::faces::Settings;
+use super::memory::{DeviceBuffer, PinnedBuffer};
+use super::map::DeviceView;
+use super::ops::Device;
+use super::pixels::{InputNorm, InputOp, InputWindow, Picture};
+use crate::error::{Error, Result};
+
+/// Pictures of a detection: one, and its mirror image.
+pub const PICTURES: usize = 2;
+/// Where the first [`Picture`] lies, behind the [`Settings`].
+const PICTURES_AT: usize = 64;
+/// Where pixels begin.
+const PIXELS_AT: usize = 512;
+/// Planes begin at multiples of this.
+const PLANE_ALIGN: usize = 256;
+
+const _: () = assert!(size_of::<Settings>() <= PICTURES_AT);
+const _: () = assert!(PICTURES_AT + PICTURES * size_of::<Picture>() <= PIXELS_AT);
+
+/// The memory of one session's pictures, here and on the device.
+pub struct Stage {
+    pinned: PinnedBuffer,
+    device: DeviceBuffer,
+    input: InputOp,
+}
+
+impl Stage {
+    /// With room for so many bytes of pixels.
+    pub fn new(device: &Device, pixels: usize) -> Result<Self> {
+        let bytes = PIXELS_AT + pixels;
+        Ok(Self {
+            pinned: PinnedBuffer::new(device.context(), bytes)?,
+            device: DeviceBuffer::of(device.uploads(), &vec![0u8; bytes])?,
+            input: InputOp::new(device)?,
+        })
+    }
+
+    /// Bytes of pixels that it has room for.
+    pub fn room(&self) -> usize {
+        self.pinned.len() - PIXELS_AT
+    }
+
+    /// Bytes of pixels that planes of these lengths take.
+    pub fn pixels_for(planes: impl Iterator<Item = usize>) -> usize {
+        planes.map(|bytes| bytes.next_multiple_of(PLANE_ALIGN)).sum()
+    }
+
+    /// Where the settings lie on the device.
+    pub fn settings_address(&self) -> u64 {
+        self.device.address()
+    }
+
+    /// Copies planes into the staging memory. Returns where the first byte of each will be on the device, and the bytes to upload.
+    /// Only while no stream reads the stage.
+    pub fn place<'a>(&mut self, planes: impl Iterator<Item = &'a [u8]>) -> Result<(Vec<u64>, usize)> {
+        let (mut at, mut addresses) = (PIXELS_AT, Vec::new());
+        let bytes = self.pinned.bytes_mut();
+        for plane in planes {
+            let to = bytes
+                .get_mut(at..at + plane.len())
+                .ok_or_else(|| Error::Internal("a stage that is smaller than the picture".into()))?;
+            to.copy_from_slice(plane);
+            addresses.push(self.device.address() + at as u64);
+            at = (at + plane.len()).next_multiple_of(PLANE_ALIGN);
+        }
+        Ok((addresses, at.min(bytes.len())))
+    }
+
+    /// Writes settings and pictures. Only while no stream reads the stage.
+    pub fn describe(&mut self, settings: &Settings, pictures: &[Picture]) {
+        let bytes = self.pinned.bytes_mut();
+        bytes[..size_of::<Settings>()].copy_from_slice(bytemuck::bytes_of(settings));
+        let pictures: &[u8] = bytemuck::cast_slice(&pictures[..pictures.len().min(PICTURES)]);
+        bytes[PICTURES_AT..PICTURES_AT + pictures.len()].copy_from_slice(pictures);
+    }
+
+    /// Brings the first `bytes` of the staging memory to the device, in the stream's order.
+    pub fn upload(&self, stream: &Stream, bytes: usize) -> Result<()> {
+        self.device.write(stream, 0, &self.pinned, bytes)
+    }
+
+    /// Bytes of what does not depend on the pixels.
+    pub const fn head() -> usize {
+        PIXELS_AT
+    }
+
+    /// Writes the window of picture `index` into the network's input, in the stream's order. Where that picture has another size than
+    /// the window is for, zeros.
+    pub fn input(
+        &self,
+        stream: &Stream,
+        index: usize,
+        window: &InputWindow,
+        norm: &InputNorm,
+        arena: &DeviceBuffer,
+        output: &DeviceView,
+    ) -> Result<()> {
+        let fits = output.bytes().and_then(|bytes| bytes.checked_add(output.offset));
+        if index >= PICTURES || fits.is_none_or(|end| end > arena.len()) {
+            return Err(Error::Internal("a network's input outside its arena".into()));
+        }
+        let picture = self.device.address() + (PICTURES_AT + index * size_of::<Picture>()) as u64;
+        // SAFETY: the stage holds zeros (pictures without a size, of which nothing is read) or what `describe` wrote: pictures whose
+        // planes `place` has copied behind them, or that lie where the caller has them on the device. The output was found in
+        // the arena, which is another allocation. Window and stage are kept by whoever keeps the graph.
+        unsafe { self.input.launch(stream, picture, window, norm, arena.address(), output) }
+    }
+}

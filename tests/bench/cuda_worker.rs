@@ -1,0 +1,159 @@
+//! Times our network on a CUDA device for `tests/bench/cuda_compare.py`, in a process of its own.
+//!
+//! `cuda_worker NETWORK WIDTH HEIGHT BATCH f16|bf16|f32` speaks the lines of the other worker: prints `ready SECONDS [prints of the
+//! outputs]`, then for every number N read the milliseconds of N runs by the device's own clock; `q` ends it. `--layers` before them
+//! prints every step's time instead. `cuda_worker --describe STEM NETWORK` writes the network as `STEM.json` and `STEM.safetensors`.
+
+mod networks;
+
+use farface::gpu::driver::{Event, Stream};
+use farface::gpu::map::Element;
+use farface::gpu::memory::DeviceBuffer;
+use farface::gpu::ops::Device;
+use farface::graph::{DeviceNetwork, DevicePlan, Graph};
+use farface::layers::{Activation, Interpolation, Layer, UpsampleTo};
+use farface::shape::{Shape, Tensor};
+use serde_json::{json, Value};
+use std::io::BufRead;
+use std::time::Instant;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// What `cuda_compare.py` computes of both engines' outputs: the mean of |x|, and a sum of x over waves of several lengths, by values in
+/// the order N, C, H, W.
+fn prints(output: &Tensor) -> [f64; 2] {
+    let s = output.shape;
+    let (mut sum, mut waves, mut i) = (0.0, 0.0, 0);
+    for n in 0..s.n {
+        for c in 0..s.c {
+            for y in 0..s.h {
+                for x in 0..s.w {
+                    let v = f64::from(output.at(n, c, y, x));
+                    sum += v.abs();
+                    waves += v * (f64::from(i) * 0.37).cos();
+                    i += 1;
+                }
+            }
+        }
+    }
+    [sum, waves].map(|v| v / output.data.len() as f64)
+}
+
+/// The same pictures as in cuda_compare.py: value i of the channels-last tensor.
+fn pictures(shape: Shape) -> Tensor {
+    Tensor::from_vec(shape, (0..shape.len()).map(|i| ((i * 7919 % 255) as f32 - 100.0) / 128.0).collect())
+}
+
+/// A layer as `cuda_compare.py` builds it.
+fn describe(layer: &Layer) -> Value {
+    match layer {
+        Layer::Conv2d(c) => json!({"kernel": c.kernel, "stride": c.stride, "dilation": c.dilation,
+            "padding": c.padding, "groups": c.groups}),
+        Layer::ConvTranspose2d(c) => {
+            json!({"kernel": c.kernel, "stride": c.stride, "padding": c.padding, "groups": c.groups})
+        }
+        Layer::BatchNorm(b) => json!({"eps": b.eps}),
+        Layer::Activation(a) => match a {
+            Activation::Relu => json!({"slope": 0.0}),
+            Activation::LeakyRelu(slope) => json!({"slope": slope}),
+            Activation::Sigmoid => json!({"sigmoid": true}),
+            Activation::Softmax(group) => json!({"softmax": group}),
+        },
+        Layer::MaxPool(p) => json!({"kernel": p.kernel, "stride": p.stride, "padding": p.padding}),
+        Layer::Upsample(u) => {
+            let mode = if u.mode == Interpolation::Bilinear { "bilinear" } else { "nearest" };
+            match u.to {
+                UpsampleTo::Factor(factor) => json!({"mode": mode, "factor": factor}),
+                UpsampleTo::SizeOfSecond => json!({"mode": mode}),
+            }
+        }
+        Layer::Crop(c) => json!({"top": c.top, "left": c.left}),
+        _ => json!({}),
+    }
+}
+
+fn description(graph: &Graph) -> Value {
+    let node = |n: &farface::graph::build::Node| {
+        let inputs: Vec<usize> = n.inputs.iter().map(|i| i.0).collect();
+        let params: Vec<&str> = n.params.iter().map(|p| graph.params[p.0].name.as_str()).collect();
+        let (kind, layer) = n.layer().map_or(("input", json!({})), |l| (l.kind(), describe(l)));
+        json!({"kind": kind, "inputs": inputs, "params": params, "layer": layer})
+    };
+    let outputs: Vec<usize> = graph.outputs.iter().map(|(_, id)| id.0).collect();
+    json!({"nodes": graph.nodes.iter().map(node).collect::<Vec<_>>(), "outputs": outputs})
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let [flag, stem, name] = &args[..] {
+        if flag == "--describe" {
+            let (graph, weights) = networks::network(name)?;
+            std::fs::write(format!("{stem}.json"), serde_json::to_vec(&description(&graph))?)?;
+            weights.save(format!("{stem}.safetensors"))?;
+            return Ok(());
+        }
+    }
+    let layers = args.first().is_some_and(|a| a == "--layers");
+    let [name, width, height, batch, element] = &args[usize::from(layers)..] else {
+        let usage = "usage: cuda_worker [--layers] NETWORK WIDTH HEIGHT BATCH f16|bf16|f32 | --describe STEM NETWORK";
+        return Err(usage.into());
+    };
+    let element = match element.as_str() {
+        "f16" => Element::F16,
+        "bf16" => Element::Bf16,
+        "f32" => Element::F32,
+        other => return Err(format!("{other}: expected f16, bf16 or f32").into()),
+    };
+    let start = Instant::now();
+    let shape = Shape::new(batch.parse()?, 3, height.parse()?, width.parse()?);
+    let (graph, weights) = networks::network(name)?;
+    let device = Device::new(0)?;
+    let stream = Stream::new(device.context())?;
+    let network = DeviceNetwork::new(&graph, &weights, &device, element)?;
+    let plan = DevicePlan::new(&network, &[shape])?;
+    let arena = DeviceBuffer::new(device.context(), plan.bytes())?;
+    let outputs = plan.run_tensors(&stream, &arena, &[pictures(shape)])?;
+    let prints: Vec<String> = outputs.iter().flat_map(prints).map(|p| format!("{p:e}")).collect();
+    if layers {
+        return print_layers(&network, &plan, &stream, &arena);
+    }
+    let recorded = stream.capture(|| plan.launch(&stream, &arena))?;
+    println!("ready {:.2} [{}]", start.elapsed().as_secs_f64(), prints.join(", "));
+    let [before, after] = [Event::new(device.context())?, Event::new(device.context())?];
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        if line.trim() == "q" {
+            break;
+        }
+        let mut times = Vec::new();
+        for _ in 0..line.trim().parse::<usize>()? {
+            before.record(&stream)?;
+            recorded.launch(&stream)?;
+            after.record(&stream)?;
+            after.synchronize()?;
+            times.push(format!("{:.6}", after.since(&before)?));
+        }
+        println!("{}", times.join(" "));
+    }
+    Ok(())
+}
+
+/// Median of 30 times of every step, launched one by one.
+fn print_layers(
+    network: &DeviceNetwork,
+    plan: &DevicePlan,
+    stream: &Stream,
+    arena: &DeviceBuffer,
+) -> Result<()> {
+    let runs: Vec<Vec<f32>> =
+        (0..30).map(|_| plan.launch_timed(stream, arena)).collect::<std::result::Result<_, _>>()?;
+    let mut total = 0.0;
+    for (i, (layer, kernel)) in network.listing().enumerate() {
+        let mut times: Vec<f32> = runs.iter().map(|run| run[i]).collect();
+        times.sort_by(f32::total_cmp);
+        total += times[times.len() / 2];
+        println!("{layer:28} {kernel:18} {:9.4} ms", times[times.len() / 2]);
+    }
+    println!("total {total:.4} ms");
+    Ok(())
+}
