@@ -22,17 +22,20 @@ pub enum Source {
     Conv,
     /// Pooling, interpolation, sums and the like.
     Maps,
+    /// Pictures to network input.
+    Pixels,
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 2] = [Source::Conv, Source::Maps];
+    pub const ALL: [Source; 3] = [Source::Conv, Source::Maps, Source::Pixels];
 
     /// The file's name and its text.
     pub fn file(self) -> (&'static str, &'static str) {
         match self {
             Source::Conv => ("conv.cu", include_str!("../../cuda/conv.cu")),
             Source::Maps => ("maps.cu", include_str!("../../cuda/maps.cu")),
+            Source::Pixels => ("pixels.cu", include_str!("../../cuda/pixels.cu")),
         }
     }
 }

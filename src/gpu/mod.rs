@@ -8,5 +8,6 @@ pub mod map;
 pub mod memory;
 mod nvrtc;
 pub mod ops;
+pub mod pixels;
 pub mod probe;
 pub mod program;

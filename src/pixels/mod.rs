@@ -32,6 +32,8 @@
 //! ```
 
 pub mod convert;
+#[cfg(feature = "cuda")]
+pub mod device;
 pub mod placement;
 pub mod pyramid;
 pub mod rect;

@@ -17,23 +17,23 @@ use std::ops::Range;
 /// Upright pixels behind one level pixel along one axis: `first .. first + len`, weighted with
 /// `head` (the first), `body` (each between) and `tail` (the last, where `len` > 1).
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
-struct Taps {
-    first: u32,
-    len: u32,
-    head: f32,
-    body: f32,
-    tail: f32,
+pub(super) struct Taps {
+    pub first: u32,
+    pub len: u32,
+    pub head: f32,
+    pub body: f32,
+    pub tail: f32,
 }
 
 /// How one axis of `from` upright pixels becomes one of `to` level pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Axis {
+pub(super) struct Axis {
     from: u64,
     to: u64,
 }
 
 impl Axis {
-    fn new(from: usize, to: usize) -> Self {
+    pub fn new(from: usize, to: usize) -> Self {
         Self { from: from as u64, to: to as u64 }
     }
 
@@ -46,7 +46,7 @@ impl Axis {
     }
 
     /// Taps of level pixel `i`. No overflow: lengths are at most 2^24.
-    fn taps(&self, i: usize) -> Taps {
+    pub fn taps(&self, i: usize) -> Taps {
         let (i, from, to) = (i as u64, self.from, self.to);
         if self.averages() {
             // In units of 1/to upright pixels the average runs over begin..end, and pixel k over

@@ -47,6 +47,13 @@ impl YuvToRgb {
         }
     }
 
+    /// As a device's kernels take it.
+    #[cfg(feature = "cuda")]
+    pub fn factors(&self) -> crate::gpu::pixels::YuvFactors {
+        let Self { luma_offset, luma_gain, red, green, blue } = *self;
+        crate::gpu::pixels::YuvFactors { luma_offset, luma_gain, red, green, blue }
+    }
+
     /// What chroma adds to R, G, B.
     #[inline(always)]
     fn chroma(&self, cb: f32, cr: f32) -> [f32; 3] {

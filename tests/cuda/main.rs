@@ -11,6 +11,9 @@ mod failures;
 mod fusion;
 #[path = "../parity/kernels.rs"]
 mod kernels;
+#[path = "../common/pictures.rs"]
+mod pictures;
+mod pixels;
 #[path = "../parity/random.rs"]
 mod random;
 mod sessions;
