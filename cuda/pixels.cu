@@ -237,4 +237,4 @@ template <bool RESIZED> DEVICE void write_block(const PixelsArgs &a)
 KERNEL(pixels_same, PixelsArgs, 256) { write_block<false>(a); }
 
 // Each from the pixels that its taps name.
-KERNEL(pixels_resized, PixelsArgs, 256) { write_block<true>(a); }
+KERNEL_FOR(pixels_resized, PixelsArgs, 256, 3) { write_block<true>(a); }
