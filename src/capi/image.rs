@@ -8,6 +8,8 @@
 
 use super::guard::{input, Result};
 use crate::error::Error;
+#[cfg(feature = "cuda")]
+use crate::pixels::DeviceImage;
 use crate::pixels::{ColorMatrix, ColorRange, ImageView, Orientation, PixelFormat, Plane, Rect, Rotation};
 use std::ffi::c_void;
 

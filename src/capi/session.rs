@@ -141,7 +141,7 @@ pub unsafe extern "C" fn farface_session_device(
 ) -> farface_status {
     guard(|| {
         // SAFETY: the caller's promise about `session`.
-        let name = unsafe { enter(session, |s| Ok(s.device()))? };
+        let name = unsafe { enter(session, |s| Ok(s.device().to_string()))? };
         let (kind, number) = match name.split_once(':') {
             Some(("cuda", n)) => (FARFACE_DEVICE_CUDA, n.parse().ok()),
             None if name == "cpu" => (FARFACE_DEVICE_CPU, Some(0)),

@@ -19,6 +19,8 @@ pub mod boxes;
 mod candidates;
 pub mod config;
 pub mod detector;
+#[cfg(feature = "cuda")]
+pub mod device;
 pub mod face;
 pub mod group_sampling;
 pub mod hambox;

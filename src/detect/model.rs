@@ -21,6 +21,10 @@ use std::sync::{Arc, Mutex};
 #[derive(Clone)]
 pub struct Model(Arc<Inner>);
 
+/// A device's number, the type of tensors there, and whether it is the second stage.
+#[cfg(feature = "cuda")]
+type Place = (u32, Element, bool);
+
 struct Inner {
     config: ModelConfig,
     detector: Box<dyn Detector>,
@@ -29,7 +33,7 @@ struct Inner {
     networks: Mutex<Vec<(Precision, Arc<Compiled>)>>,
     /// The network on devices, while a session has it there.
     #[cfg(feature = "cuda")]
-    on_devices: Mutex<Vec<(u32, Element, Weak<DeviceNetwork>)>>,
+    on_devices: Mutex<Vec<(Place, Weak<DeviceNetwork>)>>,
     /// Of which other networks can be made.
     weights: Weights,
     normalization: Normalization,
@@ -88,7 +92,12 @@ impl Model {
         if let Some(second) = &second {
             reach.pixels = reach.pixels.map(|pixels| pixels.saturating_add(second.stage().reach));
         }
-        weights.keep_for(&graph);
+        // On a device the second stage is made anew, too.
+        #[cfg(feature = "cuda")]
+        let also = second.as_ref().map(|second| &second.stage().graph);
+        #[cfg(not(feature = "cuda"))]
+        let also = None;
+        weights.keep_for([&graph].into_iter().chain(also));
         let networks = Mutex::default();
         let model = Self(Arc::new(Inner {
             config,
@@ -174,16 +183,38 @@ impl Model {
     /// it. Of two stages the first.
     #[cfg(feature = "cuda")]
     pub fn device_network(&self, device: &Arc<Device>, element: Element) -> Result<Arc<DeviceNetwork>> {
-        let ordinal = device.context().ordinal();
+        self.on_device(&self.0.graph, false, device, element)
+    }
+
+    /// As [`Model::device_network`], of the second stage.
+    #[cfg(feature = "cuda")]
+    pub(super) fn second_device_network(
+        &self,
+        device: &Arc<Device>,
+        element: Element,
+    ) -> Result<Arc<DeviceNetwork>> {
+        let graph = self.second_graph().ok_or_else(|| Error::Internal("no second stage".into()))?;
+        self.on_device(graph, true, device, element)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(
+        &self,
+        graph: &Graph,
+        second: bool,
+        device: &Arc<Device>,
+        element: Element,
+    ) -> Result<Arc<DeviceNetwork>> {
+        let place = (device.context().ordinal(), element, second);
         // Held while it is brought there, as in `network`.
         let mut all = self.0.on_devices.lock().unwrap_or_else(|e| e.into_inner());
-        all.retain(|(.., network)| network.strong_count() > 0);
-        let mut held = all.iter().filter(|(n, e, _)| (*n, *e) == (ordinal, element));
-        if let Some(network) = held.find_map(|(.., network)| network.upgrade()) {
+        all.retain(|(_, network)| network.strong_count() > 0);
+        let mut held = all.iter().filter(|(at, _)| *at == place);
+        if let Some(network) = held.find_map(|(_, network)| network.upgrade()) {
             return Ok(network);
         }
-        let network = Arc::new(DeviceNetwork::new(&self.0.graph, &self.0.weights, device, element)?);
-        all.push((ordinal, element, Arc::downgrade(&network)));
+        let network = Arc::new(DeviceNetwork::new(graph, &self.0.weights, device, element)?);
+        all.push((place, Arc::downgrade(&network)));
         Ok(network)
     }
 

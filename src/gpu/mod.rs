@@ -11,3 +11,4 @@ pub mod ops;
 pub mod pixels;
 pub mod probe;
 pub mod program;
+pub mod stage;

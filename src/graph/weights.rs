@@ -122,9 +122,9 @@ impl Weights {
         Ok(&t.data)
     }
 
-    /// Forgets every tensor that is no parameter of the network, and what the file says about itself.
-    pub(crate) fn keep_for(&mut self, graph: &Graph) {
-        let names: HashSet<&str> = graph.params.iter().map(|p| p.name.as_str()).collect();
+    /// Forgets every tensor that is no parameter of these networks, and what the file says about itself.
+    pub(crate) fn keep_for<'a>(&mut self, graphs: impl Iterator<Item = &'a Graph>) {
+        let names: HashSet<&str> = graphs.flat_map(|g| &g.params).map(|p| p.name.as_str()).collect();
         self.tensors.retain(|name, _| names.contains(name.as_str()));
         self.metadata = HashMap::new();
     }

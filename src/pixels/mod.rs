@@ -34,6 +34,8 @@
 pub mod convert;
 #[cfg(feature = "cuda")]
 pub mod device;
+#[cfg(feature = "cuda")]
+pub mod device_image;
 pub mod placement;
 pub mod pyramid;
 pub mod rect;
@@ -43,6 +45,8 @@ pub mod tiles;
 pub mod view;
 mod yuv;
 
+#[cfg(feature = "cuda")]
+pub use device_image::DeviceImage;
 pub use convert::{ChannelOrder, Normalization};
 pub use placement::{Orientation, Placement, Rotation};
 pub use pyramid::{keep_for_faces, pyramid, FaceRange, Level, PyramidLimits, PyramidPolicy};

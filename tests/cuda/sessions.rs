@@ -91,9 +91,11 @@ fn levels_tiles_mirrors_and_suppressions_give_the_faces_of_the_cpu() {
         return;
     }
     let model = small("farface-nano");
+    let data = noise(900, 64, PixelFormat::Rgb8, 7);
+    let view = [ImageView::packed(900, 64, PixelFormat::Rgb8, &data).unwrap()];
+    holds("tiles", &model, |o| (o.score_threshold, o.tile_px) = (0.6, 704), &view);
     let data = noise(200, 150, PixelFormat::Rgb8, 7);
     let view = [ImageView::packed(200, 150, PixelFormat::Rgb8, &data).unwrap()];
-    holds("tiles", &model, |o| (o.score_threshold, o.tile_px) = (0.6, 128), &view);
     holds("mirrored", &model, |o| (o.score_threshold, o.flip) = (0.6, true), &view);
     holds("sizes", &model, |o| (o.score_threshold, o.min_face_px, o.max_face_px) = (0.6, 12.0, 60.0), &view);
     holds("few", &model, |o| (o.score_threshold, o.max_faces, o.max_candidates) = (0.5, 7, 40), &view);
@@ -186,9 +188,11 @@ fn a_detection_whose_driver_fails_at_any_call_is_an_error() {
     let model = small("farface-nano");
     let data = noise(64, 64, PixelFormat::Rgb8, 1);
     let view = ImageView::packed(64, 64, PixelFormat::Rgb8, &data).unwrap();
-    let detect = || -> Result<()> {
+    let detect = || -> Result<Session> {
         let o = options(&model, DevicePolicy::RequireCuda(0), Precision::Auto);
-        Session::with_options(&model, o)?.detect(&view).map(|_| ())
+        let mut session = Session::with_options(&model, o)?;
+        session.detect(&view)?;
+        Ok(session)
     };
     fail_at_each(emulator, "a detection", detect);
 }

@@ -4,7 +4,7 @@ use crate::model::ModelArg;
 use crate::picture::Picture;
 use crate::settings::{PictureSize, Settings};
 use crate::{peak, Outcome};
-use anyhow::{anyhow, Context, Result};
+use anyhow::{anyhow, bail, Context, Result};
 use farface::cpu::{Arena, Pool};
 use farface::detect::{LevelCost, Model, ModelConfig, Options, Session};
 use farface::graph::Plan;
@@ -64,6 +64,11 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
         None => args.model.load()?,
     };
     let options = args.settings.options(&model, 1);
+    // The session of a picture of no matter which size tells.
+    let device = Session::with_options(&model, options.clone())?.device().to_string();
+    if args.layers && device != "cpu" {
+        bail!("--layers times the steps of the CPU; {device} was asked for");
+    }
     let peak = args.layers.then(|| peak::flops(options.threads));
     let mut results = Vec::new();
     match &args.image {
@@ -81,7 +86,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
             }
         }
     }
-    let machine = Machine { threads: options.threads, peak, peak_rss: peak_rss() };
+    let machine = Machine { device, threads: options.threads, peak, peak_rss: peak_rss() };
     if args.json {
         let value = machine.to_json(&model, &results);
         serde_json::to_writer_pretty(&mut *out, &value).map_err(std::io::Error::from)?;
@@ -94,6 +99,8 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
 
 /// What does not depend on the picture.
 struct Machine {
+    /// As the session names it.
+    device: String,
     threads: usize,
     /// Operations a second; measured for `--layers` only.
     peak: Option<f64>,
@@ -219,8 +226,14 @@ fn layers_of(args: &Args, model: &Model, options: &Options, view: &ImageView<'_>
 impl Machine {
     fn to_text(&self, model: &Model, results: &[Measured], out: &mut dyn Write) -> Result<()> {
         let noun = if self.threads == 1 { "thread" } else { "threads" };
-        let isa = farface::cpu::isa::detected().name();
-        writeln!(out, "{}, {isa}, {} {noun}", model.config().name, self.threads)?;
+        let name = &model.config().name;
+        match self.device.as_str() {
+            "cpu" => {
+                let isa = farface::cpu::isa::detected().name();
+                writeln!(out, "{name}, {isa}, {} {noun}", self.threads)?;
+            }
+            device => writeln!(out, "{name}, {device}; the network's time is that of all work there")?,
+        }
         for m in results {
             let macs = model.graph().macs(&[Shape::new(1, 3, m.height, m.width)])?;
             writeln!(
@@ -276,6 +289,7 @@ impl Machine {
         };
         json!({
             "model": model.config().name,
+            "device": self.device,
             "isa": farface::cpu::isa::detected().name(),
             "threads": self.threads,
             "peak_gflops": self.peak.map(|p| p / 1e9),

@@ -2,7 +2,7 @@
 
 use farface::detect::nms::{SOFT_SIGMA, VOTING_IOU};
 use farface::detect::options::MAX_THREADS;
-use farface::detect::{Model, Options, Precision, Pyramid, Scales, Suppression};
+use farface::detect::{DevicePolicy, Model, Options, Precision, Pyramid, Scales, Suppression};
 
 /// Settings of the detection; what is not given is the model's own.
 #[derive(clap::Args, Default)]
@@ -43,6 +43,10 @@ pub struct Settings {
     /// Arithmetic of the network: `auto` (int8 of a quantized model, else f32), `f32`, `bf16`, `int8`
     #[arg(long, value_name = "NUMBERS", value_parser = parse_precision)]
     precision: Option<Precision>,
+    /// Where the network runs: `cpu` (the default), `cuda` or `cuda:N` (the device of this number), or
+    /// `auto` (the best there is; the CPU, until the other has been measured)
+    #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
+    device: Option<DevicePolicy>,
     /// Most faces in a picture, best first; 0 = no limit
     #[arg(long, value_name = "N")]
     max_faces: Option<usize>,
@@ -75,6 +79,7 @@ impl Settings {
                 n => n,
             },
             precision: self.precision.unwrap_or(base.precision),
+            device: self.device.unwrap_or(base.device),
             max_faces: self.max_faces.unwrap_or(base.max_faces),
             ..base
         }
@@ -107,6 +112,16 @@ pub fn parse_precision(text: &str) -> Result<Precision, String> {
         "bf16" => Ok(Precision::Bf16),
         "int8" => Ok(Precision::Int8),
         _ => Err("expected auto, f32, bf16 or int8".into()),
+    }
+}
+
+fn parse_device(text: &str) -> Result<DevicePolicy, String> {
+    match text.split_once(':') {
+        None if text == "auto" => Ok(DevicePolicy::Auto),
+        None if text == "cpu" => Ok(DevicePolicy::Cpu),
+        None if text == "cuda" => Ok(DevicePolicy::RequireCuda(0)),
+        Some(("cuda", n)) => n.parse().map(DevicePolicy::RequireCuda).map_err(|_| format!("{n:?} is no number")),
+        _ => Err("expected cpu, cuda, cuda:N or auto".into()),
     }
 }
 
@@ -188,6 +203,16 @@ mod tests {
         assert_eq!(parse_suppression("soft-gaussian:0.3"), Ok(Suppression::SoftGaussian { sigma: 0.3 }));
         for wrong in ["", "soft", "greedy:1", "soft-linear:0.5", "voting:", "voting:x"] {
             assert!(parse_suppression(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn devices_are_names_with_or_without_a_number() {
+        assert_eq!(parse_device("cpu"), Ok(DevicePolicy::Cpu));
+        assert_eq!(parse_device("cuda"), Ok(DevicePolicy::RequireCuda(0)));
+        assert_eq!(parse_device("cuda:3"), Ok(DevicePolicy::RequireCuda(3)));
+        for wrong in ["", "gpu", "cuda:", "cuda:-1", "cpu:0"] {
+            assert!(parse_device(wrong).is_err(), "{wrong}");
         }
     }
 

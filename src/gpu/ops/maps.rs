@@ -5,6 +5,8 @@ use crate::error::{Error, Result};
 use crate::gpu::driver::Stream;
 use crate::gpu::kernels::Kernel;
 use crate::gpu::map::{DeviceView, Map};
+use crate::gpu::memory::DeviceBuffer;
+use crate::shape::Shape;
 
 /// `PoolArgs` of `cuda/maps.cu`.
 #[derive(Clone, Copy)]
@@ -250,6 +252,38 @@ pub struct RoiAlignOp {
 }
 
 impl RoiAlignOp {
+    /// Gives its work to the stream, each map in a buffer of its own.
+    pub fn run(
+        &self,
+        stream: &Stream,
+        (features, input): (&DeviceBuffer, &DeviceView),
+        (corners, boxes): (&DeviceBuffer, &DeviceView),
+        (bins, output): (&DeviceBuffer, &DeviceView),
+    ) -> Result<()> {
+        let inside = |buffer: &DeviceBuffer, view: &DeviceView| {
+            view.bytes().and_then(|bytes| bytes.checked_add(view.offset)).is_some_and(|end| end <= buffer.len())
+        };
+        let apart = bins.address() != features.address() && bins.address() != corners.address();
+        let sizes = boxes.shape == Shape::new(output.shape.n, 5, 1, 1) && input.shape.c == output.shape.c;
+        if !(inside(features, input) && inside(corners, boxes) && inside(bins, output) && apart && sizes) {
+            return Err(Error::Internal("RoIAlign of other maps".into()));
+        }
+        let args = self.args(input.at(features.address()), boxes.at(corners.address()), output.at(bins.address()));
+        // SAFETY: each view was found in its buffer, the output's is another; the args are the kernel's struct.
+        unsafe { self.kernel.launch(stream, blocks_for(output), THREADS, 0, &args) }
+    }
+
+    fn args(&self, input: Map, boxes: Map, output: Map) -> RoiAlignArgs {
+        RoiAlignArgs {
+            input,
+            boxes,
+            output,
+            spatial_scale: self.spatial_scale,
+            samples: self.samples as i32,
+            aligned: i32::from(self.aligned),
+        }
+    }
+
     /// Cells a pixel, samples a bin along an axis (0: as many as it has cells), whether boxes are moved by half a cell.
     pub fn new(device: &Device, spatial_scale: f32, samples: usize, aligned: bool) -> Result<Self> {
         Ok(Self { spatial_scale, samples, aligned, kernel: maps_kernel(device, "roi_align")? })
@@ -266,14 +300,7 @@ impl RoiAlignOp {
         output: &DeviceView,
     ) -> Result<()> {
         let boxes = boxes.ok_or_else(|| Error::Internal("RoIAlign without boxes".into()))?;
-        let args = RoiAlignArgs {
-            input: input.at(arena),
-            boxes: boxes.at(arena),
-            output: output.at(arena),
-            spatial_scale: self.spatial_scale,
-            samples: self.samples as i32,
-            aligned: i32::from(self.aligned),
-        };
+        let args = self.args(input.at(arena), boxes.at(arena), output.at(arena));
         // SAFETY: the caller's contract; the args are the kernel's struct.
         unsafe { self.kernel.launch(stream, blocks_for(output), THREADS, 0, &args) }
     }

@@ -57,7 +57,7 @@ impl Device {
     }
 
     /// For what is brought there once.
-    pub(super) fn uploads(&self) -> &Stream {
+    pub(crate) fn uploads(&self) -> &Stream {
         &self.uploads
     }
 

@@ -4,6 +4,12 @@
 //! and tile, then sorting and suppression. What may change from call to call (settings, how the picture lies, its pixels) is read
 //! from memory that the recorded upload fills.
 
+mod second;
+mod source;
+
+pub use source::Source;
+
+use super::candidates::Candidates;
 use super::detector::Window;
 use super::face::Face;
 use super::heads::{cuda, Extras};
@@ -22,8 +28,10 @@ use crate::gpu::ops::Device;
 use crate::gpu::pixels::{InputNorm, InputWindow, Picture};
 use crate::gpu::stage::{Stage, PICTURES};
 use crate::graph::{DeviceNetwork, DevicePlan, Want};
-use crate::pixels::device::{copied_picture, input_window};
-use crate::pixels::{DeviceImage, ImageView, Placement, Size};
+use crate::pixels::device::input_window;
+use crate::pixels::{Placement, Size};
+use second::Second;
+use bytemuck::Zeroable;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -90,6 +98,8 @@ struct Pending {
 pub(super) struct OnDevice {
     device: Arc<Device>,
     network: Arc<DeviceNetwork>,
+    /// Where the detector looks twice.
+    second: Option<Second>,
     stream: Stream,
     /// Where the stream's last detection ended.
     done: Event,
@@ -119,19 +129,17 @@ fn element(precision: Precision) -> Result<Element> {
 impl OnDevice {
     /// The model's network on the device of this number.
     pub fn new(model: &Model, options: &Options, ordinal: u32) -> Result<Self> {
-        if model.second_stage().is_some() {
-            return Err(Error::Unsupported(
-                "detectors with a second stage run on the CPU alone; take the CPU policy".into(),
-            ));
-        }
         let device = Device::shared(ordinal)?;
-        let network = model.device_network(&device, element(options.precision)?)?;
+        let element = element(options.precision)?;
+        let network = model.device_network(&device, element)?;
+        let second = Second::new(model, &device, element)?;
         let stream = Stream::new(device.context())?;
         let done = Event::new(device.context())?;
         let extras = model.detector().heads(1.0).first().map(|head| head.extras).unwrap_or_default();
         Ok(Self {
             device,
             network,
+            second,
             stream,
             done,
             prepared: Vec::new(),
@@ -157,7 +165,11 @@ impl OnDevice {
     /// Takes other settings over: another network where the precision is another, and new recordings where the change concerns them.
     pub fn set_options(&mut self, model: &Model, old: &Options, new: &Options) -> Result<()> {
         self.finish_pending()?;
-        let network = model.device_network(&self.device, element(new.precision)?)?;
+        let element = element(new.precision)?;
+        let network = model.device_network(&self.device, element)?;
+        if !Arc::ptr_eq(&network, &self.network) {
+            self.second = Second::new(model, &self.device, element)?;
+        }
         let plan_of = |o: &Options| {
             (o.min_face_px, o.max_face_px, o.pyramid, o.tile_px, o.memory_cap, o.flip, o.max_candidates)
         };
@@ -175,16 +187,20 @@ impl OnDevice {
         let index = self.prepare(model, options, size)?;
         let Some(memory) = &mut self.memory else { return Ok(()) };
         // A run on nothing: kernels are brought to the device, pictures of no size are not read.
-        memory.stage.describe(&settings(model, options), &[Picture::default(); PICTURES]);
+        memory.stage.describe(&settings(model, options), &[Picture::zeroed(); PICTURES]);
         let prepared = &self.prepared[index];
         launch(model, prepared, memory, &self.stream, Stage::head())?;
+        if let Some(second) = &self.second {
+            second.warmup(&self.stream)?;
+        }
         self.stream.synchronize()
     }
 
     /// Bytes of device and pinned memory that the session holds once it is warmed up for this size and no other.
     pub fn workspace_bytes(&self, model: &Model, options: &Options, size: Size) -> Result<u64> {
         let prepared = self.fit(model, options, size)?;
-        Ok(held_bytes(options, &prepared) as u64)
+        let second = self.second.as_ref().map_or(0, Second::bytes);
+        Ok((held_bytes(limit(model, options), &prepared) + second) as u64)
     }
 
     /// As [`Session::levels`](super::Session::levels).
@@ -200,6 +216,9 @@ impl OnDevice {
         image: Source<'_>,
         faces: &mut Vec<Face>,
     ) -> Result<Timings> {
+        if self.second.is_some() {
+            return self.detect_in_two_stages(model, options, image, faces);
+        }
         let start = Instant::now();
         let began = self.begin(model, options, image, None)?;
         let input = start.elapsed();
@@ -220,6 +239,11 @@ impl OnDevice {
         image: Source<'_>,
         stream: Option<&Stream>,
     ) -> Result<()> {
+        if self.second.is_some() {
+            return Err(Error::Unsupported(
+                "a detector with a second stage waits for the first; search the picture synchronously".into(),
+            ));
+        }
         self.begin(model, options, image, stream).map(|_| ())
     }
 
@@ -247,22 +271,9 @@ impl OnDevice {
         image: Source<'_>,
         stream: Option<&Stream>,
     ) -> Result<Pending> {
-        self.finish_pending()?;
         let size = image.upright_size();
-        let index = self.prepare(model, options, size)?;
-        let memory = self.memory.as_mut().ok_or_else(|| Error::Internal("a device without memory".into()))?;
-        let pixels = image.pixel_bytes();
-        if pixels > memory.stage.room() {
-            self.prepared.iter_mut().for_each(|p| p.recorded.clear());
-            memory.stage = Stage::new(&self.device, pixels)?;
-        }
-        let views = [false, true].map(|mirrored| image.turned(mirrored));
-        let views = &views[..if options.flip { 2 } else { 1 }];
-        let (addresses, upload) = memory.stage.place(image.planes())?;
-        let picture = |view: &Source<'_>| view.picture(&addresses);
-        let pictures = views.iter().map(picture).collect::<Result<Vec<Picture>>>()?;
-        memory.stage.describe(&settings(model, options), &pictures);
-
+        let (index, upload) = self.place(model, options, image, &settings(model, options))?;
+        let memory = self.memory.as_mut().ok_or_else(no_memory)?;
         let prepared = &mut self.prepared[index];
         let own = &self.stream;
         let to = stream.unwrap_or(own);
@@ -287,6 +298,84 @@ impl OnDevice {
         Ok(pending)
     }
 
+    /// Writes a picture to the staging memory. Returns the number of what is prepared for it, and the bytes to upload.
+    fn place(
+        &mut self,
+        model: &Model,
+        options: &Options,
+        image: Source<'_>,
+        settings: &Settings,
+    ) -> Result<(usize, usize)> {
+        self.finish_pending()?;
+        let index = self.prepare(model, options, image.upright_size())?;
+        let memory = self.memory.as_mut().ok_or_else(no_memory)?;
+        let pixels = image.pixel_bytes();
+        if pixels > memory.stage.room() {
+            self.prepared.iter_mut().for_each(|p| p.recorded.clear());
+            memory.stage = Stage::new(&self.device, pixels)?;
+        }
+        let (addresses, upload) = memory.stage.place(image.planes())?;
+        let views = [false, true].map(|mirrored| image.turned(mirrored));
+        let pictures = views.iter().map(|v| v.picture(&addresses)).collect::<Result<Vec<Picture>>>()?;
+        memory.stage.describe(settings, &pictures);
+        Ok((index, upload))
+    }
+
+    /// Finds the faces of a picture by a detector that looks twice: what the first stage proposes in a tile the host waits for and has
+    /// looked at again.
+    fn detect_in_two_stages(
+        &mut self,
+        model: &Model,
+        options: &Options,
+        image: Source<'_>,
+        faces: &mut Vec<Face>,
+    ) -> Result<Timings> {
+        let start = Instant::now();
+        let size = image.upright_size();
+        let threshold = options.score_threshold;
+        let proposals = Settings { suppress: 0, ..second::settings(model, threshold, &rule(model, options)) };
+        let (index, upload) = self.place(model, options, image, &proposals)?;
+        let Memory { arena, stage, faces: found, .. } = self.memory.as_mut().ok_or_else(no_memory)?;
+        let second = self.second.as_mut().ok_or_else(no_memory)?;
+        let input = start.elapsed();
+        let mut candidates = Candidates::default();
+        candidates.reserve(options.max_candidates);
+        let limits = (options.min_face_px, options.max_face_px);
+        let norm = InputNorm::from(model.normalization());
+        stage.upload(&self.stream, upload)?;
+        found.read_settings_at(stage.settings_address());
+        let prepared = &self.prepared[index];
+        for part in &prepared.parts {
+            let plan = &prepared.plans[part.plan].plan;
+            let ToUpright { offset, factor, mirrored } = part.placement;
+            let picture = usize::from(mirrored.is_some());
+            stage.input(&self.stream, picture, &part.input, &norm, arena, &plan.inputs()[0])?;
+            plan.launch(&self.stream, arena)?;
+            found.begin(&self.stream)?;
+            found.decode(&self.stream, arena, &part.levels, &UNPLACED)?;
+            found.finish(&self.stream)?;
+            let (header, proposals) = found.read(&self.stream)?;
+            no_overflow(&header)?;
+            let features = plan.outputs().last().copied().flatten();
+            let features = features.ok_or_else(|| Error::Internal("a first stage without features".into()))?;
+            second.refine(model, &self.stream, (arena, &features), &proposals, threshold, &mut |face| {
+                let face = face.placed(offset, factor);
+                let face = if mirrored.is_some() { face.mirrored(size.width as f32) } else { face };
+                if face.score >= candidates.floor() && face.is_wanted(limits) {
+                    candidates.push(face);
+                }
+            })?;
+        }
+        let network = start.elapsed() - input;
+        let (sorted, rule, placement) = (candidates.sorted(), rule(model, options), image.placement());
+        faces.clear();
+        let detection = |i: usize| sorted[i].face.detection();
+        self.nms.run(sorted.len(), detection, &rule, |i, Detection { bbox, score }| {
+            faces.push(Face { bbox, score, ..sorted[i].face }.stored(&placement));
+        });
+        Ok(Timings { input, network, merge: start.elapsed() - input - network, ..Timings::default() })
+    }
+
     /// Faces from what the device has found.
     fn collect(
         &mut self,
@@ -298,9 +387,7 @@ impl OnDevice {
         let Some(memory) = &self.memory else { return Err(Error::Internal("no detection was begun".into())) };
         let bytes = memory.result.bytes();
         let header: Header = bytemuck::pod_read_unaligned(&bytes[..size_of::<Header>()]);
-        if header.overflow > 0 {
-            return Err(Error::Internal(format!("{} candidates had no room on the device", header.overflow)));
-        }
+        no_overflow(&header)?;
         let kept = header.kept as usize;
         let mut candidates: Vec<Candidate> = bytes[size_of::<Header>()..]
             .chunks_exact(size_of::<Candidate>())
@@ -342,12 +429,12 @@ impl OnDevice {
             self.prepared.swap_remove(oldest);
         }
         self.prepared.push(prepared);
-        let need = Need::of(&self.prepared);
+        let (need, limit) = (Need::of(&self.prepared), limit(model, options));
         let enough = |m: &Memory| {
             m.arena.len() >= need.arena
                 && m.stage.room() >= need.pixels
-                && m.faces.limit() == options.max_candidates
-                && m.faces.capacity() >= options.max_candidates + need.candidates
+                && m.faces.limit() == limit
+                && m.faces.capacity() >= limit + need.candidates
         };
         if !self.memory.as_ref().is_some_and(enough) {
             // Recordings have the old addresses.
@@ -356,7 +443,7 @@ impl OnDevice {
             self.memory = Some(Memory {
                 arena: DeviceBuffer::new(self.device.context(), need.arena)?,
                 stage: Stage::new(&self.device, need.pixels)?,
-                faces: FaceBuffers::new(&self.device, options.max_candidates, need.candidates)?,
+                faces: FaceBuffers::new(&self.device, limit, need.candidates)?,
                 result: PinnedBuffer::new(self.device.context(), FaceBuffers::result_bytes(FIRST_FACES))?,
             });
         }
@@ -373,7 +460,8 @@ impl OnDevice {
                 |s: Size| Ok(DevicePlan::new(&self.network, &[input_shape(s)])?.bytes() as u64);
             let passes = passes(model, &arena, options, size, budget)?;
             let prepared = self.parts(model, options, size, passes)?;
-            let held = held_bytes(options, &prepared) as u64;
+            let second = self.second.as_ref().map_or(0, Second::bytes);
+            let held = (held_bytes(limit(model, options), &prepared) + second) as u64;
             if held <= cap {
                 return Ok(prepared);
             }
@@ -430,59 +518,22 @@ impl Drop for OnDevice {
     }
 }
 
-/// A picture to search.
-#[derive(Clone, Copy)]
-pub enum Source<'a> {
-    /// In the host's memory.
-    Host(ImageView<'a>),
-    /// In the device's.
-    Device(DeviceImage),
+/// Candidates stay where the network sees them.
+const UNPLACED: ToUpright = ToUpright { offset: [0.0; 2], factor: [1.0; 2], mirrored: None };
+
+/// Most candidates that are sorted on the device: of two stages, those of the first.
+fn limit(model: &Model, options: &Options) -> usize {
+    model.second_stage().map_or(options.max_candidates, |second| second.stage().max_proposals)
 }
 
-impl<'a> Source<'a> {
-    fn upright_size(&self) -> Size {
-        match self {
-            Source::Host(view) => view.upright_size(),
-            Source::Device(image) => image.upright_size(),
-        }
-    }
+fn no_memory() -> Error {
+    Error::Internal("a device without memory".into())
+}
 
-    fn placement(&self) -> Placement {
-        match self {
-            Source::Host(view) => view.placement(),
-            Source::Device(image) => image.placement(),
-        }
-    }
-
-    /// The picture or its mirror image.
-    fn turned(&self, mirrored: bool) -> Self {
-        match self {
-            _ if !mirrored => *self,
-            Source::Host(view) => Source::Host(view.with_orientation(view.orientation().mirror())),
-            Source::Device(image) => Source::Device(image.with_orientation(image.orientation().mirror())),
-        }
-    }
-
-    /// What has to be brought to the device.
-    fn planes(&self) -> impl Iterator<Item = &'a [u8]> {
-        let planes: [&'a [u8]; 3] = match self {
-            Source::Host(view) => std::array::from_fn(|i| view.planes().get(i).map_or(&[][..], |p| p.data)),
-            Source::Device(_) => [&[]; 3],
-        };
-        planes.into_iter().filter(|p| !p.is_empty())
-    }
-
-    /// Bytes of the stage that it takes.
-    fn pixel_bytes(&self) -> usize {
-        Stage::pixels_for(self.planes().map(<[u8]>::len))
-    }
-
-    /// As the kernels take it, once its planes are at these addresses of the device.
-    fn picture(&self, copies: &[u64]) -> Result<Picture> {
-        match self {
-            Source::Host(view) => copied_picture(view, copies),
-            Source::Device(image) => image.picture(),
-        }
+fn no_overflow(header: &Header) -> Result<()> {
+    match header.overflow {
+        0 => Ok(()),
+        n => Err(Error::Internal(format!("{n} candidates had no room on the device"))),
     }
 }
 
@@ -512,10 +563,10 @@ impl Need {
     }
 
     /// Bytes, on the device and pinned together.
-    fn bytes(&self, options: &Options) -> usize {
+    fn bytes(&self, limit: usize) -> usize {
         self.arena
             + 2 * (Stage::head() + self.pixels)
-            + FaceBuffers::bytes_for(options.max_candidates, self.candidates)
+            + FaceBuffers::bytes_for(limit, self.candidates)
             + FaceBuffers::result_bytes(FIRST_FACES)
     }
 }
@@ -524,9 +575,9 @@ impl Need {
 const PLANE_ROOM: usize = 256;
 
 /// Bytes of device and pinned memory that a session holds with one size prepared.
-fn held_bytes(options: &Options, prepared: &Prepared) -> usize {
+fn held_bytes(limit: usize, prepared: &Prepared) -> usize {
     let windows: usize = prepared.parts.iter().map(|p| p.input.bytes()).sum();
-    Need::of([prepared]).bytes(options) + windows
+    Need::of([prepared]).bytes(limit) + windows
 }
 
 impl Part {
@@ -547,7 +598,8 @@ fn launch(
     let Memory { arena, stage, faces, result } = memory;
     let norm = InputNorm::from(model.normalization());
     stage.upload(stream, upload)?;
-    faces.begin(stream, stage.settings_address())?;
+    faces.read_settings_at(stage.settings_address());
+    faces.begin(stream)?;
     for part in &prepared.parts {
         let plan = &prepared.plans[part.plan].plan;
         let picture = usize::from(part.placement.mirrored.is_some());
