@@ -60,6 +60,9 @@ pub const FARFACE_PRECISION_F32: farface_precision = 1;
 pub const FARFACE_PRECISION_BF16: farface_precision = 2;
 /// Eight bits, sums of 32; an error for a model that was not quantized.
 pub const FARFACE_PRECISION_INT8: farface_precision = 3;
+/// Half precision, sums in single precision or of a few products in half: half the memory, and faster on CPUs with
+/// FEAT_FP16 or AVX512-FP16 (slower on others). What is beyond 65504 becomes that.
+pub const FARFACE_PRECISION_F16: farface_precision = 4;
 
 /// Where the network may run: one of the FARFACE_DEVICE_POLICY_ values.
 #[allow(non_camel_case_types)]
@@ -328,6 +331,7 @@ fn from_c(o: &farface_session_options) -> Result<Options> {
             FARFACE_PRECISION_F32 => Precision::F32,
             FARFACE_PRECISION_BF16 => Precision::Bf16,
             FARFACE_PRECISION_INT8 => Precision::Int8,
+            FARFACE_PRECISION_F16 => Precision::F16,
             other => return bad(format!("precision {other} is no FARFACE_PRECISION_ value")),
         },
         device: match o.device_policy {
@@ -387,6 +391,7 @@ fn to_c(o: &Options) -> farface_session_options {
             Precision::F32 => FARFACE_PRECISION_F32,
             Precision::Bf16 => FARFACE_PRECISION_BF16,
             Precision::Int8 => FARFACE_PRECISION_INT8,
+            Precision::F16 => FARFACE_PRECISION_F16,
         },
         device_policy,
         cuda_index,

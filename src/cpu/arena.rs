@@ -5,7 +5,8 @@ use crate::error::{Error, Result};
 use crate::shape::{Shape, Tensor};
 use std::ops::Range;
 
-/// How a tensor's values are stored. Arithmetic is in f32, but for sums of products of u8, which are whole numbers.
+/// How a tensor's values are stored. Arithmetic is in f32, but for sums of products of u8, which are whole numbers, and, where the CPU has
+/// it, of a few products of f16.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Storage {
     /// Single precision.
@@ -13,6 +14,8 @@ pub enum Storage {
     F32,
     /// The upper half of single precision.
     Bf16,
+    /// Half precision; what is beyond its range is stored as the largest that it has, 65504.
+    F16,
     /// Whole numbers q from 0 to 255, which stand for `scale * (q - zero)`.
     U8,
 }
@@ -22,7 +25,7 @@ impl Storage {
     pub const fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
-            Self::Bf16 => 2,
+            Self::Bf16 | Self::F16 => 2,
             Self::U8 => 1,
         }
     }
@@ -40,6 +43,7 @@ pub(crate) struct Format {
 impl Format {
     pub const F32: Self = Self { storage: Storage::F32, scale: 1.0, zero: 0 };
     pub const BF16: Self = Self { storage: Storage::Bf16, scale: 1.0, zero: 0 };
+    pub const F16: Self = Self { storage: Storage::F16, scale: 1.0, zero: 0 };
 }
 
 /// A tensor inside the arena: channels-last, with a border of zeros (halo) around every image so

@@ -6,7 +6,7 @@ use super::kernels::conv::{panel_registers, panels, ConvArgs};
 use super::kernels::depthwise::DepthwiseArgs;
 use super::kernels::epilogue::Rule;
 pub(crate) use super::kernels::epilogue::{Formats, Residual};
-use super::kernels::{bf16_bits, ConvKernel, Kernels};
+use super::kernels::{bf16_bits, f16_bits, ConvKernel, Kernels};
 use super::part::Part;
 use super::simple::blends;
 use super::threads::Team;
@@ -122,6 +122,7 @@ impl ConvOp {
         let largest = |o: usize| of_channel(o).iter().fold(0.0, |m: f32, v| m.max(v.abs()));
         let steps: Vec<f32> =
             (0..out_channels).map(|o| if largest(o) > 0.0 { largest(o) / MOST } else { 1.0 }).collect();
+        let to_half = if formats.input.storage == Storage::F16 { f16_bits } else { bf16_bits };
         let (mut packed, mut start, mut scale, mut added) = (vec![], vec![], vec![], vec![]);
         for g in 0..groups {
             for p in 0..panels(co, lanes) {
@@ -135,8 +136,8 @@ impl ConvOp {
                             packed.extend((0..width).map(|j| {
                                 channel(j).map_or(0, |o| match formats.input.storage {
                                     Storage::F32 => (at(o, i) * unit).to_bits(),
-                                    Storage::Bf16 => {
-                                        let half = |i| u32::from(bf16_bits(at(o, i) * unit));
+                                    Storage::Bf16 | Storage::F16 => {
+                                        let half = |i| u32::from(to_half(at(o, i) * unit));
                                         half(i) | half(i + 1) << 16
                                     }
                                     Storage::U8 => {
@@ -545,6 +546,7 @@ mod tests {
                 let (at, v) = (input.at(0, y, 0) + i, noise());
                 match storage {
                     Storage::Bf16 => bytes[2 * at..][..2].copy_from_slice(&bf16_bits(v).to_ne_bytes()),
+                    Storage::F16 => bytes[2 * at..][..2].copy_from_slice(&f16_bits(v).to_ne_bytes()),
                     _ => bytes[at] = (v * 127.0 + 128.0) as u8,
                 }
             }
@@ -562,11 +564,12 @@ mod tests {
         arena.read(&output).data
     }
 
-    /// A CPU takes the best kernel that it has; the others, for CPUs without, must give the same.
+    /// A CPU takes the best kernel that it has; the others, for CPUs without, must give the same, but for the rounding of sums of
+    /// f16.
     #[test]
-    fn every_kernel_of_bf16_and_of_u8_gives_the_same() {
+    fn every_kernel_of_bf16_f16_and_u8_gives_the_same() {
         let u8 = Format { storage: Storage::U8, scale: 0.01, zero: 131 };
-        for (input, limit) in [(Format::BF16, 2e-6), (u8, 0.0)] {
+        for (input, limit) in [(Format::BF16, 2e-6), (Format::F16, 2e-3), (u8, 0.0)] {
             let formats = Formats { input, add: Format::F32, output: Format::F32 };
             for (channels, side) in [([4, 5], 1), ([8, 33], 3), ([36, 64], 3), ([64, 17], 1), ([132, 40], 1)]
             {

@@ -14,7 +14,7 @@ pub enum Isa {
     #[cfg(target_arch = "aarch64")]
     #[non_exhaustive]
     Neon,
-    /// AVX2 with FMA.
+    /// AVX2 with FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     #[non_exhaustive]
     Avx2,
@@ -52,7 +52,10 @@ impl Isa {
         isas.push(Isa::Neon); // part of the base architecture
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            if avx2 {
                 isas.push(Isa::Avx2);
                 let avx512 = is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
@@ -70,6 +73,16 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         return self >= Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
         #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// Whether the CPU multiplies and adds f16, at twice the rate of f32.
+    pub(crate) fn multiplies_f16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self >= Isa::Avx512 && is_x86_feature_detected!("avx512fp16");
+        #[cfg(target_arch = "aarch64")]
+        return self == Isa::Neon && std::arch::is_aarch64_feature_detected!("fp16");
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         false
     }
 

@@ -44,42 +44,44 @@ pub(crate) enum Kind {
     RoiAlign(RoiAlignOp),
 }
 
+/// The name of a kernel by what it reads: `name`, and of other values than f32 their name behind it.
+macro_rules! named {
+    ($storage:expr, $name:literal, $between:literal $(, $end:literal)?) => {
+        match $storage {
+            Storage::F32 => $name,
+            Storage::Bf16 => concat!($name, $between, "bf16" $(, $end)?),
+            Storage::F16 => concat!($name, $between, "f16" $(, $end)?),
+            Storage::U8 => concat!($name, $between, "int8" $(, $end)?),
+        }
+    };
+}
+
 impl Op {
     /// Kernel name for listings.
     pub fn name(&self) -> &'static str {
-        let pick = |storage, [single, bf16, int8]: [&'static str; 3]| match storage {
-            Storage::F32 => single,
-            Storage::Bf16 => bf16,
-            Storage::U8 => int8,
-        };
         match &self.0 {
             Kind::Conv(c) if c.on_tiles() => match (c.window.kernel, c.formats.input.storage) {
-                ([1, 1], s) => pick(s, ["conv 1x1", "conv 1x1 bf16 amx", "conv 1x1 int8 amx"]),
-                ([3, 3], s) => pick(s, ["conv 3x3", "conv 3x3 bf16 amx", "conv 3x3 int8 amx"]),
-                (_, s) => pick(s, ["conv", "conv bf16 amx", "conv int8 amx"]),
+                ([1, 1], s) => named!(s, "conv 1x1", " ", " amx"),
+                ([3, 3], s) => named!(s, "conv 3x3", " ", " amx"),
+                (_, s) => named!(s, "conv", " ", " amx"),
             },
             Kind::Conv(c) => match (c.window.kernel, c.formats.input.storage) {
-                ([1, 1], s) => pick(s, ["conv 1x1", "conv 1x1 bf16", "conv 1x1 int8"]),
-                ([3, 3], s) => pick(s, ["conv 3x3", "conv 3x3 bf16", "conv 3x3 int8"]),
-                (_, s) => pick(s, ["conv", "conv bf16", "conv int8"]),
+                ([1, 1], s) => named!(s, "conv 1x1", " "),
+                ([3, 3], s) => named!(s, "conv 3x3", " "),
+                (_, s) => named!(s, "conv", " "),
             },
-            Kind::Winograd(c) => pick(
-                c.formats.input.storage,
-                ["winograd 3x3", "winograd 3x3 of bf16", "winograd 3x3 of int8"],
-            ),
+            Kind::Winograd(c) => named!(c.formats.input.storage, "winograd 3x3", " of "),
             Kind::Depthwise(d) => match (d.window.kernel, d.formats[0].storage) {
-                ([3, 3], s) => pick(s, ["depthwise 3x3", "depthwise 3x3 of bf16", "depthwise 3x3 of int8"]),
-                (_, s) => pick(s, ["depthwise", "depthwise of bf16", "depthwise of int8"]),
+                ([3, 3], s) => named!(s, "depthwise 3x3", " of "),
+                (_, s) => named!(s, "depthwise", " of "),
             },
             Kind::Cascade(c) => match (&c.stages[..], c.stages[c.stages.len() - 1].formats()[0].storage) {
-                ([Stage::Depthwise(_), Stage::Conv(_)], s) => {
-                    pick(s, ["depthwise, conv 1x1", "depthwise, conv 1x1 bf16", "depthwise, conv 1x1 int8"])
-                }
+                ([Stage::Depthwise(_), Stage::Conv(_)], s) => named!(s, "depthwise, conv 1x1", " "),
                 (stages, s) => match stages.len() {
-                    2 => pick(s, ["two in bands", "two in bands, bf16", "two in bands, int8"]),
-                    3 => pick(s, ["three in bands", "three in bands, bf16", "three in bands, int8"]),
-                    4 => pick(s, ["four in bands", "four in bands, bf16", "four in bands, int8"]),
-                    _ => pick(s, ["more in bands", "more in bands, bf16", "more in bands, int8"]),
+                    2 => named!(s, "two in bands", ", "),
+                    3 => named!(s, "three in bands", ", "),
+                    4 => named!(s, "four in bands", ", "),
+                    _ => named!(s, "more in bands", ", "),
                 },
             },
             Kind::ConvTranspose(_) => "conv transpose",

@@ -160,6 +160,7 @@ impl Model {
         let (precision, numbers) = match (precision, &config.quantization) {
             (Precision::F32, _) | (Precision::Auto, None) => (Precision::F32, Numbers::F32),
             (Precision::Bf16, _) => (precision, Numbers::Bf16),
+            (Precision::F16, _) => (precision, Numbers::F16),
             (Precision::Auto | Precision::Int8, Some(ranges)) => {
                 (Precision::Int8, Numbers::Int8(ranges.clone()))
             }

@@ -30,6 +30,10 @@ pub enum Precision {
     /// Tensors and weights in bf16, sums in f32: half the memory of f32, and twice its speed and more on CPUs with AMX or AVX512-BF16.
     /// On others it is slower than f32.
     Bf16,
+    /// Tensors and weights in f16, sums in f32 or, of a few products, in f16: half the memory of f32, more exact than bf16, and
+    /// up to twice the speed of f32 on CPUs with FEAT_FP16 (Arm) or AVX512-FP16. On others it is slower than f32. What is beyond
+    /// 65504 becomes that, so that no network overflows.
+    F16,
     /// Tensors and weights in eight bits, sums of 32: for models that `farface quantize` has made.
     Int8,
 }

@@ -1,4 +1,4 @@
-//! How each tensor of a network is stored: f32, bf16, or whole numbers of eight bits.
+//! How each tensor of a network is stored: f32, bf16, f16, or whole numbers of eight bits.
 //!
 //! Inputs and outputs of the network are f32. Between them a tensor is stored in the numbers asked for where the step that makes
 //! it can write them and a step that reads it can take them; the others read a copy. Convolutions, sums and copies write any format
@@ -20,6 +20,9 @@ pub enum Numbers {
     F32,
     /// Tensors and the weights of dense convolutions in bf16, sums in f32.
     Bf16,
+    /// Tensors and the weights of dense convolutions in f16. Where the CPU multiplies f16, sums of a short run of products are
+    /// f16 too and the sums of those are f32; elsewhere all sums are f32. What is beyond 65504 becomes that.
+    F16,
     /// Tensors in u8 and weights in i8 where their ranges are known, sums in i32; the rest in f32.
     Int8(Ranges),
 }
@@ -169,7 +172,12 @@ impl<'a> Assignment<'a> {
         steps: &[DraftStep],
     ) -> Self {
         let root = |v: ValueId| root(&draft.values, v).0;
-        let storage = if *numbers == Numbers::Bf16 { Storage::Bf16 } else { Storage::U8 };
+        let storage = match numbers {
+            Numbers::F32 => Storage::F32,
+            Numbers::Bf16 => Storage::Bf16,
+            Numbers::F16 => Storage::F16,
+            Numbers::Int8(_) => Storage::U8,
+        };
         let mut welcome = BTreeSet::new();
         for step in steps.iter().rev() {
             let deals = Deals::of(draft, step, numbers);
@@ -214,6 +222,7 @@ impl<'a> Assignment<'a> {
         match self.numbers {
             Numbers::F32 => None,
             Numbers::Bf16 => Some(Format::BF16),
+            Numbers::F16 => Some(Format::F16),
             Numbers::Int8(ranges) => self.names.get(value.0).and_then(|name| ranges.format(name)),
         }
     }
@@ -273,6 +282,8 @@ impl<'a> Assignment<'a> {
         let Some(Layer::Conv2d(c)) = self.draft.graph.nodes[chain.start.0].layer() else { return false };
         let macs = c.out_channels * c.in_channels * c.kernel[0] * c.kernel[1] / (c.stride[0] * c.stride[1]);
         self.tiles
+            // Not less exact than asked for.
+            && *self.numbers != Numbers::F16
             && c.in_channels <= WIDENED
             && c.dilation == [1, 1]
             && macs >= WORTH_WIDENING

@@ -97,7 +97,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let layers = args.first().is_some_and(|a| a == "--layers");
     let [name, width, height, threads, numbers] = &args[usize::from(layers)..] else {
         let usage =
-            "usage: worker NETWORK WIDTH HEIGHT THREADS f32|bf16|int8 | --onnx FILE NETWORK WIDTH HEIGHT";
+            "usage: worker NETWORK WIDTH HEIGHT THREADS f32|bf16|f16|int8 | --onnx FILE NETWORK WIDTH HEIGHT";
         return Err(usage.into());
     };
     let start = Instant::now();
@@ -107,12 +107,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let numbers = match numbers.as_str() {
             "f32" => Numbers::F32,
             "bf16" => Numbers::Bf16,
+            "f16" => Numbers::F16,
             "int8" => {
                 let mut calibration = Calibration::new(&graph, &weights)?;
                 calibration.watch_tensors(&mut Pool::new(1)?, &[picture(shape)])?;
                 Numbers::Int8(calibration.ranges(Clip::Extremes)?)
             }
-            other => return Err(format!("{other}: expected f32, bf16 or int8").into()),
+            other => return Err(format!("{other}: expected f32, bf16, f16 or int8").into()),
         };
         (Compiled::in_numbers(&graph, &weights, isa::detected(), &numbers)?, graph.outputs.len())
     };

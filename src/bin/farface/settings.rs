@@ -40,7 +40,7 @@ pub struct Settings {
     /// Threads; 0 = one a core, which is the default but for `bench`, where it is 1
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Arithmetic of the network: `auto` (int8 of a quantized model, else f32), `f32`, `bf16`, `int8`
+    /// Arithmetic of the network: `auto` (int8 of a quantized model, else f32), `f32`, `bf16`, `f16`, `int8`
     #[arg(long, value_name = "NUMBERS", value_parser = parse_precision)]
     precision: Option<Precision>,
     /// Where the network runs: `cpu` (the default), `cuda` or `cuda:N` (the device of this number), or
@@ -110,8 +110,9 @@ pub fn parse_precision(text: &str) -> Result<Precision, String> {
         "auto" => Ok(Precision::Auto),
         "f32" => Ok(Precision::F32),
         "bf16" => Ok(Precision::Bf16),
+        "f16" => Ok(Precision::F16),
         "int8" => Ok(Precision::Int8),
-        _ => Err("expected auto, f32, bf16 or int8".into()),
+        _ => Err("expected auto, f32, bf16, f16 or int8".into()),
     }
 }
 

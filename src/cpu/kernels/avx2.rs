@@ -1,7 +1,7 @@
-//! AVX2 + FMA kernels: eight lanes, sixteen registers.
+//! AVX2 + FMA + F16C kernels: eight lanes, sixteen registers.
 
 use super::conv::{Product, Single};
-use super::{conv_kernel, isa_kernels, Vector};
+use super::{conv_kernel, isa_kernels, Vector, F16_MOST};
 use std::arch::x86_64::*;
 
 /// Eight floats in a YMM register.
@@ -17,7 +17,7 @@ unsafe fn mask(n: usize) -> __m256i {
     unsafe { _mm256_loadu_si256(MASK.as_ptr().add(8 - n).cast()) }
 }
 
-// SAFETY of every block below: the trait's contract (the caller is compiled for AVX2 and FMA, the
+// SAFETY of every block below: the trait's contract (the caller is compiled for AVX2, FMA and F16C, the
 // pointers are good for the lanes named).
 impl Vector for F32x8 {
     const LANES: usize = 8;
@@ -101,6 +101,36 @@ impl Vector for F32x8 {
         }
     }
     #[inline(always)]
+    unsafe fn load_f16(p: *const u16, n: usize) -> Self {
+        let mut some = [0u16; 8];
+        // SAFETY: trait contract.
+        Self(unsafe {
+            let p = if n >= 8 {
+                p
+            } else {
+                std::ptr::copy_nonoverlapping(p, some.as_mut_ptr(), n);
+                some.as_ptr()
+            };
+            _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, n: usize) {
+        let mut some = [0u16; 8];
+        // SAFETY: trait contract.
+        unsafe {
+            let inside = _mm256_max_ps(self.0, _mm256_set1_ps(-F16_MOST));
+            let inside = _mm256_min_ps(inside, _mm256_set1_ps(F16_MOST));
+            let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(inside);
+            if n >= 8 {
+                _mm_storeu_si128(p.cast(), half);
+            } else {
+                _mm_storeu_si128(some.as_mut_ptr().cast(), half);
+                std::ptr::copy_nonoverlapping(some.as_ptr(), p, n);
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn load_u8(p: *const u8, n: usize) -> Self {
         let mut some = [0u8; 8];
         // SAFETY: trait contract.
@@ -137,7 +167,7 @@ impl Vector for F32x8 {
 /// Two bf16, in f32.
 pub(crate) struct PairsApart;
 
-// SAFETY of every block below: the trait's contract (the caller is compiled for AVX2 and FMA, the
+// SAFETY of every block below: the trait's contract (the caller is compiled for AVX2, FMA and F16C, the
 // pointers are good for a register or a word).
 impl Product for PairsApart {
     type Values = F32x8;
@@ -162,6 +192,49 @@ impl Product for PairsApart {
     #[inline(always)]
     unsafe fn finish(sums: __m256, _: *const f32, _: *const f32) -> F32x8 {
         F32x8(sums)
+    }
+}
+
+/// Two f16, in f32; sums of the first halves of words and of the second ones: lane after lane both, four lanes a register.
+pub(crate) struct SinglesOfF16;
+
+impl Product for SinglesOfF16 {
+    type Values = F32x8;
+    type Words = [__m256; 2];
+    type Sums = [__m256; 2];
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> [__m256; 2] {
+        // SAFETY: trait contract.
+        unsafe { [_mm256_cvtph_ps(_mm_set1_epi32(p.cast::<i32>().read_unaligned())); 2] }
+    }
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> [__m256; 2] {
+        // SAFETY: trait contract.
+        unsafe {
+            let bias = [p, p.add(4)].map(|p| _mm256_cvtepu32_epi64(_mm_loadu_si128(p.cast())));
+            bias.map(|v| _mm256_castsi256_ps(v))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> [__m256; 2] {
+        // SAFETY: trait contract.
+        unsafe { [p, p.add(4)].map(|p| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: [__m256; 2], input: [__m256; 2], weights: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: register arithmetic.
+        unsafe {
+            [_mm256_fmadd_ps(input[0], weights[0], sums[0]), _mm256_fmadd_ps(input[1], weights[1], sums[1])]
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish([low, high]: [__m256; 2], _: *const f32, _: *const f32) -> F32x8 {
+        // SAFETY: register arithmetic.
+        F32x8(unsafe {
+            // Lanes 0, 1, 4, 5, 2, 3, 6, 7.
+            let pairs = _mm256_castps_pd(_mm256_hadd_ps(low, high));
+            _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(pairs))
+        })
     }
 }
 
@@ -202,14 +275,16 @@ impl<const VNNI: bool> Product for FoursOfU8<VNNI> {
     }
 }
 
-conv_kernel!(single, Single<F32x8>, [#[target_feature(enable = "avx2,fma")]],
+conv_kernel!(single, Single<F32x8>, [#[target_feature(enable = "avx2,fma,f16c")]],
     wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
-conv_kernel!(bf16_plain, PairsApart, [#[target_feature(enable = "avx2,fma")]],
+conv_kernel!(bf16_plain, PairsApart, [#[target_feature(enable = "avx2,fma,f16c")]],
     wide: [4 3 2 1], narrow: [8 7 6 5 4 3 2 1]);
-conv_kernel!(u8, FoursOfU8<true>, [#[target_feature(enable = "avx2,fma,avxvnni")]],
+conv_kernel!(f16_plain, SinglesOfF16, [#[target_feature(enable = "avx2,fma,f16c")]],
+    wide: [2 1], narrow: [6 5 4 3 2 1]);
+conv_kernel!(u8, FoursOfU8<true>, [#[target_feature(enable = "avx2,fma,f16c,avxvnni")]],
     wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
-conv_kernel!(u8_plain, FoursOfU8<false>, [#[target_feature(enable = "avx2,fma")]],
+conv_kernel!(u8_plain, FoursOfU8<false>, [#[target_feature(enable = "avx2,fma,f16c")]],
     wide: [4 3 2 1], narrow: [8 7 6 5 4 3 2 1]);
 
-isa_kernels!(F32x8, [#[target_feature(enable = "avx2,fma")]],
+isa_kernels!(F32x8, [#[target_feature(enable = "avx2,fma,f16c")]],
     wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);

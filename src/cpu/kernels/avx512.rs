@@ -1,7 +1,7 @@
 //! AVX-512 kernels: sixteen lanes, thirty-two registers.
 
-use super::conv::{Product, Single};
-use super::{conv_kernel, isa_kernels, Vector};
+use super::conv::{Product, Single, F16_RUN};
+use super::{conv_kernel, isa_kernels, Vector, F16_MOST};
 use std::arch::x86_64::*;
 
 /// Sixteen floats in a ZMM register.
@@ -12,6 +12,13 @@ pub(crate) struct F32x16(pub(super) __m512);
 #[inline(always)]
 fn mask(n: usize) -> __mmask16 {
     (1u16 << n) - 1
+}
+
+/// `v` within the range of f16; its lower end for what is no number.
+#[inline(always)]
+unsafe fn saturated(v: __m512) -> __m512 {
+    // SAFETY: register arithmetic.
+    unsafe { _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-F16_MOST)), _mm512_set1_ps(F16_MOST)) }
 }
 
 // SAFETY of every block below: the trait's contract (the caller is compiled for AVX-512 F, BW and VL, for
@@ -115,6 +122,29 @@ impl Vector for F32x16 {
         }
     }
     #[inline(always)]
+    unsafe fn load_f16(p: *const u16, n: usize) -> Self {
+        // SAFETY: trait contract; masked lanes are not touched.
+        Self(unsafe {
+            _mm512_cvtph_ps(if n >= 16 {
+                _mm256_loadu_si256(p.cast())
+            } else {
+                _mm256_maskz_loadu_epi16(mask(n), p.cast())
+            })
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, n: usize) {
+        // SAFETY: trait contract; masked lanes are not touched.
+        unsafe {
+            let half = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(saturated(self.0));
+            if n >= 16 {
+                _mm256_storeu_si256(p.cast(), half);
+            } else {
+                _mm256_mask_storeu_epi16(p.cast(), mask(n), half);
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn load_u8(p: *const u8, n: usize) -> Self {
         // SAFETY: trait contract; masked lanes are not touched.
         Self(unsafe {
@@ -174,6 +204,135 @@ impl Product for PairsOfBf16 {
     }
 }
 
+/// Sums in f32 of the first halves of words and of the second ones: lane after lane both, eight lanes a register.
+type Halves = [__m512; 2];
+
+/// Sums that start with `bias`.
+#[inline(always)]
+unsafe fn halves(bias: *const u32) -> Halves {
+    // SAFETY: the caller vouches for a register's words.
+    unsafe {
+        let bias = _mm512_loadu_ps(bias.cast());
+        let first = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+        [first, _mm512_add_epi32(first, _mm512_set1_epi32(8))]
+            .map(|lanes| _mm512_maskz_permutexvar_ps(0x5555, lanes, bias))
+    }
+}
+
+/// The sum of each lane's two.
+#[inline(always)]
+unsafe fn joined([low, high]: Halves) -> __m512 {
+    // SAFETY: register arithmetic.
+    unsafe {
+        let first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        let second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
+        _mm512_add_ps(_mm512_permutex2var_ps(low, first, high), _mm512_permutex2var_ps(low, second, high))
+    }
+}
+
+/// Two f16 in f32.
+#[inline(always)]
+unsafe fn singles(words: __m512i) -> Halves {
+    // SAFETY: register arithmetic.
+    unsafe {
+        [_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64::<1>(words)].map(|v| _mm512_cvtph_ps(v))
+    }
+}
+
+/// `sums + a * b` of f16, by AVX512-FP16; in assembly, since the intrinsic is not stable.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn multiply_add_f16(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: register arithmetic, with an instruction that the CPU was asked for.
+    unsafe {
+        std::arch::asm!("vfmadd231ph {sums}, {a}, {b}", sums = inout(zmm_reg) sums, a = in(zmm_reg) a,
+            b = in(zmm_reg) b, options(pure, nomem, nostack, preserves_flags));
+    }
+    sums
+}
+
+/// Two f16 by multiply-add.
+pub(crate) struct PairsOfF16;
+
+/// Sums of f16, and those in f32 that they are flushed to.
+#[derive(Clone, Copy)]
+pub(crate) struct SumsOfF16 {
+    run: __m512i,
+    total: Halves,
+}
+
+impl Product for PairsOfF16 {
+    type Values = F32x16;
+    type Words = __m512i;
+    type Sums = SumsOfF16;
+    const RUN: usize = F16_RUN;
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> __m512i {
+        // SAFETY: trait contract.
+        unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> SumsOfF16 {
+        // SAFETY: trait contract.
+        unsafe { SumsOfF16 { run: _mm512_setzero_si512(), total: halves(p) } }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: SumsOfF16, input: __m512i, weights: __m512i) -> SumsOfF16 {
+        // SAFETY: register arithmetic.
+        SumsOfF16 { run: unsafe { multiply_add_f16(sums.run, input, weights) }, ..sums }
+    }
+    #[inline(always)]
+    unsafe fn flush(SumsOfF16 { run, total }: SumsOfF16) -> SumsOfF16 {
+        // SAFETY: register arithmetic.
+        unsafe {
+            let [low, high] = singles(run);
+            let total = [_mm512_add_ps(total[0], low), _mm512_add_ps(total[1], high)];
+            SumsOfF16 { run: _mm512_setzero_si512(), total }
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: SumsOfF16, _: *const f32, _: *const f32) -> F32x16 {
+        // SAFETY: register arithmetic.
+        F32x16(unsafe { saturated(joined(Self::flush(sums).total)) })
+    }
+}
+
+/// Two f16, in f32.
+pub(crate) struct SinglesOfF16;
+
+impl Product for SinglesOfF16 {
+    type Values = F32x16;
+    type Words = Halves;
+    type Sums = Halves;
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> Halves {
+        // SAFETY: trait contract.
+        unsafe { [_mm512_cvtph_ps(_mm256_set1_epi32(p.cast::<i32>().read_unaligned())); 2] }
+    }
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> Halves {
+        // SAFETY: trait contract.
+        unsafe { halves(p) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> Halves {
+        // SAFETY: trait contract.
+        unsafe { singles(_mm512_loadu_si512(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: Halves, input: Halves, weights: Halves) -> Halves {
+        // SAFETY: register arithmetic.
+        unsafe {
+            [_mm512_fmadd_ps(input[0], weights[0], sums[0]), _mm512_fmadd_ps(input[1], weights[1], sums[1])]
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: Halves, _: *const f32, _: *const f32) -> F32x16 {
+        // SAFETY: register arithmetic.
+        F32x16(unsafe { joined(sums) })
+    }
+}
+
 /// Four u8 by i8 by VNNI's dot product.
 pub(crate) struct FoursOfU8;
 
@@ -204,6 +363,10 @@ conv_kernel!(single, Single<F32x16>, [#[target_feature(enable = "avx512f,avx512b
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
 conv_kernel!(bf16, PairsOfBf16, [#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]],
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
+conv_kernel!(f16, PairsOfF16, [#[target_feature(enable = "avx512f,avx512bw,avx512vl")]],
+    wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
+conv_kernel!(f16_plain, SinglesOfF16, [#[target_feature(enable = "avx512f,avx512bw,avx512vl")]],
+    wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
 conv_kernel!(u8, FoursOfU8, [#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]],
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
 // Where the CPU has no such dot products.

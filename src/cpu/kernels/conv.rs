@@ -19,7 +19,7 @@ pub(crate) struct ConvArgs<'a> {
     pub in_row: usize,
     pub in_pixel: usize,
     /// Offsets of the taps from the window's first byte; each is a run of `run` words of four bytes: one f32, two bf16
-    /// or four u8.
+    /// or f16, or four u8.
     pub taps: &'a [usize],
     pub run: usize,
     /// The input may be in memory that is far away: it is asked for ahead.
@@ -135,6 +135,8 @@ pub(crate) trait Product {
     const SINGLE: bool = false;
     /// What is taken off every u8 of the input before it is multiplied.
     const OFFSET: i32 = 0;
+    /// Words after which sums are flushed, counted over the whole depth so that it depends on nothing but the weights; 0 for never.
+    const RUN: usize = 0;
     /// The word at `p` in every lane.
     unsafe fn splat(p: *const u8) -> Self::Words;
     /// Sums that start with the words at `p`.
@@ -151,6 +153,11 @@ pub(crate) trait Product {
     }
     /// `sums + input * weights`.
     unsafe fn multiply(sums: Self::Sums, input: Self::Words, weights: Self::Words) -> Self::Sums;
+    /// Sums of few bits added to those in f32 that they are parts of, and zeros in their place.
+    #[inline(always)]
+    unsafe fn flush(sums: Self::Sums) -> Self::Sums {
+        sums
+    }
     /// As f32; where they are whole numbers, times those at `scale`, plus those at `bias`.
     unsafe fn finish(sums: Self::Sums, scale: *const f32, bias: *const f32) -> Self::Values;
 }
@@ -188,6 +195,9 @@ impl<V: Vector> Product for Single<V> {
         sums
     }
 }
+
+/// Words of two f16 whose products an f16 takes, first halves and second halves in sums of their own.
+pub(crate) const F16_RUN: usize = 32;
 
 /// The tiles of one ISA.
 pub(crate) trait Tiles {
@@ -296,6 +306,7 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
         // pointers than that would be spilled and reloaded for every value.
         let stride = t.in_pixel;
         let mut w = t.weights;
+        let mut unflushed = 0;
         if t.to.rule.residual != Residual::None {
             unroll!(m < MR, { P::Values::prefetch(residual(&t.to, m)) });
             if NR * lanes * t.to.rule.add.bytes() > LINE {
@@ -315,7 +326,11 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
                         P::Values::prefetch(p[m / 3].wrapping_add(m % 3 * stride).wrapping_add(t.ahead))
                     });
                 }
-                let line = left.min(LINE / 4);
+                let mut line = left.min(LINE / 4);
+                if P::RUN > 0 {
+                    line = line.min(P::RUN - unflushed);
+                    unflushed += line;
+                }
                 left -= line;
                 for _ in 0..line {
                     let mut wk = [P::load(w); NR];
@@ -332,6 +347,14 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
                     for p in p.iter_mut() {
                         *p = p.wrapping_add(4);
                     }
+                }
+                if P::RUN > 0 && unflushed == P::RUN {
+                    unflushed = 0;
+                    unroll!(m < MR, {
+                        for r in 0..NR {
+                            sums[m][r] = P::flush(sums[m][r]);
+                        }
+                    });
                 }
             }
         }

@@ -39,8 +39,9 @@ pub(crate) struct DepthwiseArgs {
 /// [`Storage`] known to the compiler.
 pub(crate) const F32: usize = 0;
 pub(crate) const BF16: usize = 1;
-pub(crate) const U8: usize = 2;
-const STORAGE: [Storage; 3] = [Storage::F32, Storage::Bf16, Storage::U8];
+pub(crate) const F16: usize = 2;
+pub(crate) const U8: usize = 3;
+const STORAGE: [Storage; 4] = [Storage::F32, Storage::Bf16, Storage::F16, Storage::U8];
 
 /// Computes output rows `rows` of values stored as number `T` of [`STORAGE`].
 ///

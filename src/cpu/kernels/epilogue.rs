@@ -196,6 +196,9 @@ pub(crate) unsafe fn store<V: Vector>(t: &Destination, values: *const f32, pixel
             (Residual::None, _, Storage::Bf16) if full => {
                 store_full::<V, BF16, NONE>(t, values, pixels, registers)
             }
+            (Residual::None, _, Storage::F16) if full => {
+                store_full::<V, F16, NONE>(t, values, pixels, registers)
+            }
             (Residual::None, _, Storage::U8) if full => {
                 store_full::<V, U8, NONE>(t, values, pixels, registers)
             }
@@ -204,6 +207,9 @@ pub(crate) unsafe fn store<V: Vector>(t: &Destination, values: *const f32, pixel
             }
             (_, Storage::Bf16, Storage::Bf16) if full && !scaled => {
                 store_full::<V, BF16, ADDED>(t, values, pixels, registers)
+            }
+            (_, Storage::F16, Storage::F16) if full && !scaled => {
+                store_full::<V, F16, ADDED>(t, values, pixels, registers)
             }
             _ => {
                 for m in 0..pixels {
@@ -236,7 +242,8 @@ pub(crate) unsafe fn store_register<V: Vector>(t: &Destination, v: V, m: usize, 
 // What is known to the compiler of [`store_full`]: how output and residual are stored, whether there is one.
 const F32: usize = 0;
 const BF16: usize = 1;
-const U8: usize = 2;
+const F16: usize = 2;
+const U8: usize = 3;
 const NONE: bool = false;
 const ADDED: bool = true;
 
@@ -248,7 +255,7 @@ unsafe fn store_full<V: Vector, const T: usize, const RESIDUAL: bool>(
     pixels: usize,
     registers: usize,
 ) {
-    let storage = [Storage::F32, Storage::Bf16, Storage::U8][T];
+    let storage = [Storage::F32, Storage::Bf16, Storage::F16, Storage::U8][T];
     // SAFETY: the contract of `store`.
     unsafe {
         let (slope, zero) = (V::splat(t.rule.slope), V::splat(t.rule.zero));

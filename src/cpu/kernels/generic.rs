@@ -2,6 +2,7 @@
 
 use super::conv::{Product, Single};
 use super::{conv_kernel, isa_kernels, Vector};
+use half::f16;
 
 /// Four floats.
 #[derive(Clone, Copy)]
@@ -90,6 +91,35 @@ impl Product for PairsApart {
     }
 }
 
+/// Two f16, in f32.
+pub(crate) struct SinglesOfF16;
+
+impl Product for SinglesOfF16 {
+    type Values = F32x4;
+    type Words = [[f32; 4]; 2];
+    type Sums = [f32; 4];
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> [[f32; 4]; 2] {
+        // SAFETY: the caller vouches for four bytes at `p`.
+        let halves = unsafe { p.cast::<[u16; 2]>().read_unaligned() };
+        halves.map(|half| [f16::from_bits(half).to_f32(); 4])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> [[f32; 4]; 2] {
+        // SAFETY: the caller vouches for a register's words.
+        let words = unsafe { p.cast::<[[u16; 2]; 4]>().read_unaligned() };
+        std::array::from_fn(|k| std::array::from_fn(|i| f16::from_bits(words[i][k]).to_f32()))
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: [f32; 4], input: [[f32; 4]; 2], weights: [[f32; 4]; 2]) -> [f32; 4] {
+        std::array::from_fn(|i| sums[i] + input[0][i] * weights[0][i] + input[1][i] * weights[1][i])
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: [f32; 4], _: *const f32, _: *const f32) -> F32x4 {
+        F32x4(sums)
+    }
+}
+
 /// Four u8 by i8.
 pub(crate) struct FoursOfU8;
 
@@ -119,6 +149,7 @@ impl Product for FoursOfU8 {
 
 conv_kernel!(single, Single<F32x4>, [], wide: [4 3 2 1], narrow: [4 3 2 1]);
 conv_kernel!(bf16_plain, PairsApart, [], wide: [2 1], narrow: [2 1]);
+conv_kernel!(f16_plain, SinglesOfF16, [], wide: [2 1], narrow: [2 1]);
 conv_kernel!(u8_plain, FoursOfU8, [], wide: [2 1], narrow: [2 1]);
 
 isa_kernels!(F32x4, [], wide: [4 3 2 1], narrow: [4 3 2 1]);

@@ -26,6 +26,7 @@ use super::arena::Storage;
 use super::isa::Isa;
 use conv::ConvArgs;
 use depthwise::DepthwiseArgs;
+use half::f16;
 use simple::{PoolArgs, ResizeArgs, RowArgs};
 use winograd::{InputArgs, OutputArgs};
 
@@ -85,6 +86,31 @@ pub(crate) trait Vector: Copy {
         }
     }
 
+    /// Loads `n <= LANES` f16 values (their bits), zeros in the other lanes.
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16, n: usize) -> Self {
+        let mut lanes = [0.0f32; 16];
+        for (i, lane) in lanes.iter_mut().enumerate().take(n) {
+            // SAFETY: the caller vouches for `n` values at `p`.
+            *lane = f16::from_bits(unsafe { *p.add(i) }).to_f32();
+        }
+        // SAFETY: no ISA has more than 16 lanes.
+        unsafe { Self::load(lanes.as_ptr()) }
+    }
+
+    /// Stores the first `n <= LANES` lanes as f16, rounded to nearest even, [`F16_MOST`] where they are beyond it.
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, n: usize) {
+        let mut lanes = [0.0f32; 16];
+        // SAFETY: no ISA has more than 16 lanes; the caller vouches for room for `n` values at `p`.
+        unsafe {
+            self.store(lanes.as_mut_ptr());
+            for (i, lane) in lanes.iter().enumerate().take(n) {
+                *p.add(i) = f16_bits(*lane);
+            }
+        }
+    }
+
     /// Loads `n <= LANES` values from 0 to 255, zeros in the other lanes.
     #[inline(always)]
     unsafe fn load_u8(p: *const u8, n: usize) -> Self {
@@ -118,6 +144,7 @@ pub(crate) trait Vector: Copy {
             match storage {
                 Storage::F32 => Self::load_upto(p.cast(), n),
                 Storage::Bf16 => Self::load_bf16(p.cast(), n),
+                Storage::F16 => Self::load_f16(p.cast(), n),
                 Storage::U8 => Self::load_u8(p, n),
             }
         }
@@ -131,6 +158,7 @@ pub(crate) trait Vector: Copy {
             match storage {
                 Storage::F32 => self.store_upto(p.cast(), n),
                 Storage::Bf16 => self.store_bf16(p.cast(), n),
+                Storage::F16 => self.store_f16(p.cast(), n),
                 Storage::U8 => self.store_u8(p, n),
             }
         }
@@ -193,6 +221,15 @@ pub(crate) fn bf16_bits(v: f32) -> u16 {
     (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16
 }
 
+/// Largest f16.
+pub(crate) const F16_MOST: f32 = 65504.0;
+
+/// The f16 nearest to `v`, ties to even; of what is beyond the largest, infinities included, that one.
+#[inline(always)]
+pub(crate) fn f16_bits(v: f32) -> u16 {
+    f16::from_f32(v.clamp(-F16_MOST, F16_MOST)).to_bits()
+}
+
 /// Computes rows x output-channel panels.
 pub(crate) type ConvRun = unsafe fn(&ConvArgs, rows: std::ops::Range<usize>, panels: std::ops::Range<usize>);
 
@@ -224,6 +261,10 @@ impl ConvKernel {
             #[cfg(target_arch = "x86_64")]
             Storage::Bf16 if isa.multiplies_bf16() => avx512::bf16::KERNEL,
             #[cfg(target_arch = "x86_64")]
+            Storage::F16 if isa.multiplies_f16() => avx512::f16::KERNEL,
+            #[cfg(target_arch = "aarch64")]
+            Storage::F16 if isa.multiplies_f16() => neon::f16::KERNEL,
+            #[cfg(target_arch = "x86_64")]
             Storage::U8 if isa >= Isa::Avx512 && is_x86_feature_detected!("avx512vnni") => avx512::u8::KERNEL,
             #[cfg(target_arch = "x86_64")]
             Storage::U8 if isa == Isa::Avx2 && is_x86_feature_detected!("avxvnni") => avx2::u8::KERNEL,
@@ -232,6 +273,7 @@ impl ConvKernel {
                 neon::u8::KERNEL
             }
             Storage::Bf16 => kernels.conv_bf16,
+            Storage::F16 => kernels.conv_f16,
             Storage::U8 => kernels.conv_u8,
         }
     }
@@ -242,7 +284,11 @@ impl ConvKernel {
     /// The best ones of large and of small windows, and the one that needs nothing beyond the ISA.
     pub fn all(isa: Isa, input: Storage) -> [Self; 3] {
         let kernels = Kernels::of(isa);
-        let plain = if input == Storage::U8 { kernels.conv_u8 } else { kernels.conv_bf16 };
+        let plain = match input {
+            Storage::F32 | Storage::Bf16 => kernels.conv_bf16,
+            Storage::F16 => kernels.conv_f16,
+            Storage::U8 => kernels.conv_u8,
+        };
         [Self::of(isa, input, 16), Self::of(isa, input, 1), plain]
     }
 }
@@ -253,11 +299,12 @@ pub(crate) struct Kernels {
     pub lanes: usize,
     /// Convolution of f32.
     pub conv: ConvRun,
-    /// Convolution of bf16 and of u8, where the CPU has no better one.
+    /// Convolution of bf16, f16 and u8, where the CPU has no better one.
     conv_bf16: ConvKernel,
+    conv_f16: ConvKernel,
     conv_u8: ConvKernel,
-    /// Depthwise convolution of f32, bf16 and u8, rows.
-    depthwise: [unsafe fn(&DepthwiseArgs, rows: std::ops::Range<usize>); 3],
+    /// Depthwise convolution of f32, bf16, f16 and u8, rows.
+    depthwise: [unsafe fn(&DepthwiseArgs, rows: std::ops::Range<usize>); 4],
     /// Max pooling, rows.
     pub max_pool: unsafe fn(&PoolArgs, rows: std::ops::Range<usize>),
     /// Interpolation, rows.
@@ -284,6 +331,7 @@ impl Kernels {
         self.depthwise[match storage {
             Storage::F32 => depthwise::F32,
             Storage::Bf16 => depthwise::BF16,
+            Storage::F16 => depthwise::F16,
             Storage::U8 => depthwise::U8,
         }]
     }
@@ -416,10 +464,11 @@ macro_rules! isa_kernels {
             lanes: <$vector as $crate::cpu::kernels::Vector>::LANES,
             conv: single::KERNEL.run,
             conv_bf16: bf16_plain::KERNEL,
+            conv_f16: f16_plain::KERNEL,
             conv_u8: u8_plain::KERNEL,
             depthwise: {
-                use $crate::cpu::kernels::depthwise::{BF16, F32, U8};
-                [depthwise::<F32>, depthwise::<BF16>, depthwise::<U8>]
+                use $crate::cpu::kernels::depthwise::{BF16, F16, F32, U8};
+                [depthwise::<F32>, depthwise::<BF16>, depthwise::<F16>, depthwise::<U8>]
             },
             max_pool,
             resize,

@@ -1,8 +1,9 @@
 //! NEON kernels: four lanes, thirty-two registers.
 
-use super::conv::{Product, Single};
-use super::{conv_kernel, isa_kernels, Vector};
+use super::conv::{Product, Single, F16_RUN};
+use super::{conv_kernel, isa_kernels, Vector, F16_MOST};
 use std::arch::aarch64::*;
+use std::arch::asm;
 
 /// Four floats in a Q register.
 #[derive(Clone, Copy)]
@@ -61,6 +62,33 @@ impl Vector for F32x4 {
         // SAFETY: trait contract.
         Self(unsafe { vfmaq_f32(self.0, a.0, b.0) })
     }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16, n: usize) -> Self {
+        let mut some = [0u16; 4];
+        // SAFETY: trait contract.
+        unsafe {
+            if n >= 4 {
+                return Self(singles(vld1_u16(p)));
+            }
+            std::ptr::copy_nonoverlapping(p, some.as_mut_ptr(), n);
+            Self(singles(vld1_u16(some.as_ptr())))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, n: usize) {
+        let mut some = [0u16; 4];
+        let half: uint16x4_t;
+        // SAFETY: trait contract; register arithmetic, with an instruction of the base architecture.
+        unsafe {
+            asm!("fcvtn {half:v}.4h, {v:v}.4s", half = lateout(vreg) half, v = in(vreg) saturated(self.0),
+                options(pure, nomem, nostack, preserves_flags));
+            if n >= 4 {
+                return vst1_u16(p, half);
+            }
+            vst1_u16(some.as_mut_ptr(), half);
+            std::ptr::copy_nonoverlapping(some.as_ptr(), p, n);
+        }
+    }
     #[cfg(feature = "train")]
     #[inline(always)]
     unsafe fn where_positive(self, a: Self, b: Self) -> Self {
@@ -72,6 +100,25 @@ impl Vector for F32x4 {
         // SAFETY: trait contract.
         Self(unsafe { vbslq_f32(vcgtq_f32(self.0, b.0), self.0, b.0) })
     }
+}
+
+/// Four f16 in f32; in assembly, as all of f16, since the intrinsics are not stable.
+#[inline(always)]
+unsafe fn singles(half: uint16x4_t) -> float32x4_t {
+    let v: float32x4_t;
+    // SAFETY: register arithmetic, with an instruction of the base architecture.
+    unsafe {
+        asm!("fcvtl {v:v}.4s, {half:v}.4h", v = lateout(vreg) v, half = in(vreg) half,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    v
+}
+
+/// `v` within the range of f16; its lower end for what is no number.
+#[inline(always)]
+unsafe fn saturated(v: float32x4_t) -> float32x4_t {
+    // SAFETY: register arithmetic.
+    unsafe { vminq_f32(vmaxnmq_f32(v, vdupq_n_f32(-F16_MOST)), vdupq_n_f32(F16_MOST)) }
 }
 
 /// Two bf16, in f32.
@@ -101,6 +148,101 @@ impl Product for PairsApart {
     #[inline(always)]
     unsafe fn finish(sums: float32x4_t, _: *const f32, _: *const f32) -> F32x4 {
         F32x4(sums)
+    }
+}
+
+/// Two f16 by FEAT_FP16's multiply-add, at twice the rate of f32. (FEAT_FHM's, which adds to f32, has that of f32.)
+pub(crate) struct PairsOfF16;
+
+/// Sums of f16, of the first and the second halves of words lane after lane, and those in f32 that they are flushed to.
+#[derive(Clone, Copy)]
+pub(crate) struct SumsOfF16 {
+    run: uint32x4_t,
+    total: float32x4_t,
+}
+
+impl Product for PairsOfF16 {
+    type Values = F32x4;
+    type Words = uint32x4_t;
+    type Sums = SumsOfF16;
+    const RUN: usize = F16_RUN;
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> uint32x4_t {
+        // SAFETY: trait contract.
+        unsafe { vdupq_n_u32(p.cast::<u32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> SumsOfF16 {
+        // SAFETY: trait contract.
+        unsafe { SumsOfF16 { run: vdupq_n_u32(0), total: vld1q_f32(p.cast()) } }
+    }
+    #[inline(always)]
+    unsafe fn multiply(sums: SumsOfF16, input: uint32x4_t, weights: uint32x4_t) -> SumsOfF16 {
+        let mut run = sums.run;
+        // SAFETY: register arithmetic, with an instruction that the caller is compiled for.
+        unsafe {
+            asm!("fmla {run:v}.8h, {weights:v}.8h, {input:v}.8h", run = inout(vreg) run,
+                weights = in(vreg) weights, input = in(vreg) input,
+                options(pure, nomem, nostack, preserves_flags));
+        }
+        SumsOfF16 { run, ..sums }
+    }
+    #[inline(always)]
+    unsafe fn flush(SumsOfF16 { run, total }: SumsOfF16) -> SumsOfF16 {
+        // SAFETY: register arithmetic.
+        unsafe {
+            let low = singles(vget_low_u16(vreinterpretq_u16_u32(run)));
+            let high: float32x4_t;
+            asm!("fcvtl2 {high:v}.4s, {run:v}.8h", high = lateout(vreg) high, run = in(vreg) run,
+                options(pure, nomem, nostack, preserves_flags));
+            SumsOfF16 { run: vdupq_n_u32(0), total: vaddq_f32(total, vpaddq_f32(low, high)) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: SumsOfF16, _: *const f32, _: *const f32) -> F32x4 {
+        // SAFETY: register arithmetic.
+        F32x4(unsafe { saturated(Self::flush(sums).total) })
+    }
+}
+
+/// Two f16, in f32; sums of the first halves of words and of the second ones: lane after lane both, two lanes a register.
+pub(crate) struct SinglesOfF16;
+
+impl Product for SinglesOfF16 {
+    type Values = F32x4;
+    type Words = [float32x4_t; 2];
+    type Sums = [float32x4_t; 2];
+    #[inline(always)]
+    unsafe fn splat(p: *const u8) -> [float32x4_t; 2] {
+        // SAFETY: trait contract.
+        unsafe { [singles(vreinterpret_u16_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()))); 2] }
+    }
+    #[inline(always)]
+    unsafe fn start(p: *const u32) -> [float32x4_t; 2] {
+        // SAFETY: trait contract.
+        unsafe {
+            let bias = [p, p.add(2)].map(|p| vmovl_u32(vld1_u32(p)));
+            bias.map(|v| vreinterpretq_f32_u64(v))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> [float32x4_t; 2] {
+        // SAFETY: trait contract.
+        unsafe { [p, p.add(2)].map(|p| singles(vld1_u16(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(
+        sums: [float32x4_t; 2],
+        input: [float32x4_t; 2],
+        weights: [float32x4_t; 2],
+    ) -> [float32x4_t; 2] {
+        // SAFETY: register arithmetic.
+        unsafe { [vfmaq_f32(sums[0], input[0], weights[0]), vfmaq_f32(sums[1], input[1], weights[1])] }
+    }
+    #[inline(always)]
+    unsafe fn finish([low, high]: [float32x4_t; 2], _: *const f32, _: *const f32) -> F32x4 {
+        // SAFETY: register arithmetic.
+        F32x4(unsafe { vpaddq_f32(low, high) })
     }
 }
 
@@ -158,7 +300,7 @@ impl Product for DotsOfU8 {
         let mut sums = sums;
         // SAFETY: register arithmetic, with an instruction that the caller is compiled for.
         unsafe {
-            std::arch::asm!("sdot {sums:v}.4s, {weights:v}.16b, {input:v}.16b", sums = inout(vreg) sums,
+            asm!("sdot {sums:v}.4s, {weights:v}.16b, {input:v}.16b", sums = inout(vreg) sums,
                 weights = in(vreg) weights, input = in(vreg) input,
                 options(pure, nomem, nostack, preserves_flags));
         }
@@ -175,6 +317,10 @@ conv_kernel!(single, Single<F32x4>, [#[target_feature(enable = "neon")]],
     wide: [12 11 10 9 8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
 conv_kernel!(bf16_plain, PairsApart, [#[target_feature(enable = "neon")]],
     wide: [8 7 6 5 4 3 2 1], narrow: [8 7 6 5 4 3 2 1]);
+conv_kernel!(f16, PairsOfF16, [#[target_feature(enable = "neon,fp16")]],
+    wide: [12 11 10 9 8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
+conv_kernel!(f16_plain, SinglesOfF16, [#[target_feature(enable = "neon")]],
+    wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
 conv_kernel!(u8, DotsOfU8, [#[target_feature(enable = "neon,dotprod")]],
     wide: [12 11 10 9 8 7 6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
 conv_kernel!(u8_plain, FoursOfU8, [#[target_feature(enable = "neon")]],

@@ -202,3 +202,61 @@ pub(crate) unsafe fn add_or_copy<V: Vector>(a: &RowArgs, rows: Range<usize>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::kernels::{f16_bits, Kernels, F16_MOST};
+    use crate::cpu::Isa;
+    use half::f16;
+
+    fn copy<A, B>(isa: Isa, from: &[A], of: Storage, to: &mut [B], storage: Storage) {
+        let a =
+            Operand { storage: of, values: from.as_ptr().cast(), row: 0, pixel: 0, scale: 1.0, zero: 0.0 };
+        let args = RowArgs {
+            a,
+            b: Operand { values: std::ptr::null(), ..a },
+            storage,
+            output: to.as_mut_ptr().cast(),
+            out_row: 0,
+            out_pixel: 0,
+            width: 1,
+            channels: from.len().min(to.len()),
+            slope: 1.0,
+            zero: 0.0,
+        };
+        // SAFETY: one pixel of so many channels on both sides.
+        unsafe { (Kernels::of(isa).rows)(&args, 0..1) };
+    }
+
+    #[test]
+    fn f16_is_rounded_to_even_and_saturates() {
+        let tie = 2.0f32.powi(-11);
+        let least = 2.0f32.powi(-24);
+        let cases = [
+            (1.0 + tie, 1.0),
+            (1.0 + 3.0 * tie, 1.0 + 4.0 * tie),
+            (-1.0 - 1.01 * tie, -1.0 - 2.0 * tie),
+            (least, least),
+            (0.49 * least, 0.0),
+            (-1.5 * least, -2.0 * least),
+            (F16_MOST, F16_MOST),
+            (65519.0, F16_MOST),
+            (65520.0, F16_MOST),
+            (-1e30, -F16_MOST),
+            (f32::INFINITY, F16_MOST),
+            (f32::NEG_INFINITY, -F16_MOST),
+        ];
+        let values: Vec<f32> = cases.iter().cycle().take(37).map(|c| c.0).collect();
+        let expected: Vec<f32> = cases.iter().cycle().take(37).map(|c| c.1).collect();
+        assert!(values.iter().zip(&expected).all(|(&v, &e)| f16::from_bits(f16_bits(v)).to_f32() == e));
+        for isa in Isa::supported() {
+            for n in 1..=values.len() {
+                let (mut halves, mut back) = ([0x5555u16; 38], [0.5f32; 38]);
+                copy(isa, &values[..n], Storage::F32, &mut halves, Storage::F16);
+                copy(isa, &halves[..n], Storage::F16, &mut back, Storage::F32);
+                assert_eq!((&back[..n], halves[n]), (&expected[..n], 0x5555), "{isa:?}");
+            }
+        }
+    }
+}

@@ -44,8 +44,8 @@ pub(crate) fn lower(
 /// Channels, at either side, with which Winograd's algorithm is the faster: with fewer its transforms take longer than they
 /// save, with more its weights, four times as large as the kernels, are what it waits for.
 const WINOGRAD_CHANNELS: RangeInclusive<usize> = 16..=512;
-/// Likewise where the plain sum is of bf16, with twice the speed of f32.
-const WINOGRAD_CHANNELS_BF16: RangeInclusive<usize> = 64..=256;
+/// Likewise where the plain sum is of bf16 or f16, with twice the speed of f32.
+const WINOGRAD_CHANNELS_HALF: RangeInclusive<usize> = 64..=256;
 
 /// Whether a convolution is computed by Winograd's algorithm, in f32 whatever its tensors are stored as.
 fn winograd_pays(conv: &Conv2d, formats: &Formats, isa: Isa) -> bool {
@@ -53,7 +53,8 @@ fn winograd_pays(conv: &Conv2d, formats: &Formats, isa: Isa) -> bool {
         _ if formats.output.storage == Storage::U8 => return false,
         Storage::U8 => return false,
         Storage::Bf16 if isa.has_tiles() => return false,
-        Storage::Bf16 if isa.multiplies_bf16() => WINOGRAD_CHANNELS_BF16,
+        Storage::Bf16 if isa.multiplies_bf16() => WINOGRAD_CHANNELS_HALF,
+        Storage::F16 if isa.multiplies_f16() => WINOGRAD_CHANNELS_HALF,
         _ => WINOGRAD_CHANNELS,
     };
     let plain = conv.kernel == [3, 3] && conv.stride == [1, 1] && conv.dilation == [1, 1] && conv.groups == 1;
