@@ -537,7 +537,8 @@ fn quantize_writes_a_model_that_runs_in_int8() {
     let kernels = |args: &[&str]| bench.ok(&[&["inspect"], args].concat());
     assert!(kernels(&["q.safetensors"]).contains("int8"));
     assert!(!kernels(&["q.safetensors", "--precision", "f32"]).contains("int8"));
-    assert!(kernels(&["m.safetensors", "--precision", "bf16"]).contains("bf16"));
+    assert!(kernels(&["m.safetensors", "--precision", "bf16"]).contains(" bf16"));
+    assert!(kernels(&["m.safetensors", "--precision", "f16"]).contains(" f16"));
     let error = bench.error(&["inspect", "m.safetensors", "--precision", "int8"]);
     assert!(error.contains("farface quantize"), "{error}");
     let detect = |model: &str, precision: &str| {
@@ -546,9 +547,8 @@ fn quantize_writes_a_model_that_runs_in_int8() {
     };
     let single = detect("q.safetensors", "f32");
     assert!(!single.is_empty());
-    for other in
-        [detect("q.safetensors", "auto"), detect("q.safetensors", "bf16"), detect("m.safetensors", "f32")]
-    {
+    for (model, numbers) in [("q", "auto"), ("q", "bf16"), ("q", "f16"), ("m", "f32")] {
+        let other = detect(&format!("{model}.safetensors"), numbers);
         assert!(
             other.len().abs_diff(single.len()) <= 1 + single.len() / 3,
             "{} and {}",

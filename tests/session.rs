@@ -85,9 +85,11 @@ fn precision_is_what_was_asked_for() {
             let difference = faces.iter().zip(&single).map(|(a, b)| (a.score - b.score).abs());
             difference.sum::<f32>() / single.len() as f32
         };
-        for (model, precision, limit) in
-            [(&model, Precision::Bf16, 0.01), (&quantized, Precision::Int8, 0.05)]
-        {
+        for (model, precision, limit) in [
+            (&model, Precision::Bf16, 0.01),
+            (&model, Precision::F16, 0.0025),
+            (&quantized, Precision::Int8, 0.05),
+        ] {
             let low = with(model, precision);
             assert!(low != single && off(&low) <= limit, "{precision:?}: {}", off(&low));
             for threads in [2, 3] {

@@ -1,4 +1,4 @@
-//! bf16 and int8 against f32: every kind of step, on every instruction set, within what the rounding of the numbers explains; the
+//! bf16, f16 and int8 against f32: every kind of step, on every instruction set, within what the rounding of the numbers explains; the
 //! same bits on every number of threads, whatever the memory held before.
 
 use crate::support::random_tensor;
@@ -22,7 +22,11 @@ fn noise(got: &Tensor, expected: &Tensor) -> f64 {
 }
 
 fn run(graph: &Graph, isa: Isa, numbers: &Numbers, inputs: &[Tensor]) -> Vec<Tensor> {
-    let network = Compiled::in_numbers(graph, &Weights::random(graph, 3), isa, numbers).unwrap();
+    run_with(graph, &Weights::random(graph, 3), isa, numbers, inputs)
+}
+
+fn run_with(graph: &Graph, weights: &Weights, isa: Isa, numbers: &Numbers, inputs: &[Tensor]) -> Vec<Tensor> {
+    let network = Compiled::in_numbers(graph, weights, isa, numbers).unwrap();
     let shapes: Vec<Shape> = inputs.iter().map(|x| x.shape).collect();
     let plan = Plan::new(&network, &shapes).unwrap();
     let mut first: Option<Vec<Tensor>> = None;
@@ -45,7 +49,11 @@ fn run(graph: &Graph, isa: Isa, numbers: &Numbers, inputs: &[Tensor]) -> Vec<Ten
     first.unwrap()
 }
 
-/// Holds a network to itself in f32; `steps` are the kernels that must be among those of int8.
+/// By how much f16 is held closer than bf16: its values are rounded eight times as finely, its sums of products add twice as much
+/// again.
+const F16_FINER: f64 = 4.0;
+
+/// Holds a network to itself in f32, in bf16 and in int8 within these limits.
 fn holds(what: &str, channels: usize, limits: [f64; 2], layers: impl FnOnce(&mut Builder, NodeId)) {
     let mut b = Builder::new();
     let x = b.input("x", channels);
@@ -56,20 +64,24 @@ fn holds(what: &str, channels: usize, limits: [f64; 2], layers: impl FnOnce(&mut
     let mut calibration = Calibration::new(&graph, &Weights::random(&graph, 3)).unwrap();
     calibration.watch_tensors(&mut Pool::new(1).unwrap(), &inputs).unwrap();
     let int8 = Numbers::Int8(calibration.ranges(Clip::Extremes).unwrap());
-    for (numbers, limit, mark) in [(Numbers::Bf16, limits[0], "bf16"), (int8, limits[1], "int8")] {
+    for (numbers, limit, mark) in [
+        (Numbers::Bf16, limits[0], " bf16"),
+        (Numbers::F16, limits[0] / F16_FINER, " f16"),
+        (int8, limits[1], " int8"),
+    ] {
         for isa in Isa::supported() {
             let network = Compiled::in_numbers(&graph, &Weights::random(&graph, 3), isa, &numbers).unwrap();
             let low = network.listing().filter(|(_, kernel)| kernel.contains(mark)).count();
-            assert!(low > 0, "{what}: nothing is computed in {mark}");
-            if isa.name() == "amx" && channels_fill_tiles(&graph) {
+            assert!(low > 0, "{what}: nothing is computed in{mark}");
+            if isa.name() == "amx" && numbers != Numbers::F16 && channels_fill_tiles(&graph) {
                 let tiles = network.listing().any(|(_, kernel)| kernel.contains("amx"));
                 assert!(tiles, "{what}: nothing is computed on tiles");
             }
             let got = run(&graph, isa, &numbers, &inputs);
             for (i, (g, e)) in got.iter().zip(&expected).enumerate() {
                 let noise = noise(g, e);
-                assert!(noise <= limit, "{what}, {mark} on {}: output {i} is off by {noise:.1e}", isa.name());
-                println!("{what}, {mark} on {}: output {i}: noise {noise:.1e}", isa.name());
+                assert!(noise <= limit, "{what},{mark} on {}: output {i} is off by {noise:.1e}", isa.name());
+                println!("{what},{mark} on {}: output {i}: noise {noise:.1e}", isa.name());
             }
         }
     }
@@ -220,7 +232,8 @@ fn depthwise_pooling_interpolation_and_concatenation() {
     });
 }
 
-/// On AMX the first convolution reads a copy of the picture in bf16, with a fourth channel of zeros.
+/// On AMX the first convolution reads a copy of the picture in bf16, with a fourth channel of zeros; where f16 is asked for, the
+/// picture itself.
 #[test]
 fn large_first_convolutions() {
     for channels in [1, 3, 4] {
@@ -242,6 +255,8 @@ fn large_first_convolutions() {
     let graph = b.finish();
     for isa in Isa::supported() {
         let weights = Weights::random(&graph, 3);
+        let half = Compiled::in_numbers(&graph, &weights, isa, &Numbers::F16).unwrap();
+        assert!(half.listing().all(|(_, kernel)| kernel != "widen"), "{}", isa.name());
         let network = Compiled::in_numbers(&graph, &weights, isa, &Numbers::Bf16).unwrap();
         let kernels: Vec<&str> = network.listing().map(|(_, kernel)| kernel).collect();
         let tiles = kernels.iter().any(|k| k.contains("amx"));
@@ -281,4 +296,33 @@ fn tensors_of_one_name_have_ranges_of_their_own() {
         let small = conv(b, "last", small, Conv2d::new(8, 4, 1), None);
         b.output("small", small);
     });
+}
+
+/// What is beyond the range of f16 becomes its largest value, of tensors, weights and sums, and never infinite or no number.
+#[test]
+fn f16_saturates() {
+    const MOST: f32 = 65504.0;
+    let mut b = Builder::new();
+    let x = b.input("x", 4);
+    let first = conv(&mut b, "first", x, Conv2d::new(4, 24, 1), None);
+    let window = conv(&mut b, "window", first, Conv2d::new(24, 40, 3).stride(2), None);
+    b.output("window", window);
+    let deep = conv(&mut b, "deep", first, Conv2d::depthwise(24, 3), LEAKY);
+    let pooled = b.max_pool(deep, MaxPool::new(2, 2, 0));
+    let sum = b.add(pooled, pooled);
+    let last = conv(&mut b, "last", sum, Conv2d::new(24, 5, 1), None);
+    b.output("last", last);
+    let graph = b.finish();
+    let mut weights = Weights::random(&graph, 3);
+    // Products of both signs that are beyond the range themselves.
+    weights.insert("window.weight", &[40, 24, 3, 3], vec![1e5; 40 * 24 * 9]);
+    let mut picture = random_tensor(Shape::new(1, 4, 10, 12), &mut Rng::new(9));
+    picture.data.iter_mut().for_each(|v| *v *= 1e6);
+    for isa in Isa::supported() {
+        for out in run_with(&graph, &weights, isa, &Numbers::F16, std::slice::from_ref(&picture)) {
+            let largest = out.data.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            assert!(out.data.iter().all(|v| v.is_finite()), "{}: not finite", isa.name());
+            assert!(largest >= MOST, "{}: {largest} does not leave the range", isa.name());
+        }
+    }
 }
