@@ -122,7 +122,7 @@ check_target() {
     if [ "$target" = aarch64-unknown-linux-gnu ]; then
         echo "== $target: numbers on a CPU of the base architecture, without FEAT_FP16 and dot products"
         QEMU_CPU=cortex-a53 cargo test --release "${alike[@]}" "${checked[@]}" --no-default-features --target "$target" \
-            --test parity numbers:: 2>&1 | tee -a "$log"
+            --test parity -- numbers::depthwise numbers::f16 2>&1 | tee -a "$log"
     fi
     passed=$(awk '/^test result:/ { n += $4 } END { print n + 0 }' "$log")
     [ "$passed" -gt 0 ] || die "$target: no test ran"

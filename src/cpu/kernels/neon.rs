@@ -191,11 +191,9 @@ impl Product for PairsOfF16 {
     unsafe fn flush(SumsOfF16 { run, total }: SumsOfF16) -> SumsOfF16 {
         // SAFETY: register arithmetic.
         unsafe {
-            let low = singles(vget_low_u16(vreinterpretq_u16_u32(run)));
-            let high: float32x4_t;
-            asm!("fcvtl2 {high:v}.4s, {run:v}.8h", high = lateout(vreg) high, run = in(vreg) run,
-                options(pure, nomem, nostack, preserves_flags));
-            SumsOfF16 { run: vdupq_n_u32(0), total: vaddq_f32(total, vpaddq_f32(low, high)) }
+            let run = vreinterpretq_u16_u32(run);
+            let pairs = vpaddq_f32(singles(vget_low_u16(run)), singles(vget_high_u16(run)));
+            SumsOfF16 { run: vdupq_n_u32(0), total: vaddq_f32(total, pairs) }
         }
     }
     #[inline(always)]
