@@ -1,6 +1,8 @@
 //! What every detector gives the session: a network, and the way from its outputs to candidates.
 
-use super::face::Face;
+use super::boxes::BBox;
+use super::face::{Ellipse, Face};
+use super::heads::Head;
 use crate::cpu::View;
 use crate::error::Result;
 use crate::graph::{Graph, Want};
@@ -180,6 +182,15 @@ pub trait Detector: Send + Sync {
     /// Gives `sink` every candidate with a score above `threshold` whose cell is owned, in network
     /// pixels of the window, in a fixed order. `maps` are the graph's outputs in order.
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face));
+
+    /// What [`decode`](Self::decode) does on a level of this scale, in its order, as data.
+    fn heads(&self, scale: f32) -> Vec<Head>;
+
+    /// The ellipse of a box in the network's pixels, for [`Extras::Ellipse`](super::heads::Extras::Ellipse): of the anchor of this
+    /// index with these offsets and this logit.
+    fn ellipse(&self, _bbox: &BBox, _anchor: usize, _offsets: [f32; 4], _logit: f32) -> Option<Ellipse> {
+        None
+    }
 
     /// What the outputs speak of, in the graph's order; those beyond are of use whatever is looked for.
     fn roles(&self) -> Vec<Role> {

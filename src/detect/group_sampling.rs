@@ -7,6 +7,7 @@ use super::anchors::{decode_level, LevelAnchors};
 use super::detector::redraw;
 use super::detector::{Detector, Map, Role, SecondStage, Window};
 use super::face::Face;
+use super::heads::{Field, Head};
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph, NodeId};
 use crate::nets::group_sampling::{fast_rcnn, group_sampling, GroupSampling, Tiling, SECOND_STAGE_ALIGN};
@@ -241,6 +242,15 @@ impl Detector for GroupSamplingConfig {
 
     fn roles(&self) -> Vec<Role> {
         self.levels().flat_map(|(_, sides)| [Role::of(sides.iter().map(|&side| [side; 2])); 2]).collect()
+    }
+
+    fn heads(&self, _scale: f32) -> Vec<Head> {
+        let head = |(level, (stride, sides)): (usize, (usize, &[f32]))| {
+            let (sizes, logits) = (sides.iter().map(|&side| [side; 2]), Field::whole(2 * level, 2));
+            let reach = self.proposal_reach();
+            Head { pair: true, reach, ..Head::new(stride, sizes, logits, Field::whole(2 * level + 1, 4)) }
+        };
+        self.levels().enumerate().map(head).collect()
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {

@@ -7,6 +7,7 @@ use super::anchors::{decode_level, LevelAnchors};
 use super::detector::{logit, redraw};
 use super::detector::{Detector, Map, Role, Window};
 use super::face::Face;
+use super::heads::{Field, Head};
 use super::names::switches;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
@@ -132,6 +133,13 @@ impl Detector for HamBoxConfig {
 
     fn roles(&self) -> Vec<Role> {
         self.levels().flat_map(|(_, side)| [Role::of([[side; 2]]); 2]).collect()
+    }
+
+    fn heads(&self, _scale: f32) -> Vec<Head> {
+        let head = |(level, (stride, side)): (usize, (usize, f32))| {
+            Head::new(stride, [[side; 2]], Field::whole(2 * level, 1), Field::whole(2 * level + 1, 4))
+        };
+        self.levels().enumerate().map(head).collect()
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {

@@ -24,6 +24,7 @@ pub mod device;
 pub mod face;
 pub mod group_sampling;
 pub mod hambox;
+pub mod heads;
 pub mod hr;
 mod input;
 pub mod model;

@@ -5,6 +5,7 @@
 use super::anchors::{owned_cells, Anchor};
 use super::detector::{logit, Detector, Map, Role, Window};
 use super::face::Face;
+use super::heads::{Field, Head};
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
 use crate::nets::nano::{nano, Nano};
@@ -145,6 +146,15 @@ impl Detector for PyramidConfig {
 
     fn roles(&self) -> Vec<Role> {
         self.levels().map(|(_, anchors)| Role::of(anchors.iter().copied())).collect()
+    }
+
+    fn heads(&self, _scale: f32) -> Vec<Head> {
+        let head = |(output, (stride, anchors)): (usize, (usize, &[[f32; 2]]))| {
+            let logits = Field::whole(output, 1);
+            let boxes = Field { first: anchors.len(), ..Field::whole(output, 4) };
+            Head { variances: self.variances, ..Head::new(stride, anchors.iter().copied(), logits, boxes) }
+        };
+        self.levels().enumerate().map(head).collect()
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {

@@ -5,6 +5,7 @@
 use super::anchors::{owned_cells, Anchor};
 use super::detector::{logit, sigmoid, Detector, Map, Role, Window};
 use super::face::Face;
+use super::heads::{Field, Head};
 use super::names::switches;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph, NodeId};
@@ -201,6 +202,25 @@ impl Detector for RefineFaceConfig {
             [Role { asked_by: by.map(|output| (output, self.survives())), ..role(level) }; 2]
         };
         firsts.clone().map(role).chain(LEVELS.flat_map(second)).collect()
+    }
+
+    fn heads(&self, _scale: f32) -> Vec<Head> {
+        let firsts = LEVELS.filter(|&level| self.first_step(level).is_some());
+        let head = |(i, level)| {
+            let second = firsts.clone().count() + 2 * i;
+            let stride = 1usize << level;
+            let plain =
+                Head::new(stride, self.anchors(stride), Field::whole(second, 1), Field::whole(second + 1, 4));
+            let first = firsts.clone().position(|l| l == level).zip(self.first_step(level));
+            match first {
+                Some((output, FirstStep::Classes)) => {
+                    Head { filter: Some((Field::whole(output, 1), self.survives())), ..plain }
+                }
+                Some((output, FirstStep::Boxes)) => Head { mover: Some(Field::whole(output, 4)), ..plain },
+                None => plain,
+            }
+        };
+        LEVELS.enumerate().map(head).collect()
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {

@@ -6,6 +6,7 @@ use super::anchors::{owned_cells, Anchor};
 use super::detector::redraw;
 use super::detector::{face_probability, logit, Detector, Map, Role, Window};
 use super::face::Face;
+use super::heads::{Extras, Field, Head};
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
 use crate::layers::{Activation, Conv2d};
@@ -98,7 +99,7 @@ impl RetinaFaceConfig {
     }
 
     /// Name, output and values an anchor of a level's heads.
-    fn heads(&self) -> impl Iterator<Item = (&'static str, &'static str, usize)> {
+    fn outputs(&self) -> impl Iterator<Item = (&'static str, &'static str, usize)> {
         let all = [("ClassHead", "class", 2), ("BboxHead", "box", 4), ("LandmarkHead", "landmark", 10)];
         all.into_iter().take(if self.landmarks { 3 } else { 2 })
     }
@@ -122,7 +123,7 @@ impl Detector for RetinaFaceConfig {
         let pyramid = b.scope("fpn", |b| fpn_merge(b, features, from, self.channels, inside));
         for (i, p) in pyramid.into_iter().enumerate() {
             let head = ssh(&mut b, &format!("ssh{}", i + 1), p, self.channels, self.channels, inside);
-            for (name, output, values) in self.heads() {
+            for (name, output, values) in self.outputs() {
                 let conv = Conv2d::new(self.channels, ANCHORS * values, 1).bias();
                 let out = b.conv(&format!("{name}.{i}.conv1x1"), head, conv);
                 b.output(&format!("{output}{i}"), out);
@@ -133,13 +134,28 @@ impl Detector for RetinaFaceConfig {
 
     fn roles(&self) -> Vec<Role> {
         let role = |(_, sides): (usize, &[f32; 2])| Role::of(sides.map(|side| [side; 2]));
-        self.levels().flat_map(|level| self.heads().map(move |_| role(level))).collect()
+        self.levels().flat_map(|level| self.outputs().map(move |_| role(level))).collect()
+    }
+
+    fn heads(&self, _scale: f32) -> Vec<Head> {
+        let outputs = self.outputs().count();
+        let head = |(level, (stride, sides)): (usize, (usize, &[f32; 2]))| {
+            let field = |i: usize, values: usize| Field::whole(level * outputs + i, values);
+            let landmarks = if self.landmarks { Extras::Landmarks(field(2, 10)) } else { Extras::None };
+            Head {
+                pair: true,
+                variances: self.variances,
+                extras: landmarks,
+                ..Head::new(stride, sides.map(|side| [side; 2]), field(0, 2), field(1, 4))
+            }
+        };
+        self.levels().enumerate().map(head).collect()
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
         // p(face) = softmax > threshold where the logits differ by more than this.
         let margin = logit(threshold);
-        for (maps, (stride, sides)) in maps.chunks_exact(self.heads().count()).zip(self.levels()) {
+        for (maps, (stride, sides)) in maps.chunks_exact(self.outputs().count()).zip(self.levels()) {
             let (class, boxes, landmarks) = (&maps[0], &maps[1], maps.get(2));
             for y in owned_cells(&window.owned_y, stride, class.height()) {
                 for x in owned_cells(&window.owned_x, stride, class.width()) {

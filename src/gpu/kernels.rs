@@ -24,11 +24,13 @@ pub enum Source {
     Maps,
     /// Pictures to network input.
     Pixels,
+    /// From outputs to faces.
+    Detect,
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 3] = [Source::Conv, Source::Maps, Source::Pixels];
+    pub const ALL: [Source; 4] = [Source::Conv, Source::Maps, Source::Pixels, Source::Detect];
 
     /// The file's name and its text.
     pub fn file(self) -> (&'static str, &'static str) {
@@ -36,6 +38,7 @@ impl Source {
             Source::Conv => ("conv.cu", include_str!("../../cuda/conv.cu")),
             Source::Maps => ("maps.cu", include_str!("../../cuda/maps.cu")),
             Source::Pixels => ("pixels.cu", include_str!("../../cuda/pixels.cu")),
+            Source::Detect => ("detect.cu", include_str!("../../cuda/detect.cu")),
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Nothing here is linked: where a library or a device is missing, that is an error that names it, and the CPU runs on.
 
 pub mod driver;
+pub mod faces;
 pub mod kernels;
 pub mod map;
 pub mod memory;

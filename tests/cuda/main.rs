@@ -6,6 +6,7 @@
 #[path = "../common/shared.rs"]
 mod common;
 mod emulator;
+mod faces;
 mod failures;
 #[path = "../parity/fusion.rs"]
 mod fusion;

@@ -12,8 +12,10 @@ pub use templates::{parse_templates, published_templates, Template, TemplateChoi
 use super::anchors::{owned_cells, Anchor};
 #[cfg(feature = "train")]
 use super::detector::redraw;
+use super::boxes::BBox;
 use super::detector::{logit, sigmoid, Detector, Map, Window};
-use super::face::Face;
+use super::face::{Ellipse, Face};
+use super::heads::{Extras, Field, Head};
 use super::names::switches;
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
@@ -190,6 +192,19 @@ impl Detector for HrConfig {
             &Hr { backbone: self.backbone, layers: self.layers, templates: self.templates.len() },
         );
         b.finish()
+    }
+
+    fn heads(&self, scale: f32) -> Vec<Head> {
+        let count = self.templates.len();
+        let boxes = Field { output: 0, first: count, anchor: 1, value: count };
+        let mut head = Head::new(STRIDE, self.anchors(), Field::whole(0, 1), boxes);
+        head.anchors.retain(|&(k, _)| self.choice.asks(&self.templates[k], scale));
+        let extras = if self.ellipse.is_some() { Extras::Ellipse } else { Extras::None };
+        vec![Head { center: self.cell_center, extras, ..head }]
+    }
+
+    fn ellipse(&self, bbox: &BBox, template: usize, offsets: [f32; 4], logit: f32) -> Option<Ellipse> {
+        self.ellipse.as_ref().map(|e| e.ellipse(bbox, &EllipseFeatures { template, offsets, logit }))
     }
 
     fn decode(&self, maps: &[Map<'_>], window: &Window, threshold: f32, sink: &mut dyn FnMut(Face)) {
