@@ -5,8 +5,10 @@
 // below, in which no two are equal.
 #include "common.cuh"
 
-// Threads of a block that does what one alone can do.
+// Threads of the blocks that work on what was decoded. One a multiprocessor is enough: without that bound registers would be spilled so
+// that two fit.
 const u32 BLOCK = 1024;
+#define BLOCK_BOUNDS 1024, 1
 // Levels of a launch, and anchors of all of them.
 const int MOST_LEVELS = 8, MOST_ANCHORS = 128;
 // Values of a candidate beside box and score.
@@ -65,10 +67,10 @@ struct FacesArgs {
 
 KERNEL(faces_begin, FacesArgs, 32)
 {
-    if (threadIdx.x == 0) {
-        State zero = {0, 0, 0, 0};
-        *a.buffers.state = zero;
-    }
+    if (threadIdx.x < sizeof(State) / 4)
+        ((u32 *)a.buffers.state)[threadIdx.x] = 0;
+    if (threadIdx.x < sizeof(Header) / 4)
+        ((u32 *)a.header)[threadIdx.x] = 0;
 }
 
 // Values of an output map: those of anchor i of a cell are at i * anchor, `value` apart. No data: there is no such map.
@@ -336,7 +338,7 @@ struct ReduceShared {
 
 // Where more than max_candidates are held, the best so many stay, at the front. One block. A radix select: digit after digit of the
 // words, how many candidates have which tells what the last one kept has.
-KERNEL(faces_reduce, FacesArgs, 1024)
+KERNEL(faces_reduce, FacesArgs, BLOCK_BOUNDS)
 {
     const Buffers &all = a.buffers;
     u32 held = all.state->held, most = all.settings->max_candidates;
@@ -506,27 +508,43 @@ DEVICE u32 suppress(Candidate *result, u32 n, const Settings &settings, FinishSh
     return kept;
 }
 
-// Sorts, suppresses, and says how many there are. A warp finds the rank of a candidate by comparing it with all, and puts it there; the
-// block that is done last goes on alone.
-KERNEL(faces_finish, FacesArgs, 1024)
+// Candidates that a warp ranks at once.
+const u32 RANKED = 4;
+
+// Sorts, suppresses, and says how many there are. A warp finds the ranks of some candidates by comparing them with all, and puts them
+// there; the block that is done last goes on alone.
+KERNEL(faces_finish, FacesArgs, BLOCK_BOUNDS)
 {
     const Buffers &all = a.buffers;
     const Settings &settings = *all.settings;
     u32 held = all.state->held, lane = threadIdx.x % 32;
     u32 n = held < all.capacity ? held : all.capacity;
     u32 most = settings.max_candidates < all.limit ? settings.max_candidates : all.limit;
-    u32 warps = gridDim.x * (BLOCK / 32);
-    for (u32 i = blockIdx.x * (BLOCK / 32) + threadIdx.x / 32; i < n; i += warps) {
-        u32 own = all.keys[i], better = 0;
+    // Few candidates are spread over all blocks.
+    u32 warp = threadIdx.x / 32 * gridDim.x + blockIdx.x, warps = gridDim.x * (BLOCK / 32);
+    for (u32 i = warp * RANKED; i < n; i += warps * RANKED) {
+        u32 own[RANKED], better[RANKED];
+#pragma unroll
+        for (u32 k = 0; k < RANKED; k++) {
+            // Behind the last: a key that no score has.
+            own[k] = i + k < n ? all.keys[i + k] : 0xffffffff;
+            better[k] = 0;
+        }
         for (u32 j = lane; j < n; j += 32) {
             u32 other = all.keys[j];
-            better += other > own;
-            if (other == own && j != i)
-                better += is_before(all.candidates[j], all.candidates[i]);
+#pragma unroll
+            for (u32 k = 0; k < RANKED; k++) {
+                better[k] += other > own[k];
+                if (other == own[k] && j != i + k)
+                    better[k] += is_before(all.candidates[j], all.candidates[i + k]);
+            }
         }
-        u32 rank = __shfl_sync(0xffffffffu, sums_through(better), 31);
-        if (rank < most && lane < sizeof(Candidate) / 4)
-            ((u32 *)(a.result + rank))[lane] = ((const u32 *)(all.candidates + i))[lane];
+#pragma unroll
+        for (u32 k = 0; k < RANKED; k++) {
+            u32 rank = __shfl_sync(0xffffffffu, sums_through(better[k]), 31);
+            if (i + k < n && rank < most && lane < sizeof(Candidate) / 4)
+                ((u32 *)(a.result + rank))[lane] = ((const u32 *)(all.candidates + i + k))[lane];
+        }
     }
 
     FinishShared &s = *(FinishShared *)shared_bytes();
@@ -540,11 +558,12 @@ KERNEL(faces_finish, FacesArgs, 1024)
     if (!s.last)
         return;
     u32 sorted = n < most ? n : most;
-    u32 kept = settings.suppress ? suppress(a.result, sorted, settings, s) : sorted;
     if (threadIdx.x == 0) {
         a.header->found = held + all.state->dropped + all.state->overflow;
         a.header->sorted = sorted;
-        a.header->kept = kept;
         a.header->overflow = all.state->overflow + held - n;
     }
+    u32 kept = settings.suppress ? suppress(a.result, sorted, settings, s) : sorted;
+    if (threadIdx.x == 0)
+        a.header->kept = kept;
 }

@@ -19,6 +19,8 @@ pub const EXTRAS: usize = 10;
 /// Threads of a block of `faces_decode`, and of those that work on what was decoded.
 const DECODE_THREADS: u32 = 256;
 const BLOCK: u32 = 1024;
+/// Candidates that a warp of `faces_finish` ranks at once.
+const RANKED: u32 = 4;
 /// Levels of a launch of `faces_decode`, and anchors of all of them.
 const MOST_LEVELS: usize = 8;
 const MOST_ANCHORS: usize = 128;
@@ -280,7 +282,10 @@ impl FaceBuffers {
             finish: kernel("faces_finish", FINISH_SHARED)?,
             settings_at: settings.address(),
             settings,
-            work: DeviceBuffer::new(context, Self::candidates_at(capacity) + capacity * size_of::<Candidate>())?,
+            work: DeviceBuffer::new(
+                context,
+                Self::candidates_at(capacity) + capacity * size_of::<Candidate>(),
+            )?,
             result: DeviceBuffer::new(context, Self::result_bytes(limit))?,
             limit,
             capacity,
@@ -436,8 +441,7 @@ impl FaceBuffers {
         if self.held > self.limit {
             self.reduce(stream)?;
         }
-        // A warp ranks a candidate.
-        let blocks = (self.held as u32).div_ceil(BLOCK / 32).clamp(1, self.blocks);
+        let blocks = (self.held as u32).div_ceil(BLOCK / 32 * RANKED).clamp(1, self.blocks);
         // SAFETY: as in `begin`.
         unsafe { self.finish.launch(stream, [blocks, 1, 1], BLOCK, FINISH_SHARED, &self.args()) }
     }

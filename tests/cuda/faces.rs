@@ -99,11 +99,8 @@ fn rank(a: &Detection, b: &Detection) -> Ordering {
 fn candidates(detector: &dyn Detector, passes: &[Pass], wanted: &Wanted) -> Vec<Face> {
     let mut all = Vec::new();
     for pass in passes {
-        let maps: Vec<Map<'_>> = pass
-            .outputs
-            .iter()
-            .map(|(shape, data)| Map::new(data, View::new(*shape, 0, [0; 4])))
-            .collect();
+        let maps: Vec<Map<'_>> =
+            pass.outputs.iter().map(|(shape, data)| Map::new(data, View::new(*shape, 0, [0; 4]))).collect();
         detector.decode(&maps, &pass.window, wanted.threshold, &mut |face| {
             let face = placed(face, &pass.placement);
             if is_wanted(&face, wanted.px) {
@@ -176,7 +173,14 @@ impl Bench {
     }
 
     /// Holds the device to the CPU: the candidates, sorted; then what suppression leaves of them. How many there were of each.
-    fn check(&self, what: &str, detector: &dyn Detector, passes: &[Pass], wanted: &Wanted, limit: usize) -> [usize; 3] {
+    fn check(
+        &self,
+        what: &str,
+        detector: &dyn Detector,
+        passes: &[Pass],
+        wanted: &Wanted,
+        limit: usize,
+    ) -> [usize; 3] {
         let levels = self.levels(detector, passes);
         let most = levels.iter().map(|(_, l)| l.iter().map(Level::candidates).sum()).max().unwrap_or(0);
         let mut buffers = FaceBuffers::new(&self.device, limit, most).unwrap();
@@ -186,7 +190,8 @@ impl Bench {
         let count = expected.len().min(wanted.max_candidates);
         let counts = [header.found, header.sorted, header.kept, header.overflow].map(|n| n as usize);
         assert_eq!(counts, [expected.len(), count, count, 0], "{what}: found, sorted, kept, overflow");
-        let before = |a: &Candidate, b: &Candidate| rank(&detection(a), &detection(b)).then(a.order.cmp(&b.order));
+        let before =
+            |a: &Candidate, b: &Candidate| rank(&detection(a), &detection(b)).then(a.order.cmp(&b.order));
         assert!(sorted.is_sorted_by(|a, b| before(a, b) == Ordering::Less), "{what}: not sorted");
         let of = |f: &Face| Detection { bbox: f.bbox, score: f.score };
         let (mut mine, mut theirs) = (expected.clone(), sorted.clone());
@@ -201,17 +206,25 @@ impl Bench {
         if mine.len() == theirs.len() {
             let extras = detector.heads(1.0)[0].extras;
             for (i, (m, c)) in mine.iter().zip(&theirs).enumerate() {
-                near(m, &cuda::face(detector, extras, c, WIDTH), extras).unwrap_or_else(|e| panic!("{what}: candidate {i}: {e}"));
+                near(m, &cuda::face(detector, extras, c, WIDTH), extras)
+                    .unwrap_or_else(|e| panic!("{what}: candidate {i}: {e}"));
             }
         }
 
         // Overlaps are exact: of the same candidates the same stay.
         let mut stay = Vec::new();
-        Nms::default().run(sorted.len(), |i| detection(&sorted[i]), &wanted.rule, |i, _| stay.push(sorted[i]));
+        Nms::default().run(
+            sorted.len(),
+            |i| detection(&sorted[i]),
+            &wanted.rule,
+            |i, _| stay.push(sorted[i]),
+        );
         let (header, kept) = self.run(&mut buffers, &levels, passes, &wanted.settings());
         assert_eq!([header.found, header.sorted].map(|n| n as usize), [expected.len(), count], "{what}");
         assert!(bits(&kept) == bits(&stay), "{what}: {} stay, expected {}", kept.len(), stay.len());
-        if let Some(Driver::Emulated(emulator)) = driver() {
+        // Of the many thousands one order is enough.
+        let small = |_: &&Driver| count <= 10_000;
+        if let Some(Driver::Emulated(emulator)) = driver().filter(small) {
             emulator.backwards(true);
             let again = self.run(&mut buffers, &levels, passes, &wanted.settings());
             emulator.backwards(false);

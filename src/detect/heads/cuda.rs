@@ -72,13 +72,19 @@ pub fn face(detector: &dyn Detector, extras: Extras, found: &Candidate, width: f
         let seen = BBox::new(seen.x1 / fx, seen.y1 / fy, seen.x2 / fx, seen.y2 / fy);
         let ellipse = detector.ellipse(&seen, template as usize, [tx, ty, tw, th], logit);
         let placed = Face { bbox: seen, ellipse, ..Face::default() }.placed([0.0; 2], [fx, fy]);
-        if mirrored != 0.0 { placed.mirrored(width).ellipse } else { placed.ellipse }
+        if mirrored != 0.0 {
+            placed.mirrored(width).ellipse
+        } else {
+            placed.ellipse
+        }
     };
     Face {
         bbox,
         score: found.score,
         landmarks: match extras {
-            Extras::Landmarks(_) => Some(std::array::from_fn(|i| [found.extras[2 * i], found.extras[2 * i + 1]])),
+            Extras::Landmarks(_) => {
+                Some(std::array::from_fn(|i| [found.extras[2 * i], found.extras[2 * i + 1]]))
+            }
             Extras::None | Extras::Ellipse => None,
         },
         ellipse: if extras == Extras::Ellipse { ellipse() } else { None },

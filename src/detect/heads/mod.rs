@@ -68,7 +68,12 @@ pub struct Head {
 
 impl Head {
     /// All of these anchors on cells that are centred on their pixels: a logit and offsets of variances 1.
-    pub fn new(stride: usize, sizes: impl IntoIterator<Item = [f32; 2]>, logits: Field, boxes: Field) -> Self {
+    pub fn new(
+        stride: usize,
+        sizes: impl IntoIterator<Item = [f32; 2]>,
+        logits: Field,
+        boxes: Field,
+    ) -> Self {
         Self {
             stride,
             center: stride as f32 / 2.0,

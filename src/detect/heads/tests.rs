@@ -24,11 +24,13 @@ fn interpret(
     for y in owned_cells(&window.owned_y, head.stride, map.height()) {
         for x in owned_cells(&window.owned_x, head.stride, map.width()) {
             for &(index, size) in &head.anchors {
-                let value = |f: Field, i: usize| maps[f.output].pixel(y, x)[f.first + index * f.anchor + i * f.value];
+                let value =
+                    |f: Field, i: usize| maps[f.output].pixel(y, x)[f.first + index * f.anchor + i * f.value];
                 let four = |f: Field| [0, 1, 2, 3].map(|i| value(f, i));
                 let face = value(head.logits, usize::from(head.pair));
                 let face = if head.pair { face - value(head.logits, 0) } else { face };
-                let passes = face > logit(threshold) && head.filter.is_none_or(|(f, least)| value(f, 0) > least);
+                let passes =
+                    face > logit(threshold) && head.filter.is_none_or(|(f, least)| value(f, 0) > least);
                 if !passes {
                     continue;
                 }

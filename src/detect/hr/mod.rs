@@ -10,9 +10,9 @@ pub use ellipse::{AngleForm, EllipseFeatures, EllipseRegressor};
 pub use templates::{parse_templates, published_templates, Template, TemplateChoice};
 
 use super::anchors::{owned_cells, Anchor};
+use super::boxes::BBox;
 #[cfg(feature = "train")]
 use super::detector::redraw;
-use super::boxes::BBox;
 use super::detector::{logit, sigmoid, Detector, Map, Window};
 use super::face::{Ellipse, Face};
 use super::heads::{Extras, Field, Head};
