@@ -9,3 +9,9 @@ trap 'rm -rf "$work"' EXIT
 python3 -m pip download --quiet --no-deps --dest "$work" nvidia-cuda-nvrtc-cu11
 python3 -m zipfile -e "$work"/nvidia_cuda_nvrtc_cu11-*.whl "$work/nvrtc"
 python3 tests/cuda/compile.py "$work/nvrtc"
+
+# The test program that `cargo test` has built, its emulated driver built anew with the sanitizers, on what shows them most.
+tests=$(cargo test --locked --test cuda --no-run 2>&1 | sed -n 's/.*(\(.*\/cuda-[0-9a-f]*\)).*/\1/p')
+preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
+env FARFACE_TEST_SANITIZE=1 LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 "$tests" --test-threads 2 \
+    stem_convolution depthwise pooling resizing roi_align pixels:: faces:: threads_share a_picture_on_the_device

@@ -112,8 +112,42 @@ fn every_detector_gives_the_faces_of_the_cpu() {
     }
     let data = noise(96, 64, PixelFormat::Nv12, 9);
     let view = [ImageView::packed(96, 64, PixelFormat::Nv12, &data).unwrap()];
-    for name in ["farface-nano", "farface-small", "retinaface-mobile025"] {
+    for name in [
+        "farface-nano",
+        "farface-small",
+        "retinaface-mobile025",
+        "fpn-finest-r18",
+        "fpn-finest-rcnn-r18",
+        "hambox-r18",
+        "refineface-r18",
+        "hr-r50",
+    ] {
         holds(name, &small(name), |o| o.score_threshold = 0.5, &view);
+    }
+}
+
+/// Half precision rounds what the CPU computes in f32: nearly all faces of a trained model are the same.
+#[test]
+fn half_precision_finds_the_faces_of_the_cpu() {
+    if device().is_none() {
+        return;
+    }
+    let model = Model::load(concat!(env!("CARGO_MANIFEST_DIR"), "/models/farface-nano.safetensors")).unwrap();
+    let picture = image::open(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/crowd.jpg")).unwrap();
+    let rgb = picture.crop_imm(0, 0, 480, 320).to_rgb8();
+    let view = ImageView::packed(480, 320, PixelFormat::Rgb8, rgb.as_raw()).unwrap();
+    let find = |device, precision| {
+        let mut session = Session::with_options(&model, options(&model, device, precision)).unwrap();
+        session.detect(&view).unwrap().to_vec()
+    };
+    let expected = find(DevicePolicy::Cpu, Precision::F32);
+    assert!(expected.len() > 5, "{} faces", expected.len());
+    for (precision, most) in [(Precision::Auto, 0.02), (Precision::F16, 0.02), (Precision::Bf16, 0.1)] {
+        let found = find(DevicePolicy::RequireCuda(0), precision);
+        let same = |a: &&Face| found.iter().any(|b| difference(&[**a], std::slice::from_ref(b)) < most);
+        let count = expected.iter().filter(same).count();
+        println!("{precision:?}: {count} of {} faces, {} found", expected.len(), found.len());
+        assert!(count * 10 >= expected.len() * 9 && found.len() * 10 <= expected.len() * 11, "{precision:?}: {count}");
     }
 }
 

@@ -15,6 +15,12 @@ use std::sync::Arc;
 /// (f16) or 2^-8 (bf16).
 const ELEMENTS: [(Element, f64); 3] = [(Element::F32, 1e-4), (Element::F16, 1e-2), (Element::Bf16, 8e-2)];
 
+/// Random networks.
+pub const NETWORKS: u64 = 60;
+
+/// An emulated multiply-add takes some nanoseconds, and there are six runs of each: cases are cut to this many.
+pub const MACS: usize = 400_000;
+
 /// Tensor of normal values.
 pub fn random_tensor(shape: Shape, rng: &mut Rng) -> Tensor {
     Tensor::from_vec(shape, (0..shape.len()).map(|_| rng.normal()).collect())

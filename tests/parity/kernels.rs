@@ -1,6 +1,6 @@
 //! One layer at a time over random sizes and parameters.
 
-use crate::support::{random_tensor, Parity};
+use crate::support::{random_tensor, Parity, MACS};
 use farface::cpu::Isa;
 use farface::graph::init::Rng;
 use farface::graph::{run_reference, Builder, Compiled, Graph, NodeId, Plan, Weights};
@@ -9,9 +9,6 @@ use farface::shape::{Shape, Tensor};
 
 /// Channel counts around every register and panel width: below, at and above 4, 8, 16 and 32 lanes.
 const CHANNELS: [usize; 14] = [1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 33, 48, 64, 100];
-
-/// A reference multiply-add takes some nanoseconds: cases are cut to this many.
-const MACS: usize = 3_000_000;
 
 /// A network of one input and what `layers` puts on it.
 fn network(channels: usize, layers: impl FnOnce(&mut Builder, NodeId) -> NodeId) -> Graph {

@@ -1,6 +1,6 @@
 //! Random networks: layers stacked into DAGs with random fan-out, compiled against raw.
 
-use crate::support::Parity;
+use crate::support::{Parity, NETWORKS};
 use farface::graph::init::Rng;
 use farface::graph::{Builder, Graph, NodeId};
 use farface::layers::{
@@ -167,9 +167,6 @@ impl Generator {
         (self.b.finish(), inputs)
     }
 }
-
-/// Under emulation, tens of times as slow, a few: the graphs are the same there, and every kernel has tests of its own.
-const NETWORKS: u64 = if cfg!(emulated) { 20 } else { 150 };
 
 #[test]
 fn random_networks_compiled_are_random_networks_raw() {

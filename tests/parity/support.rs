@@ -11,6 +11,12 @@ use farface::shape::{Shape, Tensor};
 /// deep, so 1e-4 leaves a factor of ten or more; a misplaced tap or channel is off by 1e-1 and more.
 pub const TOLERANCE: f32 = 1e-4;
 
+/// Random networks. Under emulation, tens of times as slow, a few: the graphs are the same there, and every kernel has tests of its own.
+pub const NETWORKS: u64 = if cfg!(emulated) { 20 } else { 150 };
+
+/// A reference multiply-add takes some nanoseconds: cases are cut to this many.
+pub const MACS: usize = 3_000_000;
+
 /// Thread counts under test; the results must not depend on them.
 const THREADS: [usize; 3] = [1, 2, 3];
 
