@@ -8,7 +8,6 @@
 // Threads of the blocks that work on what was decoded. One a multiprocessor is enough: without that bound registers would be spilled so
 // that two fit.
 const u32 BLOCK = 1024;
-#define BLOCK_BOUNDS 1024, 1
 // Levels of a launch, and anchors of all of them.
 const int MOST_LEVELS = 8, MOST_ANCHORS = 128;
 // Values of a candidate beside box and score.
@@ -338,7 +337,7 @@ struct ReduceShared {
 
 // Where more than max_candidates are held, the best so many stay, at the front. One block. A radix select: digit after digit of the
 // words, how many candidates have which tells what the last one kept has.
-KERNEL(faces_reduce, FacesArgs, BLOCK_BOUNDS)
+KERNEL(faces_reduce, FacesArgs, 1024)
 {
     const Buffers &all = a.buffers;
     u32 held = all.state->held, most = all.settings->max_candidates;
@@ -513,7 +512,7 @@ const u32 RANKED = 4;
 
 // Sorts, suppresses, and says how many there are. A warp finds the ranks of some candidates by comparing them with all, and puts them
 // there; the block that is done last goes on alone.
-KERNEL(faces_finish, FacesArgs, BLOCK_BOUNDS)
+KERNEL(faces_finish, FacesArgs, 1024)
 {
     const Buffers &all = a.buffers;
     const Settings &settings = *all.settings;

@@ -118,7 +118,7 @@ fn build() -> Option<PathBuf> {
     };
     compile("libnvrtc.so.12", &[&emulator.join("nvrtc.cpp")], &[]);
     let shim = emulator.join("shim.hpp");
-    let mut more = vec!["-include", shim.to_str().expect("a path of UTF-8"), "-Wno-unused-variable"];
+    let mut more = vec!["-include", shim.to_str().expect("a path of UTF-8"), "-Wno-unused-variable", "-Wno-unknown-pragmas"];
     if sanitize {
         more.extend(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]);
     }
