@@ -85,6 +85,20 @@ DEVICE void load_matrices(u32 r[4], const void *row)
 #endif
 }
 
+// As load_matrices, each of them transposed.
+DEVICE void load_transposed(u32 r[4], const void *row)
+{
+#if __CUDA_ARCH__ >= 750
+    u32 from = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+#else
+    __trap(); // as above
+#endif
+}
+
 // c += a * b on tensor cores: 16x16 by 16x8.
 DEVICE void multiply(float c[4], const u32 a[4], u32 b0, u32 b1, f16)
 {
@@ -180,6 +194,48 @@ DEVICE void store(const Map &m, i64 at, float v)
     default: ((float *)m.data)[at] = v;
     }
 }
+// Eight neighbouring values of a map, the first `count` of them; the others become zeros.
+DEVICE void load_eight(const Map &m, i64 at, int count, float v[8])
+{
+    const u16 *halves = (const u16 *)m.data + at;
+    if (m.type != 0 && count >= 8 && (u64)halves % 16 == 0) {
+        Vec16 vector = *(const Vec16 *)halves;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            u16 bits = (u16)(vector.words[i / 2] >> i % 2 * 16);
+            f16 half = {bits};
+            bf16 brain = {bits};
+            v[i] = m.type == 1 ? to_float(half) : to_float(brain);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        v[i] = i < count ? load(m, at + i) : 0.0f;
+}
+// The first `count` of eight values to a map.
+DEVICE void store_eight(const Map &m, i64 at, int count, const float v[8])
+{
+    u16 *halves = (u16 *)m.data + at;
+    if (m.type != 0 && count >= 8 && (u64)halves % 16 == 0) {
+        Vec16 vector;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            f16 half;
+            bf16 brain;
+            set(half, v[i]);
+            set(brain, v[i]);
+            u32 bits = m.type == 1 ? half.bits : brain.bits;
+            vector.words[i / 2] = i % 2 ? vector.words[i / 2] | bits << 16 : bits;
+        }
+        *(Vec16 *)halves = vector;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < count)
+            store(m, at + i, v[i]);
+}
 DEVICE i64 at(const Map &m, int n, int y, int x) { return n * m.image + y * m.row + x * m.pixel; }
 
 // Source index of `dst` on an axis that goes from `from` to `to` values: PyTorch's `nearest` (layers/upsample).
@@ -188,4 +244,51 @@ DEVICE int nearest_source(int dst, int from, int to)
     float scale = __fdiv_rn((float)from, (float)to);
     int source = (int)__fmul_rn((float)dst, scale);
     return source < from - 1 ? source : from - 1;
+}
+
+struct Place {
+    int n, y, x, c;
+    bool inside;
+};
+
+// The output value of this thread, the tail counted with the channels.
+DEVICE Place place_of(const Map &output)
+{
+    // A map has less than 2^31 values.
+    u32 channels = (u32)(output.c + output.tail), index = blockIdx.x * blockDim.x + threadIdx.x;
+    Place p;
+    p.c = (int)(index % channels);
+    index /= channels;
+    p.x = (int)(index % (u32)output.w);
+    index /= (u32)output.w;
+    p.y = (int)(index % (u32)output.h);
+    p.n = (int)(index / (u32)output.h);
+    p.inside = p.n < output.n;
+    return p;
+}
+
+DEVICE i64 at(const Map &m, const Place &p) { return at(m, p.n, p.y, p.x) + p.c; }
+
+// Sources of `dst` on an axis, and the weight of the second: PyTorch's `bilinear`, align_corners=False (layers/upsample).
+DEVICE void bilinear_source(int dst, int from, int to, int *low, int *high, float *weight)
+{
+    float scale = __fdiv_rn((float)from, (float)to);
+    float position = __fsub_rn(__fmul_rn(__fadd_rn((float)dst, 0.5f), scale), 0.5f);
+    position = position < 0.0f ? 0.0f : position;
+    int source = (int)position;
+    *low = source < from - 1 ? source : from - 1;
+    *high = *low + 1 < from - 1 ? *low + 1 : from - 1;
+    *weight = position - (float)*low;
+}
+
+// Most samples of a bin along an axis: boxes are data, and data must not make the work unbounded.
+const int MOST_SAMPLES = 256;
+
+// The two cells around `v` on an axis of `cells`, and the weight of the second.
+DEVICE void split(float v, int cells, int *low, int *high, float *weight)
+{
+    v = fmaxf(v, 0.0f);
+    *low = v < (float)(cells - 1) ? (int)v : cells - 1;
+    *high = *low == cells - 1 ? *low : *low + 1;
+    *weight = *low == cells - 1 ? 0.0f : v - (float)*low;
 }

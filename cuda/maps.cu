@@ -2,29 +2,6 @@
 // RoIAlign. The definitions are the plain loops of src/layers.
 #include "common.cuh"
 
-struct Place {
-    int n, y, x, c;
-    bool inside;
-};
-
-// The output value of this thread, the tail counted with the channels.
-DEVICE Place place_of(const Map &output)
-{
-    // A map has less than 2^31 values.
-    u32 channels = (u32)(output.c + output.tail), index = blockIdx.x * blockDim.x + threadIdx.x;
-    Place p;
-    p.c = (int)(index % channels);
-    index /= channels;
-    p.x = (int)(index % (u32)output.w);
-    index /= (u32)output.w;
-    p.y = (int)(index % (u32)output.h);
-    p.n = (int)(index / (u32)output.h);
-    p.inside = p.n < output.n;
-    return p;
-}
-
-DEVICE i64 at(const Map &m, const Place &p) { return at(m, p.n, p.y, p.x) + p.c; }
-
 struct PoolArgs {
     Map input, output;
     int kernel[2], stride[2], pad[2];
@@ -86,18 +63,6 @@ KERNEL(resize_nearest, MapArgs, 256)
         v = load(a.input, at(a.input, p.n, y, x) + p.c);
     }
     store(a.output, at(a.output, p), v);
-}
-
-// Sources of `dst` on an axis, and the weight of the second: PyTorch's `bilinear`, align_corners=False (layers/upsample).
-DEVICE void bilinear_source(int dst, int from, int to, int *low, int *high, float *weight)
-{
-    float scale = __fdiv_rn((float)from, (float)to);
-    float position = __fsub_rn(__fmul_rn(__fadd_rn((float)dst, 0.5f), scale), 0.5f);
-    position = position < 0.0f ? 0.0f : position;
-    int source = (int)position;
-    *low = source < from - 1 ? source : from - 1;
-    *high = *low + 1 < from - 1 ? *low + 1 : from - 1;
-    *weight = position - (float)*low;
 }
 
 // To the size of the output, between pixels.
@@ -225,18 +190,6 @@ struct RoiAlignArgs {
     int samples; // a bin along each axis; 0: as many as it has cells, rounded up
     int aligned;
 };
-
-// Most samples of a bin along an axis: boxes are data, and data must not make the work unbounded.
-const int MOST_SAMPLES = 256;
-
-// The two cells around `v` on an axis of `cells`, and the weight of the second.
-DEVICE void split(float v, int cells, int *low, int *high, float *weight)
-{
-    v = fmaxf(v, 0.0f);
-    *low = v < (float)(cells - 1) ? (int)v : cells - 1;
-    *high = *low == cells - 1 ? *low : *low + 1;
-    *weight = *low == cells - 1 ? 0.0f : v - (float)*low;
-}
 
 // Mean of the bilinear samples of a bin (torchvision's `roi_align`); zeros for a box of no image.
 KERNEL(roi_align, RoiAlignArgs, 256)

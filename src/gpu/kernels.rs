@@ -26,11 +26,31 @@ pub enum Source {
     Pixels,
     /// From outputs to faces.
     Detect,
+    /// Of a training: gradients of convolutions.
+    #[cfg(feature = "train")]
+    TrainConv,
+    /// Of a training: gradients of what happens between convolutions.
+    #[cfg(feature = "train")]
+    TrainMaps,
+    /// Of a training: batch normalisation.
+    #[cfg(feature = "train")]
+    TrainNorm,
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 4] = [Source::Conv, Source::Maps, Source::Pixels, Source::Detect];
+    pub const ALL: &[Source] = &[
+        Source::Conv,
+        Source::Maps,
+        Source::Pixels,
+        Source::Detect,
+        #[cfg(feature = "train")]
+        Source::TrainConv,
+        #[cfg(feature = "train")]
+        Source::TrainMaps,
+        #[cfg(feature = "train")]
+        Source::TrainNorm,
+    ];
 
     /// The file's name and its text.
     pub fn file(self) -> (&'static str, &'static str) {
@@ -39,6 +59,12 @@ impl Source {
             Source::Maps => ("maps.cu", include_str!("../../cuda/maps.cu")),
             Source::Pixels => ("pixels.cu", include_str!("../../cuda/pixels.cu")),
             Source::Detect => ("detect.cu", include_str!("../../cuda/detect.cu")),
+            #[cfg(feature = "train")]
+            Source::TrainConv => ("train_conv.cu", include_str!("../../cuda/train_conv.cu")),
+            #[cfg(feature = "train")]
+            Source::TrainMaps => ("train_maps.cu", include_str!("../../cuda/train_maps.cu")),
+            #[cfg(feature = "train")]
+            Source::TrainNorm => ("train_norm.cu", include_str!("../../cuda/train_norm.cu")),
         }
     }
 }

@@ -112,6 +112,12 @@ impl DeviceView {
         }
     }
 
+    /// Whether every pixel begins at a multiple of sixteen bytes and its channels are whole vectors of eight with the tail: channels
+    /// behind its own are read too, and another map's values must not meet the weights' zeros.
+    pub fn is_whole_vectors(&self) -> bool {
+        self.is_aligned() && self.shape.c.next_multiple_of(8) == self.shape.c + self.tail
+    }
+
     /// Whether every pixel begins at a multiple of sixteen bytes.
     pub fn is_aligned(&self) -> bool {
         self.offset.is_multiple_of(16) && (self.pixel * self.element.bytes()).is_multiple_of(16)

@@ -33,27 +33,27 @@ pub enum Joined {
 }
 
 /// As `int[2]`.
-fn pair([a, b]: [usize; 2]) -> [i32; 2] {
+pub(super) fn pair([a, b]: [usize; 2]) -> [i32; 2] {
     [a as i32, b as i32]
 }
 
 /// `ConvArgs` of `cuda/conv.cu`.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct ConvArgs {
-    input: Map,
-    output: Map,
-    add: Map,
-    weights: u64,
-    bias: u64,
-    kernel: [i32; 2],
-    stride: [i32; 2],
-    dilation: [i32; 2],
-    pad: [i32; 2],
-    channels: i32,
-    groups: i32,
-    residual: i32,
-    slope: f32,
+pub(super) struct ConvArgs {
+    pub(super) input: Map,
+    pub(super) output: Map,
+    pub(super) add: Map,
+    pub(super) weights: u64,
+    pub(super) bias: u64,
+    pub(super) kernel: [i32; 2],
+    pub(super) stride: [i32; 2],
+    pub(super) dilation: [i32; 2],
+    pub(super) pad: [i32; 2],
+    pub(super) channels: i32,
+    pub(super) groups: i32,
+    pub(super) residual: i32,
+    pub(super) slope: f32,
 }
 
 /// A tile of the tensor core kernels.
@@ -87,10 +87,90 @@ const TILES: [(usize, usize, u32, [&str; 2]); 5] = [
 const ANY_SIDE: usize = 64;
 const ANY_SHARED: u32 = 2 * 16 * (64 + 4) * 4;
 
+/// The kernels of convolutions of inputs of one type, and which of them fits the sizes.
+pub(super) struct ConvKernels {
+    element: Element,
+    /// For inputs whose pixels are aligned; none where there is no tensor core for them.
+    tiles: Vec<Tile>,
+    any: Kernel,
+    multiprocessors: usize,
+}
+
+impl ConvKernels {
+    pub(super) fn new(device: &Device, element: Element) -> Result<Self> {
+        let kernels = device.kernels();
+        let (any, column) = match element {
+            Element::F32 => ("conv_f32", 0),
+            Element::F16 => ("conv_f16", 0),
+            Element::Bf16 => ("conv_bf16", 1),
+        };
+        let tile = |&(pixels, wide, threads, names): &(usize, usize, u32, [&'static str; 2])| {
+            let kernel = kernels.get(Source::Conv, names[column], Tile::shared(pixels, wide))?;
+            Ok(Tile { pixels, channels: wide, threads, kernel })
+        };
+        let tiles = if device.multiplies(element) {
+            TILES.iter().map(tile).collect::<Result<_>>()?
+        } else {
+            Vec::new()
+        };
+        Ok(Self {
+            element,
+            tiles,
+            any: kernels.get(Source::Conv, any, ANY_SHARED)?,
+            multiprocessors: device.context().multiprocessors() as usize,
+        })
+    }
+
+    fn name(&self, groups: usize) -> &'static str {
+        if self.tiles.is_empty() || groups != 1 {
+            self.any.name()
+        } else {
+            "conv_tiles"
+        }
+    }
+
+    /// The tile for so many pixels and channels: as wide as the channels, and small enough that every multiprocessor has one.
+    fn tile(&self, pixels: usize, channels: usize) -> &Tile {
+        let count = |t: &Tile| pixels.div_ceil(t.pixels) * channels.div_ceil(t.channels);
+        let mut fitting = self.tiles.iter().filter(|t| t.channels < 2 * channels.next_multiple_of(16));
+        let first = fitting.next().unwrap_or(&self.tiles[self.tiles.len() - 1]);
+        let mut best = first;
+        while count(best) < self.multiprocessors {
+            match fitting.next() {
+                Some(next) if count(next) > count(best) => best = next,
+                Some(_) => {}
+                None => break,
+            }
+        }
+        best
+    }
+
+    /// Launches the kernel for these arguments, whose input is the map of `input`.
+    ///
+    /// # Safety
+    /// As [`Kernel::launch`]; weights and bias are as long as the arguments' sizes say.
+    pub(super) unsafe fn launch(&self, stream: &Stream, input: &DeviceView, args: &ConvArgs) -> Result<()> {
+        let [n, h, w, c, tail] = [args.output.n, args.output.h, args.output.w, args.output.c, args.output.tail]
+            .map(|v| v as usize);
+        let (pixels, groups) = (n * h * w, args.groups as usize);
+        let aligned = input.is_whole_vectors() && input.element == self.element;
+        // SAFETY: the caller's contract; the args are the kernels' struct.
+        unsafe {
+            if self.tiles.is_empty() || groups != 1 || !aligned {
+                let columns = (c / groups + tail).div_ceil(ANY_SIDE);
+                let grid = [(pixels.div_ceil(ANY_SIDE) * columns) as u32, groups as u32, 1];
+                return self.any.launch(stream, grid, THREADS, ANY_SHARED, args);
+            }
+            let t = self.tile(pixels, c + tail);
+            let grid = [(pixels.div_ceil(t.pixels) * (c + tail).div_ceil(t.channels)) as u32, 1, 1];
+            t.kernel.launch(stream, grid, t.threads, Tile::shared(t.pixels, t.channels), args)
+        }
+    }
+}
+
 /// A convolution with bias, residual sum and activation.
 pub struct ConvOp {
     window: ConvWindow,
-    element: Element,
     groups: usize,
     /// Channels of a tap, padded.
     channels: usize,
@@ -98,10 +178,7 @@ pub struct ConvOp {
     bias: DeviceBuffer,
     slope: f32,
     joined: Joined,
-    /// For inputs whose pixels are aligned; none where there is no tensor core for them.
-    tiles: Vec<Tile>,
-    any: Kernel,
-    multiprocessors: usize,
+    kernels: ConvKernels,
 }
 
 impl ConvOp {
@@ -123,58 +200,20 @@ impl ConvOp {
                 (0..channels).map(move |c| if c < inputs { weight[(o * inputs + c) * taps + tap] } else { 0.0 })
             })
         });
-        let kernels = device.kernels();
-        let (any, column) = match element {
-            Element::F32 => ("conv_f32", 0),
-            Element::F16 => ("conv_f16", 0),
-            Element::Bf16 => ("conv_bf16", 1),
-        };
-        let tile = |&(pixels, wide, threads, names): &(usize, usize, u32, [&'static str; 2])| {
-            let kernel = kernels.get(Source::Conv, names[column], Tile::shared(pixels, wide))?;
-            Ok(Tile { pixels, channels: wide, threads, kernel })
-        };
-        let tiles = if groups == 1 && device.multiplies(element) {
-            TILES.iter().map(tile).collect::<Result<_>>()?
-        } else {
-            Vec::new()
-        };
         Ok(Self {
             window,
-            element,
             groups,
             channels,
             weights: DeviceBuffer::of(device.uploads(), &element.encode(packed))?,
             bias: DeviceBuffer::of(device.uploads(), bias)?,
             slope,
             joined,
-            tiles,
-            any: kernels.get(Source::Conv, any, ANY_SHARED)?,
-            multiprocessors: device.context().multiprocessors() as usize,
+            kernels: ConvKernels::new(device, element)?,
         })
     }
 
     pub(super) fn name(&self) -> &'static str {
-        if self.tiles.is_empty() {
-            self.any.name()
-        } else {
-            "conv_tiles"
-        }
-    }
-
-    /// The tile for so many pixels and channels: as wide as the channels, and small enough that every multiprocessor has one.
-    fn tile(&self, pixels: usize, channels: usize) -> &Tile {
-        let count = |t: &Tile| pixels.div_ceil(t.pixels) * channels.div_ceil(t.channels);
-        let mut fitting = self.tiles.iter().filter(|t| t.channels < 2 * channels.next_multiple_of(16));
-        let first = fitting.next().unwrap_or(&self.tiles[self.tiles.len() - 1]);
-        let mut best = first;
-        while count(best) < self.multiprocessors {
-            match fitting.next() {
-                Some(next) if count(next) > count(best) => best = next,
-                Some(_) => {}
-                None => break,
-            }
-        }
-        best
+        self.kernels.name(self.groups)
     }
 
     /// # Safety
@@ -205,39 +244,34 @@ impl ConvOp {
             residual: self.joined as i32,
             slope: self.slope,
         };
-        let s = output.shape;
-        let pixels = s.n * s.h * s.w;
-        let channels = s.c + output.tail;
-        // Channels behind the input's own are read too: they must be its tail, or the weights' zeros would meet another map's values.
-        let whole = input.shape.c.next_multiple_of(8) == input.shape.c + input.tail;
-        let aligned = input.is_aligned() && whole && input.element == self.element;
-        // SAFETY: the caller's contract; the args are the kernels' struct.
-        unsafe {
-            if self.tiles.is_empty() || !aligned {
-                let columns = (s.c / self.groups + output.tail).div_ceil(ANY_SIDE);
-                let grid = [(pixels.div_ceil(ANY_SIDE) * columns) as u32, self.groups as u32, 1];
-                return self.any.launch(stream, grid, THREADS, ANY_SHARED, &args);
-            }
-            let t = self.tile(pixels, channels);
-            let grid = [(pixels.div_ceil(t.pixels) * channels.div_ceil(t.channels)) as u32, 1, 1];
-            t.kernel.launch(stream, grid, t.threads, Tile::shared(t.pixels, t.channels), &args)
-        }
+        // SAFETY: the caller's contract.
+        unsafe { self.kernels.launch(stream, input, &args) }
     }
 }
 
 /// `DepthwiseArgs` of `cuda/conv.cu`.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct DepthwiseArgs {
-    input: Map,
-    output: Map,
-    weights: u64,
-    bias: u64,
-    kernel: [i32; 2],
-    stride: [i32; 2],
-    dilation: [i32; 2],
-    pad: [i32; 2],
-    slope: f32,
+pub(super) struct DepthwiseArgs {
+    pub(super) input: Map,
+    pub(super) output: Map,
+    pub(super) weights: u64,
+    pub(super) bias: u64,
+    pub(super) kernel: [i32; 2],
+    pub(super) stride: [i32; 2],
+    pub(super) dilation: [i32; 2],
+    pub(super) pad: [i32; 2],
+    pub(super) slope: f32,
+}
+
+/// The kernel for inputs of this type.
+pub(super) fn depthwise_kernel(device: &Device, element: Element) -> Result<Kernel> {
+    let name = match element {
+        Element::F32 => "depthwise_f32",
+        Element::F16 => "depthwise_f16",
+        Element::Bf16 => "depthwise_bf16",
+    };
+    device.kernels().get(Source::Conv, name, 0)
 }
 
 /// A convolution of each channel by itself, with bias and activation; of one tap, a scale and a shift.
@@ -262,17 +296,12 @@ impl DepthwiseOp {
         let (taps, channels) = (window.kernel[0] * window.kernel[1], bias.len());
         let packed: Vec<f32> =
             (0..taps).flat_map(|tap| (0..channels).map(move |c| weight[c * taps + tap])).collect();
-        let name = match element {
-            Element::F32 => "depthwise_f32",
-            Element::F16 => "depthwise_f16",
-            Element::Bf16 => "depthwise_bf16",
-        };
         Ok(Self {
             window,
             weights: DeviceBuffer::of(device.uploads(), &packed)?,
             bias: DeviceBuffer::of(device.uploads(), bias)?,
             slope,
-            kernel: device.kernels().get(Source::Conv, name, 0)?,
+            kernel: depthwise_kernel(device, element)?,
         })
     }
 

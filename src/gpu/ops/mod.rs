@@ -2,6 +2,8 @@
 
 mod conv;
 mod maps;
+#[cfg(feature = "train")]
+pub mod train;
 
 pub use conv::{ConvOp, ConvTransposeOp, ConvWindow, DepthwiseOp, Joined};
 pub use maps::{AddOp, AverageOp, PoolOp, ResizeOp, RoiAlignOp, SigmoidOp, SoftmaxOp};

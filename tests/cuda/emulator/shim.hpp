@@ -187,6 +187,17 @@ DEVICE void load_matrices(u32 r[4], const void *row)
         std::memcpy(&r[i], (const char *)all[i * 8 + lane / 4].pointer + lane % 4 * 4, 4);
 }
 
+DEVICE void load_transposed(u32 r[4], const void *row)
+{
+    emulator::Slot mine{};
+    mine.pointer = row;
+    const emulator::Slot *all = emulator::together(mine);
+    unsigned lane = emulator::lane();
+    for (int i = 0; i < 4; i++)
+        for (unsigned k = 0; k < 2; k++)
+            std::memcpy((char *)&r[i] + k * 2, (const char *)all[i * 8 + lane % 4 * 2 + k].pointer + lane / 4 * 2, 2);
+}
+
 template <class T> DEVICE void multiply(float c[4], const u32 a[4], u32 b0, u32 b1, T)
 {
     emulator::Slot mine{};
