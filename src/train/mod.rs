@@ -6,6 +6,8 @@ pub mod checkpoint;
 pub mod cluster;
 pub mod data;
 pub mod dev;
+#[cfg(feature = "cuda")]
+pub mod device;
 pub mod ellipse;
 pub mod loader;
 pub mod losses;
@@ -17,3 +19,4 @@ pub mod recipe;
 pub mod sampler;
 pub mod trainer;
 mod units;
+mod walk;

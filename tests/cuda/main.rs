@@ -15,7 +15,12 @@ mod kernels;
 #[path = "../common/pictures.rs"]
 mod pictures;
 mod pixels;
+#[cfg(feature = "train")]
+#[path = "../common/plain_step.rs"]
+mod plain_step;
 #[path = "../parity/random.rs"]
 mod random;
 mod sessions;
 mod support;
+#[cfg(feature = "train")]
+mod train;

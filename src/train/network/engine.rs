@@ -1,4 +1,4 @@
-//! The seam between trainer and network: what a GPU's network will implement, too.
+//! The seam between trainer and network: what a GPU's network (`train/device`) implements, too.
 
 use super::Network;
 use crate::cpu::dense::Element;
@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::graph::Graph;
 use crate::shape::{Shape, Tensor};
 
-/// What the trainer asks of whatever walks the network: this crate's CPU kernels, at either precision.
+/// What the trainer asks of whatever walks the network: this crate's CPU kernels, at either precision, or a device's.
 pub trait Engine: Send {
     /// The network.
     fn graph(&self) -> &Graph;
@@ -27,6 +27,8 @@ pub trait Engine: Send {
     fn threads(&self) -> usize;
     /// How maps are stored.
     fn precision(&self) -> &'static str;
+    /// Whose kernels it runs on: with others the last bits differ.
+    fn machine(&self) -> String;
 }
 
 /// Network input by pixel value.
@@ -84,5 +86,8 @@ impl<T: Element> Engine for Network<T> {
     }
     fn precision(&self) -> &'static str {
         T::NAME
+    }
+    fn machine(&self) -> String {
+        self.isa.name().into()
     }
 }

@@ -14,18 +14,19 @@ mod forward;
 mod roi_align;
 mod sum;
 
-use super::units::{units, Op, Unit};
+use super::units::{Op, Unit};
+use super::walk::Walk;
 use crate::cpu::dense::resample::Resampling;
 use crate::cpu::dense::{maps, Element, Geometry, Source};
 use crate::cpu::{isa, Isa};
 use crate::error::{Error, Result};
-use crate::graph::build::ParamId;
 use crate::graph::{Graph, Weights};
 use crate::layers::{Conv2d, Layer};
 use crate::shape::{Shape, Tensor};
 use batch::{Buffer, Spare, Workers};
 use std::ops::Range;
 
+pub use super::walk::Frozen;
 pub use engine::{Engine, InputTable};
 
 /// A network, its parameters, their gradients, and the maps of the batch at hand, stored as `T`.
@@ -86,16 +87,6 @@ impl<T: Element> Map<T> {
     }
 }
 
-/// Which batch normalisations and parameters stand still.
-#[derive(Clone, Debug, Default)]
-pub struct Frozen {
-    /// Parameters whose names begin so are not trained; a batch normalisation whose running mean is among them keeps its
-    /// statistics.
-    pub parameters: Vec<String>,
-    /// Batch normalisations whose parameters' names begin so keep their statistics; scale and shift are trained.
-    pub statistics: Vec<String>,
-}
-
 impl<T: Element> Network<T> {
     /// A network with the values of `weights` (all of them there), on `threads` threads.
     pub fn new(graph: Graph, weights: &Weights, frozen: &Frozen, threads: usize) -> Result<Self> {
@@ -104,34 +95,12 @@ impl<T: Element> Network<T> {
             .iter()
             .map(|p| Ok(weights.get(&p.name, &p.shape)?.to_vec()))
             .collect::<Result<Vec<_>>>()?;
-        let begins = |name: &str, with: &[String]| with.iter().any(|w| name.starts_with(w.as_str()));
-        for prefix in frozen.parameters.iter().chain(&frozen.statistics) {
-            if !graph.params.iter().any(|p| p.name.starts_with(prefix.as_str())) {
-                return Err(Error::InvalidArgument(format!("no parameter's name begins with {prefix:?}")));
-            }
-        }
-        let trainable: Vec<bool> =
-            graph.params.iter().map(|p| p.trained() && !begins(&p.name, &frozen.parameters)).collect();
-        let still = |p: ParamId| {
-            let name = &graph.params[p.0].name;
-            begins(name, &frozen.parameters) || begins(name, &frozen.statistics)
-        };
-        let (units, shown_by) = units(&graph);
-        let frozen_norm = units.iter().map(|u| u.norm.is_some_and(|n| still(n.mean))).collect();
-        let mut wanted: Vec<bool> = Vec::with_capacity(units.len());
-        for u in &units {
-            let own = u.params().iter().any(|p| trainable[p.0]);
-            wanted.push(own || u.inputs.iter().any(|&i| wanted[i]));
-        }
+        let Walk { units, shown_by, trainable, wanted, frozen_norm, second_phase } = Walk::new(&graph, frozen)?;
         let first_reader =
             (0..units.len()).map(|i| units.iter().position(|u| u.inputs.contains(&i))).collect();
         let grads = params.iter().map(|p: &Vec<f32>| vec![0.0; p.len()]).collect();
         let workers = Workers::new(threads).map_err(|e| Error::Unsupported(format!("threads: {e}")))?;
         let maps = units.iter().map(|_| Map::default()).collect();
-        let second_phase = units.iter().position(|u| matches!(u.op, Op::Boxes(_))).unwrap_or(units.len());
-        if units[second_phase..].iter().any(|u| matches!(u.op, Op::Input(_))) {
-            return Err(Error::Internal("a network's boxes come behind its other inputs".into()));
-        }
         Ok(Self {
             graph,
             units,

@@ -1,7 +1,6 @@
 //! Trainings written to disk and taken up again.
 
 use super::Trainer;
-use crate::cpu::isa;
 use crate::error::{Error, Result};
 use crate::graph::init::{fnv1a, FNV_OFFSET};
 use crate::train::checkpoint::{Checkpoint, Setting};
@@ -21,7 +20,7 @@ impl Trainer {
         }
         Setting {
             precision: self.engine.precision().into(),
-            isa: isa::detected().name().into(),
+            isa: self.engine.machine(),
             pictures: self.dataset.samples.len(),
             data,
         }
