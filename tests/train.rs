@@ -56,7 +56,7 @@ decay = 0.9
 
 /// As many threads as workers: a result depends on neither.
 fn resources(workers: usize) -> Resources {
-    Resources { threads: workers, workers }
+    Resources { device: None, threads: workers, workers }
 }
 
 fn trainer(text: &str, dir: &Path, workers: usize) -> Trainer {
@@ -457,7 +457,7 @@ fn fifty_of_wider(shared: &Path, dir: &Path) {
 /// Trains to the end and scores what came out on the pictures it was trained on.
 fn learnt(text: &str, dir: &Path) -> f64 {
     let started = std::time::Instant::now();
-    let mut trainer = Trainer::new(text, dir, Resources { threads: 2, workers: 1 }).unwrap();
+    let mut trainer = Trainer::new(text, dir, Resources { device: None, threads: 2, workers: 1 }).unwrap();
     while trainer.step_count() < trainer.total_steps() {
         let report = trainer.step().unwrap();
         if report.step.is_multiple_of(25) {

@@ -318,3 +318,17 @@ fn templates_and_ellipses_are_made_of_annotations() {
     std::fs::write(at("nano.safetensors"), weights.to_bytes().unwrap()).unwrap();
     assert!(fails(dir.path(), &nano).contains("farface-nano is not an HR detector"));
 }
+
+#[test]
+fn a_device_that_is_not_there_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    faces::draw(dir.path(), 2, 80, 1);
+    std::fs::write(dir.path().join("r.toml"), RECIPE).unwrap();
+    for (device, all) in [("gpu", "cpu, cuda or cuda:N"), ("cuda:x", "cuda:N"), ("cuda:99", "99")] {
+        let output = run(dir.path(), &["train", "r.toml", "--device", device]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        // Without a driver that is what is missing.
+        let missing = device == "cuda:99" && error.contains("libcuda");
+        assert!(!output.status.success() && (missing || error.contains(all)), "{device}: {error}");
+    }
+}

@@ -35,6 +35,9 @@ pub enum Source {
     /// Of a training: batch normalisation.
     #[cfg(feature = "train")]
     TrainNorm,
+    /// Of a training: the optimiser's step.
+    #[cfg(feature = "train")]
+    TrainStep,
 }
 
 impl Source {
@@ -50,6 +53,8 @@ impl Source {
         Source::TrainMaps,
         #[cfg(feature = "train")]
         Source::TrainNorm,
+        #[cfg(feature = "train")]
+        Source::TrainStep,
     ];
 
     /// The file's name and its text.
@@ -65,6 +70,8 @@ impl Source {
             Source::TrainMaps => ("train_maps.cu", include_str!("../../cuda/train_maps.cu")),
             #[cfg(feature = "train")]
             Source::TrainNorm => ("train_norm.cu", include_str!("../../cuda/train_norm.cu")),
+            #[cfg(feature = "train")]
+            Source::TrainStep => ("train_step.cu", include_str!("../../cuda/train_step.cu")),
         }
     }
 }

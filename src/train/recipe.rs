@@ -215,11 +215,11 @@ impl Default for RunRecipe {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
-    /// bf16 where the CPU multiplies it, else f32.
+    /// bf16 where the CPU, or the device, multiplies it, else f32.
     Auto,
     /// f32.
     F32,
-    /// bf16 on AMX; an error elsewhere.
+    /// bf16 on AMX or on a CUDA device of compute capability 8.0 or later; an error elsewhere.
     Bf16,
 }
 

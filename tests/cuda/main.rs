@@ -23,4 +23,9 @@ mod random;
 mod sessions;
 mod support;
 #[cfg(feature = "train")]
+#[path = "../common/faces.rs"]
+mod faces;
+#[cfg(feature = "train")]
 mod train;
+#[cfg(feature = "train")]
+mod trainer;

@@ -20,7 +20,7 @@ const F32: (Element, f64) = (Element::F32, 2e-5);
 const BF16: (Element, f64) = (Element::Bf16, 0.03);
 
 /// Values that bf16 has, too, in the order of the pixel's channels turned round.
-fn table() -> InputTable {
+pub fn table() -> InputTable {
     let value = |scale: f32| (0..256).map(|v| (v as f32 - 128.0) * scale).collect();
     InputTable { channel: [2, 1, 0], value: [value(1.0 / 64.0), value(1.0 / 128.0), value(-1.0 / 64.0)] }
 }
@@ -74,7 +74,7 @@ fn step(engine: &mut dyn Engine, batch: &Batch) -> (Vec<Tensor>, Result) {
         outputs.extend(engine.forward_boxes(batch.boxes.clone()).unwrap());
     }
     engine.backward(&batch.d_outputs).unwrap();
-    let (params, grads) = engine.params_and_grads();
+    let (params, grads) = engine.params_and_grads().unwrap();
     let result = Result {
         outputs: bits(outputs.iter().map(|t| &t.data)),
         grads: bits(grads.iter()),
@@ -83,7 +83,7 @@ fn step(engine: &mut dyn Engine, batch: &Batch) -> (Vec<Tensor>, Result) {
     (outputs, result)
 }
 
-fn on_device(graph: &Graph, weights: &Weights, frozen: &Frozen, device: &Arc<Device>, element: Element) -> DeviceEngine {
+pub fn on_device(graph: &Graph, weights: &Weights, frozen: &Frozen, device: &Arc<Device>, element: Element) -> DeviceEngine {
     DeviceEngine::new(graph.clone(), weights, frozen, device, element, 2).unwrap()
 }
 
@@ -103,7 +103,7 @@ fn check(what: &str, graph: &Graph, batch: &Batch, seed: u64, frozen: bool, (ele
         let e = worst(&outputs[i].data, &want.data);
         assert!(e < tolerance, "{what}, {element:?}: output {i} off by {e}");
     }
-    let (params, grads) = engine.params_and_grads();
+    let (params, grads) = engine.params_and_grads().unwrap();
     // All gradients as one vector; single ones may cancel to less than bf16 resolves.
     let e = worst(&grads.concat(), &plain.grads.concat());
     assert!(e < 3.0 * tolerance, "{what}, {element:?}: gradients off by {e}");

@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 #[command(after_help = "Examples:
   farface train recipes/farface-nano.toml
       trains, or goes on where it was stopped; results in runs/farface-nano
+  farface train my.toml --device cuda
+      on the first CUDA device; a run goes on there or on the CPU as wanted
   farface train my.toml --out runs/try2 --minutes 60
       stops after an hour with a checkpoint; the same command goes on
   farface plot runs/farface-nano
@@ -35,6 +37,9 @@ pub struct Args {
     /// Folder of the run [default: runs/<name of the recipe>]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Where the network is: cpu, cuda or cuda:N, the CUDA device of that number
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
+    device: Place,
     /// Threads of the network [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -47,6 +52,19 @@ pub struct Args {
     /// Start anew where the folder holds a run; its log and checkpoints are overwritten
     #[arg(long)]
     restart: bool,
+}
+
+/// The number of a CUDA device; none for the CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place(Option<u32>);
+
+fn device(text: &str) -> Result<Place, String> {
+    match text.split_once(':') {
+        None if text == "cpu" => Ok(Place(None)),
+        None if text == "cuda" => Ok(Place(Some(0))),
+        Some(("cuda", number)) => number.parse().map(|n| Place(Some(n))).map_err(|e| format!("cuda:N: {e}")),
+        _ => Err("takes cpu, cuda or cuda:N".into()),
+    }
 }
 
 // Files of a run's folder.
@@ -94,6 +112,7 @@ impl Run {
         let base = args.recipe.parent().unwrap_or(Path::new("."));
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let resources = Resources {
+            device: args.device.0,
             threads: args.threads.map_or(cores, usize::from),
             workers: usize::from(args.workers),
         };
@@ -132,16 +151,17 @@ impl Run {
     /// Says what is trained on what, and logs it.
     fn announce(&mut self, out: &mut dyn Write) -> Result<()> {
         let trainer = &self.trainer;
-        let Resources { threads, workers } = self.resources;
+        let Resources { threads, workers, .. } = self.resources;
         let (parameters, macs, precision) = trainer.describe()?;
         let (pictures, faces) = (trainer.dataset().samples.len(), trainer.dataset().faces());
         let (step, steps) = (trainer.step_count(), trainer.total_steps());
         say(
             out,
             &format!(
-                "{}: {parameters} parameters, {:.3} GMAC at 640x480, {precision}, {threads} threads and {workers} workers",
+                "{}: {parameters} parameters, {:.3} GMAC at 640x480, {precision} on {}, {threads} threads and {workers} workers",
                 trainer.recipe().model.detector,
                 macs as f64 / 1e9,
+                trainer.machine(),
             ),
         );
         say(out, &format!("{pictures} pictures, {faces} faces"));

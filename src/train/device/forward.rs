@@ -80,6 +80,7 @@ pub(super) fn boxes_map(buffer: &DeviceBuffer) -> MapIn<'_> {
 impl DeviceEngine {
     /// Runs units `range` on what is on the device, with the batch's statistics, which move the running ones.
     pub(super) fn run(&mut self, range: Range<usize>) -> Result<()> {
+        self.store.device_changes();
         range.into_iter().try_for_each(|u| self.forward_unit(u))
     }
 

@@ -7,13 +7,14 @@
 //! pulled back in its place.
 //!
 //! Judging outputs is still the CPU's: they are downloaded and their gradients uploaded, through pinned memory. Everything between is
-//! [`DeviceEngine::run`] and [`DeviceEngine::run_back`], which know nothing of it, so that losses can move to the device later. The optimiser
-//! is the CPU's, too: the trait's parameters and gradients are vectors of the host, brought over once a step.
+//! [`DeviceEngine::run`] and [`DeviceEngine::run_back`], which know nothing of it, so that losses can move to the device later. The optimiser's
+//! buffers and the averages are on the device from the first step on (`update.rs`); all of it is brought to the host when somebody asks.
 
 mod backward;
 mod batch;
 mod forward;
 mod store;
+mod update;
 
 use crate::error::{Error, Result};
 use crate::gpu::map::{DeviceView, Element};
@@ -22,12 +23,14 @@ use crate::gpu::ops::train::{MapIn, Taken, TrainOps};
 use crate::gpu::ops::{Device, DeviceOp};
 use crate::graph::{Graph, Weights};
 use crate::shape::{Shape, Tensor};
-use crate::train::network::{Engine, Frozen, InputTable};
+use crate::train::network::{Engine, Frozen, InputTable, Update, Updated};
+use crate::train::optim::{Ema, Optimizer};
 use crate::train::units::Op;
 use crate::train::walk::Walk;
 use batch::{Batch, Staging};
 use std::sync::Arc;
 use store::Store;
+use update::Moments;
 
 /// A network on a device, its parameters, their gradients, and the maps of the batch at hand.
 pub struct DeviceEngine {
@@ -35,6 +38,8 @@ pub struct DeviceEngine {
     walk: Walk,
     ops: TrainOps,
     store: Store,
+    /// None until the first step.
+    moments: Option<Moments>,
     batch: Batch,
     /// For every unit, what inference has an operation for.
     plain: Vec<Option<DeviceOp>>,
@@ -70,6 +75,7 @@ impl DeviceEngine {
             walk,
             ops,
             store,
+            moments: None,
             batch,
             plain,
             table: None,
@@ -125,12 +131,24 @@ impl Engine for DeviceEngine {
         &self.walk.trainable
     }
 
-    fn params(&mut self) -> &mut [Vec<f32>] {
-        self.store.params_mut()
+    fn params(&mut self) -> Result<&mut [Vec<f32>]> {
+        self.store.params_mut(&self.ops)
     }
 
-    fn params_and_grads(&mut self) -> (&mut [Vec<f32>], &mut [Vec<f32>]) {
-        self.store.params_and_grads_mut()
+    fn params_and_grads(&mut self) -> Result<(&mut [Vec<f32>], &mut [Vec<f32>])> {
+        self.store.params_and_grads_mut(&self.ops)
+    }
+
+    fn update(&mut self, update: Update<'_>) -> Result<Updated> {
+        self.take_step(update)
+    }
+
+    fn settle(&mut self, optimizer: &mut Optimizer, average: Option<&mut Ema>) -> Result<()> {
+        self.bring_back(optimizer, average)
+    }
+
+    fn replaced(&mut self) {
+        self.moments = None;
     }
 
     fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>> {
@@ -156,7 +174,6 @@ impl Engine for DeviceEngine {
         self.store.upload(&self.ops)?;
         self.pixels.upload(&self.ops, pixels.len(), |to| to.copy_from_slice(pixels))?;
         self.run(0..self.walk.second_phase)?;
-        self.store.download_statistics(&self.ops)?;
         self.download(0..self.walk.first_outputs(&self.graph))
     }
 
@@ -176,8 +193,8 @@ impl Engine for DeviceEngine {
             .iter()
             .map(|b| DeviceBuffer::of(self.ops.stream(), &b.data))
             .collect::<Result<_>>()?;
+        self.store.upload(&self.ops)?;
         self.run(self.walk.second_phase..self.walk.units.len())?;
-        self.store.download_statistics(&self.ops)?;
         self.download(self.walk.first_outputs(&self.graph)..self.graph.outputs.len())
     }
 
@@ -209,8 +226,9 @@ impl Engine for DeviceEngine {
                 self.batch.put_gradient(u, dy);
             }
         }
+        self.store.upload(&self.ops)?;
         self.run_back()?;
-        self.store.download_gradients(&self.ops, &self.walk.trainable)
+        self.store.clear_untrained(&self.graph, &self.walk.trainable, &self.ops)
     }
 
     fn threads(&self) -> usize {

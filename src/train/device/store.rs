@@ -16,8 +16,11 @@ pub(super) struct Store {
     /// In the order of the graph's.
     params: Vec<Vec<f32>>,
     grads: Vec<Vec<f32>>,
-    /// Whether the host's parameters may have changed since they were brought to the device.
-    stale: bool,
+    /// Whether the host's parameters may have changed since they were brought to the device, or the device's since they were brought to
+    /// the host; and the device's gradients.
+    host_newer: bool,
+    device_newer: bool,
+    gradients_newer: bool,
     /// First byte of every parameter on the device; of its gradient too. Running statistics, which have none and which the forward pass
     /// changes, come last.
     places: Vec<usize>,
@@ -33,6 +36,22 @@ pub(super) struct Store {
 
 fn is_statistic(role: ParamRole) -> bool {
     matches!(role, ParamRole::NormMean | ParamRole::NormVariance)
+}
+
+/// Copies values to their places.
+fn copy_in<V: AsRef<[f32]>>(values: &[V], places: &[usize], bytes: &mut [u8]) {
+    for (v, &at) in values.iter().zip(places) {
+        let v = bytemuck::cast_slice(v.as_ref());
+        bytes[at..at + v.len()].copy_from_slice(v);
+    }
+}
+
+/// Copies values from those of their places that lie before `end`.
+fn copy_out<'a>(to: impl IntoIterator<Item = &'a mut Vec<f32>>, places: &[usize], end: usize, bytes: &[u8]) {
+    for (v, &at) in to.into_iter().zip(places).filter(|(_, &at)| at < end) {
+        let last = at + v.len() * 4;
+        v.copy_from_slice(bytemuck::cast_slice(&bytes[at..last]));
+    }
 }
 
 impl Store {
@@ -64,7 +83,9 @@ impl Store {
         let context = ops.device().context();
         Ok(Self {
             grads: params.iter().map(|p| vec![0.0; p.len()]).collect(),
-            stale: true,
+            host_newer: true,
+            device_newer: false,
+            gradients_newer: false,
             values: DeviceBuffer::new(context, bytes)?,
             gradients: DeviceBuffer::new(context, learnt_bytes)?,
             pinned: PinnedBuffer::new(context, bytes)?,
@@ -77,67 +98,65 @@ impl Store {
         })
     }
 
-    pub fn params_mut(&mut self) -> &mut [Vec<f32>] {
-        self.stale = true;
-        &mut self.params
+    /// The parameters on the host, to be changed there.
+    pub fn params_mut(&mut self, ops: &TrainOps) -> Result<&mut [Vec<f32>]> {
+        self.download(ops)?;
+        self.host_newer = true;
+        Ok(&mut self.params)
     }
 
-    pub fn params_and_grads_mut(&mut self) -> (&mut [Vec<f32>], &mut [Vec<f32>]) {
-        self.stale = true;
-        (&mut self.params, &mut self.grads)
+    /// As [`Store::params_mut`], with the gradients. What is not trained has none.
+    pub fn params_and_grads_mut(&mut self, ops: &TrainOps) -> Result<(&mut [Vec<f32>], &mut [Vec<f32>])> {
+        self.download(ops)?;
+        self.host_newer = true;
+        if std::mem::take(&mut self.gradients_newer) {
+            self.gradients.read(ops.stream(), 0..self.gradients.len(), &self.pinned, 0)?;
+            ops.stream().synchronize()?;
+            copy_out(&mut self.grads, &self.places, self.learnt_bytes, self.pinned.bytes());
+        }
+        Ok((&mut self.params, &mut self.grads))
+    }
+
+    /// Brings the parameters to the host, where the device's have changed.
+    fn download(&mut self, ops: &TrainOps) -> Result<()> {
+        if std::mem::take(&mut self.device_newer) {
+            self.values.read(ops.stream(), 0..self.values.len(), &self.pinned, 0)?;
+            ops.stream().synchronize()?;
+            copy_out(&mut self.params, &self.places, usize::MAX, self.pinned.bytes());
+        }
+        Ok(())
     }
 
     /// Brings the parameters to the device, where the host's may have changed.
     pub fn upload(&mut self, ops: &TrainOps) -> Result<()> {
-        if !self.stale {
+        if !std::mem::take(&mut self.host_newer) {
             return Ok(());
         }
         ops.stream().synchronize()?;
-        let bytes = self.pinned.bytes_mut();
-        for (p, &at) in self.params.iter().zip(&self.places) {
-            bytes[at..at + p.len() * 4].copy_from_slice(bytemuck::cast_slice(p));
-        }
-        // All of its bytes, of which a network without parameters has one.
-        self.values.write(ops.stream(), 0, &self.pinned, self.values.len())?;
-        self.stale = false;
-        Ok(())
+        copy_in(&self.params, &self.places, self.pinned.bytes_mut());
+        self.values.write(ops.stream(), 0, &self.pinned, self.values.len())
     }
 
-    /// Brings the running statistics to the host.
-    pub fn download_statistics(&mut self, ops: &TrainOps) -> Result<()> {
-        let first = self.learnt_bytes;
-        if first == self.values.len() {
-            return Ok(());
-        }
-        self.values.read(ops.stream(), first..self.values.len(), &self.pinned, first)?;
-        ops.stream().synchronize()?;
-        let bytes = self.pinned.bytes();
-        for (p, &at) in self.params.iter_mut().zip(&self.places).filter(|(_, &at)| at >= first) {
-            let end = at + size_of_val(&p[..]);
-            p.copy_from_slice(bytemuck::cast_slice(&bytes[at..end]));
-        }
-        Ok(())
+    /// The device's parameters change now: by the forward pass, or by a step.
+    pub fn device_changes(&mut self) {
+        self.device_newer = true;
     }
 
-    /// Brings the gradients to the host. What is not trained has none.
-    pub fn download_gradients(&mut self, ops: &TrainOps, trainable: &[bool]) -> Result<()> {
-        self.gradients.read(ops.stream(), 0..self.learnt_bytes, &self.pinned, 0)?;
-        ops.stream().synchronize()?;
-        let bytes = self.pinned.bytes();
-        for ((g, &at), &trained) in self.grads.iter_mut().zip(&self.places).zip(trainable) {
-            if trained {
-                let end = at + size_of_val(&g[..]);
-                g.copy_from_slice(bytemuck::cast_slice(&bytes[at..end]));
-            } else {
-                g.fill(0.0);
-            }
-        }
-        Ok(())
-    }
-
-    /// Sets the device's gradients to zero.
-    pub fn clear_gradients(&self, ops: &TrainOps) -> Result<()> {
+    /// Sets the device's gradients to zero, to be added to.
+    pub fn clear_gradients(&mut self, ops: &TrainOps) -> Result<()> {
+        self.gradients_newer = true;
         self.gradients.fill(ops.stream(), 0..self.gradients.len(), 0)
+    }
+
+    /// Sets those of what is not trained to zero: it has no part in the gradient's norm.
+    pub fn clear_untrained(&self, graph: &Graph, trainable: &[bool], ops: &TrainOps) -> Result<()> {
+        let learnt = graph.params.iter().map(|p| !is_statistic(p.role));
+        for ((at, p), _) in
+            self.places.iter().zip(&self.params).zip(learnt.zip(trainable)).filter(|(_, (l, t))| *l && !**t)
+        {
+            self.gradients.fill(ops.stream(), *at..*at + p.len() * 4, 0)?;
+        }
+        Ok(())
     }
 
     /// A parameter on the device.
@@ -148,6 +167,44 @@ impl Store {
     /// The gradient of one that is learnt.
     pub fn gradient(&self, p: ParamId) -> Values<'_> {
         Values { buffer: &self.gradients, at: self.places[p.0], len: self.params[p.0].len() }
+    }
+
+    /// All gradients, those of what is not trained 0.
+    pub fn gradients(&self) -> Values<'_> {
+        Values { buffer: &self.gradients, at: 0, len: self.learnt_bytes / 4 }
+    }
+
+    /// All parameters.
+    pub fn values(&self) -> Values<'_> {
+        Values { buffer: &self.values, at: 0, len: self.values.len() / 4 }
+    }
+
+    /// What another buffer that lies as the parameters do has for one.
+    pub fn place_in<'a>(&self, buffer: &'a DeviceBuffer, p: ParamId) -> Values<'a> {
+        Values { buffer, at: self.places[p.0], len: self.params[p.0].len() }
+    }
+
+    /// A buffer of the device that lies as the parameters do, with these values (a parameter without any has zeros).
+    pub fn buffer_of(&mut self, ops: &TrainOps, values: &[&[f32]]) -> Result<DeviceBuffer> {
+        let buffer = DeviceBuffer::new(ops.device().context(), self.values.len())?;
+        ops.stream().synchronize()?;
+        self.pinned.bytes_mut().fill(0);
+        copy_in(values, &self.places, self.pinned.bytes_mut());
+        buffer.write(ops.stream(), 0, &self.pinned, buffer.len())?;
+        Ok(buffer)
+    }
+
+    /// Brings such a buffer's values to `to`, a vector a parameter, some of which may be empty.
+    pub fn read_buffer<'a>(
+        &mut self,
+        ops: &TrainOps,
+        buffer: &DeviceBuffer,
+        to: impl Iterator<Item = &'a mut Vec<f32>>,
+    ) -> Result<()> {
+        buffer.read(ops.stream(), 0..buffer.len(), &self.pinned, 0)?;
+        ops.stream().synchronize()?;
+        copy_out(to, &self.places, usize::MAX, self.pinned.bytes());
+        Ok(())
     }
 
     /// The normalisation of unit `u`.

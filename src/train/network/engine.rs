@@ -5,6 +5,7 @@ use crate::cpu::dense::Element;
 use crate::error::Result;
 use crate::graph::Graph;
 use crate::shape::{Shape, Tensor};
+use crate::train::optim::{clip_global_norm, first_non_finite, global_norm, Ema, Optimizer};
 
 /// What the trainer asks of whatever walks the network: this crate's CPU kernels, at either precision, or a device's.
 pub trait Engine: Send {
@@ -13,9 +14,9 @@ pub trait Engine: Send {
     /// Whether each parameter is trained.
     fn trainable(&self) -> &[bool];
     /// Parameters in the order of the graph's, PyTorch's layout.
-    fn params(&mut self) -> &mut [Vec<f32>];
+    fn params(&mut self) -> Result<&mut [Vec<f32>]>;
     /// Parameters to change, and their gradients.
-    fn params_and_grads(&mut self) -> (&mut [Vec<f32>], &mut [Vec<f32>]);
+    fn params_and_grads(&mut self) -> Result<(&mut [Vec<f32>], &mut [Vec<f32>])>;
     /// Outputs for a batch of `shape`, of pixels N x H x W x 3 in RGB; those behind boxes are not among them. `table` gives the
     /// network's value of each pixel value by input channel, and which channel of the pixel each is.
     fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>>;
@@ -23,12 +24,65 @@ pub trait Engine: Send {
     fn forward_boxes(&mut self, boxes: Vec<Tensor>) -> Result<Vec<Tensor>>;
     /// Clears the gradients and sets them from those of the outputs.
     fn backward(&mut self, d_outputs: &[Tensor]) -> Result<()>;
+    /// Clips the gradients, takes a step of the optimiser and moves the averages.
+    ///
+    /// An engine whose parameters are elsewhere may keep the optimiser's buffers and the averages there, too; what `update` has is then
+    /// of an earlier step until [`Engine::settle`] is called.
+    fn update(&mut self, update: Update<'_>) -> Result<Updated> {
+        let Update { optimizer, average, clip, lr } = update;
+        let (params, grads) = self.params_and_grads()?;
+        if let Some((param, _)) = first_non_finite(grads) {
+            return Ok(Updated::NotFinite { param });
+        }
+        let mut grads: Vec<&mut [f32]> = grads.iter_mut().map(|g| &mut g[..]).collect();
+        let norm = if clip > 0.0 { clip_global_norm(&mut grads, clip) } else { global_norm(&grads) };
+        let grads: Vec<&[f32]> = grads.iter().map(|g| &**g).collect();
+        let mut values: Vec<&mut [f32]> = params.iter_mut().map(|p| &mut p[..]).collect();
+        optimizer.step(&mut values, &grads, lr)?;
+        if let Some(average) = average {
+            average.update(params)?;
+        }
+        Ok(Updated::Done { norm })
+    }
+    /// Brings the optimiser's buffers and the averages up to date: to be called before they are read.
+    fn settle(&mut self, _optimizer: &mut Optimizer, _average: Option<&mut Ema>) -> Result<()> {
+        Ok(())
+    }
+    /// To be called where the optimiser's buffers or the averages were changed otherwise than by [`Engine::update`].
+    fn replaced(&mut self) {}
     /// Threads it runs on.
     fn threads(&self) -> usize;
     /// How maps are stored.
     fn precision(&self) -> &'static str;
     /// Whose kernels it runs on: with others the last bits differ.
     fn machine(&self) -> String;
+}
+
+/// How the parameters are changed by their gradients.
+pub struct Update<'a> {
+    /// Rule and buffers.
+    pub optimizer: &'a mut Optimizer,
+    /// Averages, where there are any.
+    pub average: Option<&'a mut Ema>,
+    /// Most that the gradient's norm may be; 0 for no limit.
+    pub clip: f32,
+    /// Learning rate.
+    pub lr: f32,
+}
+
+/// What became of an update.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Updated {
+    /// It was made.
+    Done {
+        /// Of the gradient, before it was clipped.
+        norm: f64,
+    },
+    /// Nothing was changed: a gradient has a value that is no finite number.
+    NotFinite {
+        /// The parameter whose gradient it is, by its place among the graph's.
+        param: usize,
+    },
 }
 
 /// Network input by pixel value.
@@ -47,11 +101,11 @@ impl<T: Element> Engine for Network<T> {
     fn trainable(&self) -> &[bool] {
         &self.trainable
     }
-    fn params(&mut self) -> &mut [Vec<f32>] {
-        &mut self.params
+    fn params(&mut self) -> Result<&mut [Vec<f32>]> {
+        Ok(&mut self.params)
     }
-    fn params_and_grads(&mut self) -> (&mut [Vec<f32>], &mut [Vec<f32>]) {
-        (&mut self.params, &mut self.grads)
+    fn params_and_grads(&mut self) -> Result<(&mut [Vec<f32>], &mut [Vec<f32>])> {
+        Ok((&mut self.params, &mut self.grads))
     }
     fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>> {
         let values: Vec<Vec<T>> = table.value.iter().map(|v| v.iter().map(|&v| T::of(v)).collect()).collect();

@@ -20,13 +20,18 @@ fn squares(values: &[f32]) -> f64 {
     lanes.iter().sum::<f64>() + rest.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>()
 }
 
+/// What gradients of this norm are scaled by so that it is at most `max_norm`; None where they are not.
+pub fn clip_factor(norm: f64, max_norm: f32) -> Option<f32> {
+    let factor = (f64::from(max_norm) / (norm + 1e-6)) as f32;
+    (norm.is_finite() && factor < 1.0).then_some(factor)
+}
+
 /// Scales all gradients by one factor so that their global norm is at most `max_norm`
 /// (`torch.nn.utils.clip_grad_norm_`), and returns the norm before. Gradients whose norm is not finite
 /// are left as they are: look at the return value, and skip the step.
 pub fn clip_global_norm(gradients: &mut [&mut [f32]], max_norm: f32) -> f64 {
     let norm = global_norm(gradients);
-    let factor = (f64::from(max_norm) / (norm + 1e-6)) as f32;
-    if norm.is_finite() && factor < 1.0 {
+    if let Some(factor) = clip_factor(norm, max_norm) {
         for g in gradients.iter_mut().flat_map(|t| t.iter_mut()) {
             *g *= factor;
         }

@@ -7,7 +7,7 @@ mod recipe;
 mod schedule;
 
 pub use average::{Ema, EmaRecipe};
-pub use gradient::{clip_global_norm, first_non_finite, global_norm};
+pub use gradient::{clip_factor, clip_global_norm, first_non_finite, global_norm};
 pub use recipe::OptimizerRecipe;
 pub use schedule::{LengthUnit, Schedule, ScheduleRecipe, Shape, Warmup};
 
@@ -84,6 +84,27 @@ impl Optimizer {
         self.step
     }
 
+    /// The update rule, and what it does with each parameter.
+    pub fn rule(&self) -> (OptimizerRecipe, &[ParamOptions]) {
+        (self.recipe, &self.params)
+    }
+
+    /// What is remembered of each parameter, a vector a buffer of the rule; none of frozen ones.
+    pub fn buffers(&self) -> &[Vec<Vec<f32>>] {
+        &self.buffers
+    }
+
+    /// As [`Optimizer::buffers`], for whoever takes the steps elsewhere and brings back what came of them.
+    pub fn buffers_mut(&mut self) -> &mut [Vec<Vec<f32>>] {
+        &mut self.buffers
+    }
+
+    /// Counts a step that is taken elsewhere, and returns its number, from 1.
+    pub fn count_step(&mut self) -> u64 {
+        self.step += 1;
+        self.step
+    }
+
     /// One update of all parameters at learning rate `lr`. `values` and `gradients` are in the order of
     /// [`Optimizer::new`]; a frozen parameter's gradient may be empty. Errors, before any change, where
     /// the counts or lengths differ.
@@ -113,12 +134,13 @@ impl Optimizer {
             match self.recipe {
                 OptimizerRecipe::Sgd { momentum, weight_decay, nesterov } => {
                     let decay = if p.decay { weight_decay } else { 0.0 };
-                    sgd(value, gradient, &mut buffers[0], lr, momentum, decay, nesterov);
+                    sgd(value, gradient, &mut buffers[0], lr, momentum, decay, sgd_weights(momentum, nesterov));
                 }
                 OptimizerRecipe::AdamW { beta1, beta2, epsilon, weight_decay } => {
                     let decay = if p.decay { weight_decay } else { 0.0 };
                     let [m, v] = &mut buffers[..] else { unreachable!("AdamW has two buffers") };
-                    adamw(value, gradient, m, v, self.step, lr, [beta1, beta2], epsilon, decay);
+                    let factors = AdamFactors::new(self.step, lr, [beta1, beta2], decay);
+                    adamw(value, gradient, m, v, [beta1, beta2], epsilon, factors);
                 }
             }
         }
@@ -174,14 +196,53 @@ impl Optimizer {
     }
 }
 
+/// What the buffer weighs in a step of gradient descent, and the gradient beside it.
+pub fn sgd_weights(momentum: f32, nesterov: bool) -> [f32; 2] {
+    if nesterov {
+        [momentum, 1.0]
+    } else {
+        [1.0, 0.0]
+    }
+}
+
 /// The buffer starts at 0, so the first step makes it the gradient, as PyTorch's does.
-fn sgd(p: &mut [f32], g: &[f32], buffer: &mut [f32], lr: f32, momentum: f32, decay: f32, nesterov: bool) {
-    // What the buffer weighs in the step, and the gradient beside it.
-    let (of_buffer, of_gradient) = if nesterov { (momentum, 1.0) } else { (1.0, 0.0) };
+fn sgd(
+    p: &mut [f32],
+    g: &[f32],
+    buffer: &mut [f32],
+    lr: f32,
+    momentum: f32,
+    decay: f32,
+    [of_buffer, of_gradient]: [f32; 2],
+) {
     for ((p, &g), b) in p.iter_mut().zip(g).zip(buffer) {
         let g = g + decay * *p;
         *b = momentum * *b + g;
         *p -= lr * (of_gradient * g + of_buffer * *b);
+    }
+}
+
+/// What AdamW's step number t has in common for all values.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamFactors {
+    /// lr / (1 - beta1^t).
+    pub rate: f32,
+    /// 1 / sqrt(1 - beta2^t).
+    pub root: f32,
+    /// 1 - lr * decay.
+    pub shrink: f32,
+}
+
+impl AdamFactors {
+    /// Of step `step`, counted from 1.
+    pub fn new(step: u64, lr: f32, [beta1, beta2]: [f32; 2], decay: f32) -> Self {
+        // Bias corrections in f64: 1 - beta2 loses digits in f32 at the first steps.
+        let correction = |beta: f32| 1.0 - f64::from(beta).powi(step.min(i32::MAX as u64) as i32);
+        Self {
+            rate: (f64::from(lr) / correction(beta1)) as f32,
+            root: correction(beta2).sqrt().recip() as f32,
+            shrink: 1.0 - lr * decay,
+        }
     }
 }
 
@@ -190,17 +251,10 @@ fn adamw(
     g: &[f32],
     m: &mut [f32],
     v: &mut [f32],
-    step: u64,
-    lr: f32,
     [beta1, beta2]: [f32; 2],
     epsilon: f32,
-    decay: f32,
+    AdamFactors { rate, root, shrink }: AdamFactors,
 ) {
-    // Bias corrections in f64: 1 - beta2 loses digits in f32 at the first steps.
-    let correction = |beta: f32| 1.0 - f64::from(beta).powi(step.min(i32::MAX as u64) as i32);
-    let rate = (f64::from(lr) / correction(beta1)) as f32;
-    let root = correction(beta2).sqrt().recip() as f32;
-    let shrink = 1.0 - lr * decay;
     for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
         *m += (1.0 - beta1) * (g - *m);
         *v = beta2 * *v + (1.0 - beta2) * g * g;

@@ -1,7 +1,7 @@
 //! A training as its recipe describes it, before the first step.
 
+use super::engine::engine;
 use super::{Resources, Trainer};
-use crate::cpu::dense::bf16_supported;
 use crate::detect::config::DetectorConfig;
 use crate::detect::group_sampling::GroupSamplingConfig;
 use crate::detect::hambox::HamBoxConfig;
@@ -13,21 +13,20 @@ use crate::detect::ModelConfig;
 use crate::error::{Error, Result};
 use crate::graph::build::ParamRole;
 use crate::graph::{Graph, Weights};
-use crate::nets::hr::{enlarges, Backbone};
+use crate::nets::hr::Backbone;
 use crate::nets::refineface::{FirstStep, LEVELS};
 use crate::pixels::ChannelOrder;
 use crate::train::checkpoint::{AVERAGE, PARAM};
 use crate::train::data::Dataset;
 use crate::train::matching::MatchingRecipe;
-use crate::train::network::{Engine, Frozen, InputTable, Network};
+use crate::train::network::{Engine, InputTable};
 use crate::train::objective::second_look::{FeatureSupervision, GroupedFastRcnn};
 use crate::train::objective::{
     DetectorObjective, Layout, Level, Objective, PyramidAnchors, SecondLook, TwoStep,
 };
 use crate::train::optim::{Ema, Optimizer, ParamOptions};
-use crate::train::recipe::{ModelRecipe, Precision, Recipe};
+use crate::train::recipe::{ModelRecipe, Recipe};
 use crate::train::sampler::SamplerRecipe;
-use half::bf16;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -70,11 +69,11 @@ impl Trainer {
             DetectorConfig::Hr(detector) => detector.start_new(&mut weights, is_new),
             DetectorConfig::Retinaface(detector) => detector.start_new(&mut weights, is_new),
         }
-        let mut engine = engine(&recipe, graph, &weights, resources.threads.max(1))?;
+        let mut engine = engine(&recipe, graph, &weights, &resources)?;
         let optimizer = Optimizer::new(recipe.optimizer, options(&recipe, &*engine)?)?;
         let dataset = Arc::new(Dataset::load(&recipe.data.train, base)?);
         let schedule = recipe.schedule.schedule(dataset.samples.len() as f64 / recipe.batch.size as f64)?;
-        let ema = recipe.ema.map(|e| Ema::new(e, engine.params())).transpose()?;
+        let ema = recipe.ema.map(|e| Ema::new(e, engine.params()?)).transpose()?;
         let table = input_table(&config)?;
         Ok(Self {
             text: text.into(),
@@ -325,31 +324,6 @@ fn start_weights(model: &ModelRecipe, base: &Path, graph: &Graph) -> Result<(Wei
         ));
     }
     Ok((start, vec![format!("{found} of {} tensors from {}", graph.params.len(), path.display())]))
-}
-
-/// The network in the precision that the recipe asks for.
-fn engine(recipe: &Recipe, graph: Graph, weights: &Weights, threads: usize) -> Result<Box<dyn Engine>> {
-    // HR's enlarging kernels are what they are.
-    let fixed = graph.params.iter().map(|p| &p.name).filter(|name| enlarges(name)).cloned();
-    let frozen = Frozen {
-        parameters: recipe.model.freeze.iter().cloned().chain(fixed).collect(),
-        statistics: recipe.model.freeze_statistics.clone(),
-    };
-    let half = match recipe.run.precision {
-        Precision::F32 => false,
-        Precision::Auto => bf16_supported(),
-        Precision::Bf16 if bf16_supported() => true,
-        Precision::Bf16 => {
-            return Err(Error::Unsupported(
-                "run.precision bf16: this CPU has no AMX; take f32 or auto".into(),
-            ))
-        }
-    };
-    Ok(if half {
-        Box::new(Network::<bf16>::new(graph, weights, &frozen, threads)?)
-    } else {
-        Box::new(Network::<f32>::new(graph, weights, &frozen, threads)?)
-    })
 }
 
 /// What the optimiser does with each parameter: statistics and frozen ones stand still; biases and normalisations do

@@ -1,15 +1,16 @@
 //! One training from recipe to model file.
 
 mod build;
+mod engine;
 mod resume;
 
 use super::data::Dataset;
 use super::dev::{Dev, DevScore};
 use super::loader::{Batch, Loader, LoaderConfig, Sides};
 use super::losses::ClassLoss;
-use super::network::{Engine, InputTable};
+use super::network::{Engine, InputTable, Update, Updated};
 use super::objective::{DetectorObjective, Losses, PyramidAnchors, SecondLook};
-use super::optim::{clip_global_norm, first_non_finite, global_norm, Ema, Optimizer, Schedule};
+use super::optim::{Ema, Optimizer, Schedule};
 use super::recipe::Recipe;
 use crate::detect::config::METADATA_KEY;
 use crate::detect::{Model, ModelConfig};
@@ -22,9 +23,11 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// What the machine gives: it does not change the result.
+/// What the machine gives. Threads and workers do not change the result; a device changes its last bits.
 #[derive(Clone, Debug)]
 pub struct Resources {
+    /// The CUDA device that the network is on, by its number; on the CPU without one.
+    pub device: Option<u32>,
     /// Threads of the network; at least 1.
     pub threads: usize,
     /// Threads that decode and augment; at least 1.
@@ -124,6 +127,11 @@ impl Trainer {
         Ok((graph.param_count() + second, macs, self.engine.precision()))
     }
 
+    /// Whose kernels it runs on.
+    pub fn machine(&self) -> String {
+        self.engine.machine()
+    }
+
     /// One step.
     pub fn step(&mut self) -> Result<StepReport> {
         let batch = self.loader()?.next()?;
@@ -200,24 +208,19 @@ impl Trainer {
             return stop("the loss is not a finite number (a lower learning rate or clip may help)");
         }
         self.engine.backward(&d)?;
-        let (params, grads) = self.engine.params_and_grads();
-        if let Some((p, _)) = first_non_finite(grads) {
-            let name = self.engine.graph().params[p].name.clone();
-            return stop(&format!("the gradient of {name} is not finite"));
-        }
-        let mut grads: Vec<&mut [f32]> = grads.iter_mut().map(|g| &mut g[..]).collect();
-        let norm = if self.recipe.run.clip > 0.0 {
-            clip_global_norm(&mut grads, self.recipe.run.clip)
-        } else {
-            global_norm(&grads)
+        let update = Update {
+            optimizer: &mut self.optimizer,
+            average: self.ema.as_mut(),
+            clip: self.recipe.run.clip,
+            lr,
         };
-        let grads: Vec<&[f32]> = grads.iter().map(|g| &**g).collect();
-        let mut values: Vec<&mut [f32]> = params.iter_mut().map(|p| &mut p[..]).collect();
-        self.optimizer.step(&mut values, &grads, lr)?;
-        if let Some(ema) = &mut self.ema {
-            ema.update(self.engine.params())?;
+        match self.engine.update(update)? {
+            Updated::Done { norm } => Ok((losses, norm)),
+            Updated::NotFinite { param } => {
+                let name = &self.engine.graph().params[param].name;
+                stop(&format!("the gradient of {name} is not finite"))
+            }
         }
-        Ok((losses, norm))
     }
 
     /// The model as it is now: averaged weights where there are averages, with the configuration.
@@ -226,7 +229,7 @@ impl Trainer {
         let mut weights = Weights::default();
         let values = match &self.ema {
             Some(ema) => ema.average.clone(),
-            None => self.engine.params().to_vec(),
+            None => self.engine.params()?.to_vec(),
         };
         // What training alone needs is left out.
         let detector = self.config.detector.detector();

@@ -55,7 +55,8 @@ impl Trainer {
         }
         // The last that may fail; it changes nothing where it does.
         self.optimizer.load(&c.optimizer)?;
-        self.engine.params().clone_from_slice(&c.params);
+        self.engine.params()?.clone_from_slice(&c.params);
+        self.engine.replaced();
         if let (Some(ema), Some((updates, average))) = (&mut self.ema, c.average) {
             (ema.updates, ema.average) = (updates, average);
         }
@@ -75,7 +76,7 @@ impl Trainer {
         let checkpoint = Checkpoint {
             setting: self.setting(),
             step: self.step,
-            params: self.engine.params().to_vec(),
+            params: self.engine.params()?.to_vec(),
             average: self.ema.as_ref().map(|e| (e.updates, e.average.clone())),
             optimizer: self.optimizer.save(),
             best: self.best,
@@ -87,9 +88,10 @@ impl Trainer {
     /// Errors where a parameter, an average or the optimiser's state is no finite number: such a checkpoint or model could
     /// not be read again, and must not take the place of a sound one.
     pub(super) fn check_finite(&mut self) -> Result<()> {
+        self.engine.settle(&mut self.optimizer, self.ema.as_mut())?;
         let names: Vec<String> = self.engine.graph().params.iter().map(|p| p.name.clone()).collect();
         let average = self.ema.as_ref().map(|e| &e.average[..]).unwrap_or_default();
-        let params = self.engine.params().iter().zip(&names).chain(average.iter().zip(&names));
+        let params = self.engine.params()?.iter().zip(&names).chain(average.iter().zip(&names));
         let bad = |v: &[f32]| !v.iter().all(|v| v.is_finite());
         let mut broken = params.filter(|(v, _)| bad(v)).map(|(_, name)| name.clone()).next();
         if broken.is_none() {

@@ -7,10 +7,12 @@
 mod conv;
 mod maps;
 mod norm;
+mod step;
 
 pub use conv::Filter;
 pub use maps::{Align, Pool, Taken};
 pub use norm::{Norm, NormGradient};
+pub use step::{AdamW, Sgd};
 
 use super::conv::ConvKernels;
 use super::{Device, DeviceOp};
@@ -119,6 +121,7 @@ pub struct TrainOps {
     weights: conv::Kernels,
     norms: norm::Kernels,
     maps: maps::Kernels,
+    steps: step::Kernels,
     /// Sums of blocks and ranges, until they are added up.
     partial: Room,
     /// Weights in the order that a convolution reads them in.
@@ -140,6 +143,7 @@ impl TrainOps {
             weights: conv::Kernels::new(device)?,
             norms: norm::Kernels::new(device)?,
             maps: maps::Kernels::new(device)?,
+            steps: step::Kernels::new(device)?,
             partial: Room::default(),
             packed: Room::default(),
             zeros: Room::default(),
