@@ -367,7 +367,7 @@ KERNEL(faces_reduce, FacesArgs, 1024)
             if (!agrees)
                 continue;
             u32 value = word ? word_of(c, word) : ~all.keys[i];
-            // Of a shift by 32 nothing would be left; so shift twice.
+            // In two shifts: one by 32 bits is undefined.
             if ((value ^ s.cut[word]) >> shift >> 8 == 0)
                 atomicAdd(&s.bins[value >> shift & 255], 1u);
         }

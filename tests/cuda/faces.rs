@@ -8,6 +8,7 @@ use farface::detect::detector::{Detector, Map, Span, Window};
 use farface::detect::heads::{cuda, Extras};
 use farface::detect::hr::{AngleForm, EllipseRegressor};
 use farface::detect::nms::{Nms, Rule, Suppression};
+use farface::detect::pyramid::PyramidConfig;
 use farface::detect::{BBox, Face, ModelConfig};
 use farface::gpu::driver::Stream;
 use farface::gpu::faces::{Candidate, FaceBuffers, Header, Level, Placement, Settings};
@@ -371,6 +372,28 @@ fn equal_scores_are_told_apart_by_place_and_then_by_order() {
             bench.check(name, detector, &even, &odd, 333);
             bench.check(name, detector, &even, &Wanted { max_candidates: 1, ..all }, 1);
         }
+    }
+}
+
+#[test]
+fn equal_scores_of_one_corner_are_told_apart_by_the_other() {
+    let Some(bench) = Bench::new() else { return };
+    // Four anchors a cell, each moved so that its box begins where the smallest does, the smallest last.
+    let sizes = vec![[16.0, 16.0], [16.0, 8.0], [8.0, 16.0], [8.0, 8.0]];
+    let anchors = vec![vec![], sizes.clone(), sizes.clone(), sizes.clone(), sizes.clone()];
+    let detector = PyramidConfig { anchors, variances: [1.0; 2], ..PyramidConfig::nano() };
+    let mut even = passes(&detector, 4, |output, channel, _| match channel.checked_sub(4) {
+        None => [1.0, -20.0][output.min(1)],
+        // 16 px are moved by a quarter, 8 by nothing: both begin 4 px before their cell's centre.
+        Some(c) if c % 4 < 2 && sizes[c / 4][c % 4] == 16.0 => 0.25,
+        Some(_) => 0.0,
+    });
+    even.truncate(2);
+    let all = Wanted { threshold: 0.5, px: [0.0; 2], max_candidates: 2000, rule: GREEDY };
+    let [found, ..] = bench.check("corners", &detector, &even, &all, 2000);
+    assert!(found > 1000, "{found}");
+    for most in [1, 2, 3, 601] {
+        bench.check("corners", &detector, &even, &Wanted { max_candidates: most, ..all }, 700);
     }
 }
 
