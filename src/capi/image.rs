@@ -196,7 +196,8 @@ pub(super) unsafe fn picture<'a>(image: *const farface_image) -> Result<Picture<
         }
         #[cfg(not(feature = "cuda"))]
         FARFACE_MEMORY_CUDA => {
-            let text = "planes in CUDA memory, but this build lacks the feature `cuda`; copy them to the host";
+            let text =
+                "planes in CUDA memory, but this build lacks the feature `cuda`; copy them to the host";
             return Err(Error::Unsupported(text.into()).into());
         }
         other => return bad(format!("memory {other} is no FARFACE_MEMORY_ value")),

@@ -52,7 +52,8 @@ pub const FARFACE_SUPPRESSION_SOFT_GAUSSIAN: farface_suppression = 3;
 #[allow(non_camel_case_types)]
 pub type farface_precision = u32;
 
-/// The model's own: eight bits of a model that was quantized, else single precision.
+/// The model's own: eight bits of a model that was quantized, else single precision; on a CUDA
+/// device half precision with sums in single.
 pub const FARFACE_PRECISION_AUTO: farface_precision = 0;
 /// Single precision.
 pub const FARFACE_PRECISION_F32: farface_precision = 1;
@@ -68,7 +69,7 @@ pub const FARFACE_PRECISION_F16: farface_precision = 4;
 #[allow(non_camel_case_types)]
 pub type farface_device_policy = u32;
 
-/// The best device there is; farface_session_device() tells which it was.
+/// The best device there is; the CPU, until CUDA has been measured. farface_session_device() tells.
 pub const FARFACE_DEVICE_POLICY_AUTO: farface_device_policy = 0;
 /// The CPU.
 pub const FARFACE_DEVICE_POLICY_CPU: farface_device_policy = 1;

@@ -22,7 +22,7 @@ pub enum DevicePolicy {
 /// Arithmetic of the network; of two stages, that of the first (the second computes in f32).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Precision {
-    /// The model's own: int8 of a model that was quantized, else f32.
+    /// The model's own: int8 of a model that was quantized, else f32; on a CUDA device f16.
     #[default]
     Auto,
     /// Single precision.

@@ -133,7 +133,13 @@ fn padded(model: &Model, level: Size) -> Size {
 }
 
 /// How a level is cut: not at all where it fits the budget and the tile size.
-fn grid(model: &Model, arena: ArenaBytes<'_>, options: &Options, level: Size, budget: u64) -> Result<TileGrid> {
+fn grid(
+    model: &Model,
+    arena: ArenaBytes<'_>,
+    options: &Options,
+    level: Size,
+    budget: u64,
+) -> Result<TileGrid> {
     let reach = model.reach();
     let align = reach.stride[0].max(reach.stride[1]);
     let halo = reach.pixels[0].max(reach.pixels[1]);

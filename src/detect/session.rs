@@ -6,9 +6,9 @@
 
 use super::boxes::Convention;
 use super::candidates::Candidates;
+use super::detector::{Map, Window};
 #[cfg(feature = "cuda")]
 use super::device::{OnDevice, Source};
-use super::detector::{Map, Window};
 use super::face::Face;
 use super::input::{fill_input, scratch_widths};
 use super::model::Model;
@@ -541,7 +541,8 @@ fn on_device(model: &Model, options: &Options) -> Result<Option<Box<OnDevice>>> 
 
 #[cfg(feature = "cuda")]
 fn no_device() -> Error {
-    Error::Unsupported("this session runs on the CPU, which has no streams and no memory of its own".into())
+    let text = "this session runs on the CPU, which has no streams and reads no device's memory; copy the picture to the host";
+    Error::Unsupported(text.into())
 }
 
 fn new_pool(options: &Options) -> Result<Pool> {

@@ -232,7 +232,8 @@ impl Kernels {
             let kind = if own { "cubin" } else { "ptx" };
             folder.join(format!("{stem}-{arch}-{:016x}.{kind}", hash.finish()))
         });
-        if let Some(image) = kept.as_ref().and_then(|path| std::fs::read(path).ok()).filter(|i| !i.is_empty()) {
+        if let Some(image) = kept.as_ref().and_then(|path| std::fs::read(path).ok()).filter(|i| !i.is_empty())
+        {
             return Ok(image);
         }
         let image = self.compiler.compile(name, text, HEADER, arch, own)?;

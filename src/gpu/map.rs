@@ -48,7 +48,9 @@ impl Element {
     pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
         let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
         match self {
-            Element::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            Element::F32 => {
+                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+            }
             Element::F16 => pairs().map(|b| half::f16::from_le_bytes(b).to_f32()).collect(),
             Element::Bf16 => pairs().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect(),
         }

@@ -31,8 +31,9 @@ impl DeviceBuffer {
         let buffer = Self::new(stream.context(), bytes.len())?;
         if !bytes.is_empty() {
             // SAFETY: the buffer is as large; the source is kept until the stream has done it.
-            let copied =
-                unsafe { cuda!(cuMemcpyHtoDAsync_v2(buffer.address, bytes.as_ptr().cast(), bytes.len(), stream.raw())) };
+            let copied = unsafe {
+                cuda!(cuMemcpyHtoDAsync_v2(buffer.address, bytes.as_ptr().cast(), bytes.len(), stream.raw()))
+            };
             stream.synchronize()?;
             copied?;
         }
@@ -68,7 +69,9 @@ impl DeviceBuffer {
         }
         self.context.bind()?;
         // SAFETY: checked above; pinned memory is given back only when no stream has it.
-        unsafe { cuda!(cuMemcpyHtoDAsync_v2(self.address + at as u64, from.data.cast(), bytes, stream.raw())) }
+        unsafe {
+            cuda!(cuMemcpyHtoDAsync_v2(self.address + at as u64, from.data.cast(), bytes, stream.raw()))
+        }
     }
 
     /// Copies bytes `range` to `at` of pinned memory, in the stream's order.
@@ -94,7 +97,12 @@ impl DeviceBuffer {
             self.context.bind()?;
             // SAFETY: checked above; the destination is kept until the stream has done it.
             let copied = unsafe {
-                cuda!(cuMemcpyDtoHAsync_v2(values.as_mut_ptr().cast(), self.address + at as u64, bytes, stream.raw()))
+                cuda!(cuMemcpyDtoHAsync_v2(
+                    values.as_mut_ptr().cast(),
+                    self.address + at as u64,
+                    bytes,
+                    stream.raw()
+                ))
             };
             stream.synchronize()?;
             copied?;
@@ -112,7 +120,12 @@ impl DeviceBuffer {
         self.context.bind()?;
         // SAFETY: checked above; the source is kept until the stream has done it.
         let copied = unsafe {
-            cuda!(cuMemcpyHtoDAsync_v2(self.address + at as u64, bytes.as_ptr().cast(), bytes.len(), stream.raw()))
+            cuda!(cuMemcpyHtoDAsync_v2(
+                self.address + at as u64,
+                bytes.as_ptr().cast(),
+                bytes.len(),
+                stream.raw()
+            ))
         };
         stream.synchronize()?;
         copied

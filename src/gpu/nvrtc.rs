@@ -39,9 +39,7 @@ struct Owned(Program);
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        if let Ok(destroy) =
-            symbol::<unsafe extern "C" fn(*mut Program) -> Status>("nvrtcDestroyProgram")
-        {
+        if let Ok(destroy) = symbol::<unsafe extern "C" fn(*mut Program) -> Status>("nvrtcDestroyProgram") {
             // SAFETY: made by NVRTC, destroyed once.
             unsafe { destroy(&mut self.0) };
         }
@@ -84,7 +82,14 @@ impl Nvrtc {
 
     /// Compiles `source` for an architecture: machine code where that is the device's own, else PTX, which the driver compiles.
     /// Of a failure the error has the compiler's messages.
-    pub fn compile(&self, name: &str, source: &str, header: (&str, &str), arch: i32, own: bool) -> Result<Vec<u8>> {
+    pub fn compile(
+        &self,
+        name: &str,
+        source: &str,
+        header: (&str, &str),
+        arch: i32,
+        own: bool,
+    ) -> Result<Vec<u8>> {
         type Create = unsafe extern "C" fn(
             *mut Program,
             *const c_char,

@@ -41,7 +41,9 @@ impl DeviceProgram {
             if !views.clone().all(|v| !v.shape.is_empty() && small(v)) {
                 return bad("a map is empty or has too many pixels");
             }
-            if step.inputs.is_empty() || !views.all(|v| range(v).end <= bytes && v.shape.c + v.tail <= v.pixel) {
+            if step.inputs.is_empty()
+                || !views.all(|v| range(v).end <= bytes && v.shape.c + v.tail <= v.pixel)
+            {
                 return bad("a view lies outside the arena");
             }
             // Channels of one map lie between each other: those of a concatenation are apart all the same.

@@ -2,8 +2,8 @@
 
 use super::driver::Stream;
 use super::faces::Settings;
-use super::memory::{DeviceBuffer, PinnedBuffer};
 use super::map::DeviceView;
+use super::memory::{DeviceBuffer, PinnedBuffer};
 use super::ops::Device;
 use super::pixels::{InputNorm, InputOp, InputWindow, Picture};
 use crate::error::{Error, Result};

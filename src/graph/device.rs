@@ -18,7 +18,8 @@ use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::ops::{Device, DeviceOp, Joined};
 use crate::gpu::program::{DeviceProgram, DeviceStep};
 use crate::layers::{
-    activation, batchnorm, combine, conv2d, conv_transpose2d, linear, pool, roi_align, upsample, Conv2d, Layer,
+    activation, batchnorm, combine, conv2d, conv_transpose2d, linear, pool, roi_align, upsample, Conv2d,
+    Layer,
 };
 use crate::shape::{Shape, Tensor};
 use std::collections::HashMap;
@@ -75,7 +76,9 @@ impl DeviceNetwork {
         let lower = |step: DraftStep| {
             let DraftStep { work, inputs, output, node } = step;
             let op = match work {
-                Work::Siblings(chains) => Arc::new(lower_siblings(&graph, weights, device, element, &chains)?),
+                Work::Siblings(chains) => {
+                    Arc::new(lower_siblings(&graph, weights, device, element, &chains)?)
+                }
                 Work::Copy => Arc::new(combine::cuda::copy(device)?),
                 Work::Widen => return Err(Error::Internal("inputs are widened for the CPU alone".into())),
                 Work::Plain(layer, slope) => Arc::new(lower_plain(&layer, slope, device)?),
@@ -97,9 +100,9 @@ impl DeviceNetwork {
         // Where boxes come from outside, their corners stay what they are.
         let corners = |v: &ValueId| {
             inputs.contains(v)
-                && steps.iter().any(|s: &Step| {
-                    matches!(*s.op, DeviceOp::RoiAlign(_)) && s.inputs.get(1) == Some(v)
-                })
+                && steps
+                    .iter()
+                    .any(|s: &Step| matches!(*s.op, DeviceOp::RoiAlign(_)) && s.inputs.get(1) == Some(v))
         };
         let single = |v: &ValueId| outputs.contains(v) || corners(v);
         let elements = (0..values.len())
@@ -303,7 +306,12 @@ impl DevicePlan {
     }
 
     /// Writes `inputs` into the arena, runs, and reads the outputs, in the graph's order. For tests and tools.
-    pub fn run_tensors(&self, stream: &Stream, arena: &DeviceBuffer, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    pub fn run_tensors(
+        &self,
+        stream: &Stream,
+        arena: &DeviceBuffer,
+        inputs: &[Tensor],
+    ) -> Result<Vec<Tensor>> {
         let shapes: Vec<Shape> = inputs.iter().map(|t| t.shape).collect();
         if self.inputs.iter().map(|v| v.shape).ne(shapes.iter().copied()) {
             return Err(Error::InvalidArgument(format!("planned for other inputs than {shapes:?}")));
@@ -311,7 +319,8 @@ impl DevicePlan {
         for (view, tensor) in self.inputs.iter().zip(inputs) {
             let c = view.shape.c;
             let pixels = tensor.data.chunks_exact(c);
-            let padded = pixels.flat_map(|p| p.iter().copied().chain(std::iter::repeat_n(0.0, view.pixel - c)));
+            let padded =
+                pixels.flat_map(|p| p.iter().copied().chain(std::iter::repeat_n(0.0, view.pixel - c)));
             arena.set(stream, view.offset, &view.element.encode(padded))?;
         }
         self.launch(stream, arena)?;

@@ -45,9 +45,9 @@ pub mod tiles;
 pub mod view;
 mod yuv;
 
+pub use convert::{ChannelOrder, Normalization};
 #[cfg(feature = "cuda")]
 pub use device_image::DeviceImage;
-pub use convert::{ChannelOrder, Normalization};
 pub use placement::{Orientation, Placement, Rotation};
 pub use pyramid::{keep_for_faces, pyramid, FaceRange, Level, PyramidLimits, PyramidPolicy};
 pub use rect::{Rect, Size, MAX_PIXELS, MAX_SIDE};

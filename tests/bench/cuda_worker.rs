@@ -95,7 +95,8 @@ fn main() -> Result<()> {
     }
     let layers = args.first().is_some_and(|a| a == "--layers");
     let [name, width, height, batch, element] = &args[usize::from(layers)..] else {
-        let usage = "usage: cuda_worker [--layers] NETWORK WIDTH HEIGHT BATCH f16|bf16|f32 | --describe STEM NETWORK";
+        let usage =
+            "usage: cuda_worker [--layers] NETWORK WIDTH HEIGHT BATCH f16|bf16|f32 | --describe STEM NETWORK";
         return Err(usage.into());
     };
     let element = match element.as_str() {

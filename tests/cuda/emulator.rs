@@ -43,7 +43,9 @@ impl Emulator {
     /// The order in which the threads of a block run.
     pub fn backwards(&self, on: bool) {
         // SAFETY: as above.
-        unsafe { self.driver.get::<unsafe extern "C" fn(i32)>(b"farface_emulator_backwards").unwrap()(on.into()) }
+        unsafe {
+            self.driver.get::<unsafe extern "C" fn(i32)>(b"farface_emulator_backwards").unwrap()(on.into())
+        }
     }
 }
 
@@ -97,8 +99,7 @@ fn build() -> Option<PathBuf> {
     for file in kernels.iter().chain(&parts).chain([&header]) {
         std::fs::read(file).unwrap_or_else(|e| panic!("{}: {e}", file.display())).hash(&mut hash);
     }
-    let folder =
-        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda-emulator-{:016x}", hash.finish()));
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda-emulator-{:016x}", hash.finish()));
     if folder.join("done").exists() {
         return Some(folder);
     }
@@ -118,7 +119,12 @@ fn build() -> Option<PathBuf> {
     };
     compile("libnvrtc.so.12", &[&emulator.join("nvrtc.cpp")], &[]);
     let shim = emulator.join("shim.hpp");
-    let mut more = vec!["-include", shim.to_str().expect("a path of UTF-8"), "-Wno-unused-variable", "-Wno-unknown-pragmas"];
+    let mut more = vec![
+        "-include",
+        shim.to_str().expect("a path of UTF-8"),
+        "-Wno-unused-variable",
+        "-Wno-unknown-pragmas",
+    ];
     if sanitize {
         more.extend(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]);
     }

@@ -7,6 +7,9 @@
 mod common;
 mod emulator;
 mod faces;
+#[cfg(feature = "train")]
+#[path = "../common/faces.rs"]
+mod faces;
 mod failures;
 #[path = "../parity/fusion.rs"]
 mod fusion;
@@ -22,9 +25,6 @@ mod plain_step;
 mod random;
 mod sessions;
 mod support;
-#[cfg(feature = "train")]
-#[path = "../common/faces.rs"]
-mod faces;
 #[cfg(feature = "train")]
 mod train;
 #[cfg(feature = "train")]

@@ -58,7 +58,12 @@ fn holds(what: &str, model: &Model, set: impl Fn(&mut Options), views: &[ImageVi
         for again in 0..2 {
             let got = cuda.detect(view).unwrap_or_else(|e| panic!("{what}, picture {i}: {e}"));
             let off = difference(&expected, got);
-            assert!(off <= 2e-3, "{what}, picture {i}, call {again}: {off}, {} and {} faces", expected.len(), got.len());
+            assert!(
+                off <= 2e-3,
+                "{what}, picture {i}, call {again}: {off}, {} and {} faces",
+                expected.len(),
+                got.len()
+            );
         }
         found += expected.len();
     }
@@ -149,7 +154,10 @@ fn half_precision_finds_the_faces_of_the_cpu() {
         let same = |a: &&Face| found.iter().any(|b| difference(&[**a], std::slice::from_ref(b)) < most);
         let count = expected.iter().filter(same).count();
         println!("{precision:?}: {count} of {} faces, {} found", expected.len(), found.len());
-        assert!(count * 10 >= expected.len() * 9 && found.len() * 10 <= expected.len() * 11, "{precision:?}: {count}");
+        assert!(
+            count * 10 >= expected.len() * 9 && found.len() * 10 <= expected.len() * 11,
+            "{precision:?}: {count}"
+        );
     }
 }
 
@@ -157,7 +165,8 @@ fn half_precision_finds_the_faces_of_the_cpu() {
 fn a_picture_on_the_device_and_one_that_is_waited_for_give_the_same_faces() {
     let Some(device) = device() else { return };
     let model = small("farface-nano");
-    let o = Options { score_threshold: 0.5, ..options(&model, DevicePolicy::RequireCuda(0), Precision::Auto) };
+    let o =
+        Options { score_threshold: 0.5, ..options(&model, DevicePolicy::RequireCuda(0), Precision::Auto) };
     let mut session = Session::with_options(&model, o).unwrap();
     let data = noise(120, 90, PixelFormat::Nv12, 4);
     let view = ImageView::packed(120, 90, PixelFormat::Nv12, &data).unwrap();
@@ -188,7 +197,10 @@ fn sessions_on_several_threads_share_a_model() {
     let model = small("farface-nano");
     let data = noise(64, 64, PixelFormat::Rgb8, 1);
     let run = || {
-        let o = Options { score_threshold: 0.5, ..options(&model, DevicePolicy::RequireCuda(0), Precision::Auto) };
+        let o = Options {
+            score_threshold: 0.5,
+            ..options(&model, DevicePolicy::RequireCuda(0), Precision::Auto)
+        };
         let mut session = Session::with_options(&model, o).unwrap();
         let view = ImageView::packed(64, 64, PixelFormat::Rgb8, &data).unwrap();
         (0..3).map(|_| session.detect(&view).unwrap().to_vec()).collect::<Vec<_>>()

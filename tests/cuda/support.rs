@@ -76,13 +76,15 @@ impl Parity {
             let arena = DeviceBuffer::new(device.context(), plan.bytes() + 256).unwrap();
             let run = |fill: u8| {
                 arena.fill(stream, 0..arena.len(), fill).unwrap();
-                let got = plan.run_tensors(stream, &arena, inputs).unwrap_or_else(|e| panic!("{}: {e}", context()));
+                let got =
+                    plan.run_tensors(stream, &arena, inputs).unwrap_or_else(|e| panic!("{}: {e}", context()));
                 let behind = arena.values::<u8>(stream, plan.bytes(), 256).unwrap();
                 assert!(behind.iter().all(|&b| b == fill), "{}: wrote past the plan's bytes", context());
                 got
             };
-            let bits =
-                |all: &[Tensor]| all.iter().flat_map(|t| t.data.iter().map(|v| v.to_bits())).collect::<Vec<u32>>();
+            let bits = |all: &[Tensor]| {
+                all.iter().flat_map(|t| t.data.iter().map(|v| v.to_bits())).collect::<Vec<u32>>()
+            };
             // All ones are a NaN in every type; 0x7b7b is 61,280 in f16, 1.3e36 in the others.
             let got = run(0xff);
             for (i, (g, e)) in got.iter().zip(expected).enumerate() {

@@ -58,7 +58,13 @@ impl<E: Engine> Course<E> {
     fn new(mut engine: E, rule: OptimizerRecipe) -> Self {
         let options = options(engine.graph(), engine.trainable());
         let average = Ema::new(EmaRecipe::default(), engine.params().unwrap()).unwrap();
-        Self { engine, optimizer: Optimizer::new(rule, options).unwrap(), average, rng: Rng::new(4), targets: None }
+        Self {
+            engine,
+            optimizer: Optimizer::new(rule, options).unwrap(),
+            average,
+            rng: Rng::new(4),
+            targets: None,
+        }
     }
 
     /// The loss and the gradient's norm.
@@ -76,7 +82,10 @@ impl<E: Engine> Course<E> {
         let mut gradient = |(y, t): (&Tensor, &Tensor)| {
             let count = y.data.len() as f32;
             loss += y.data.iter().zip(&t.data).map(|(y, t)| f64::from((y - t).powi(2) / count)).sum::<f64>();
-            Tensor::from_vec(y.shape, y.data.iter().zip(&t.data).map(|(y, t)| 2.0 * (y - t) / count).collect())
+            Tensor::from_vec(
+                y.shape,
+                y.data.iter().zip(&t.data).map(|(y, t)| 2.0 * (y - t) / count).collect(),
+            )
         };
         let d: Vec<Tensor> = outputs.iter().zip(&*targets).map(&mut gradient).collect();
         self.engine.backward(&d).unwrap();
@@ -99,7 +108,8 @@ impl<E: Engine> Course<E> {
 fn distance(a: &[f32], b: &[f32]) -> f64 {
     let squares = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
     assert_eq!(a.len(), b.len());
-    squares(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b))) / squares(&mut b.iter().map(|&b| f64::from(b)))
+    squares(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)))
+        / squares(&mut b.iter().map(|&b| f64::from(b)))
 }
 
 #[test]
@@ -132,7 +142,10 @@ fn ten_steps_on_a_device_are_the_cpus_within_rounding_and_have_the_same_bits_aga
             );
             assert!(off(got.0, expected.0) < 1e-4 && off(got.1, expected.1) < 1e-3, "step {n}");
             assert!(worst.iter().all(|&w| w < 2e-3), "step {n}");
-            assert!(off(rough.0, expected.0) < 0.05 && rough_worst[0] < 0.05 && rough_worst[1] < 0.05, "step {n}");
+            assert!(
+                off(rough.0, expected.0) < 0.05 && rough_worst[0] < 0.05 && rough_worst[1] < 0.05,
+                "step {n}"
+            );
         }
         if let Some(Driver::Emulated(emulator)) = driver() {
             emulator.backwards(true);
@@ -158,7 +171,8 @@ fn a_step_of_the_optimiser_on_a_device_has_the_bits_of_the_hosts() {
     let graph = small_nano();
     let weights = Weights::random(&graph, 3);
     for rule in RULES {
-        let mut course = Course::new(on_device(&graph, &weights, &Frozen::default(), &device, Element::F32), rule);
+        let mut course =
+            Course::new(on_device(&graph, &weights, &Frozen::default(), &device, Element::F32), rule);
         for _ in 0..3 {
             let mut host = (course.optimizer.clone(), course.average.clone());
             if course.optimizer.steps() > 0 {
@@ -191,7 +205,8 @@ fn a_gradient_that_is_not_finite_changes_nothing_and_is_named() {
     let Some(device) = device() else { return };
     let graph = small_nano();
     let weights = Weights::random(&graph, 3);
-    let mut course = Course::new(on_device(&graph, &weights, &Frozen::default(), &device, Element::F32), RULES[0]);
+    let mut course =
+        Course::new(on_device(&graph, &weights, &Frozen::default(), &device, Element::F32), RULES[0]);
     let shape = Shape::new(2, 3, 64, 64);
     let mut d = course.engine.forward(&vec![9; shape.len()], shape, &table()).unwrap();
     d[0].data[5] = f32::INFINITY;
@@ -261,7 +276,10 @@ fn a_training_on_a_device_follows_the_cpus_and_goes_on_with_the_same_bits() {
         let reports = steps(&mut whole, 4);
         for (got, expected) in reports.iter().zip(&on_cpu) {
             let off = (got.loss - expected.loss).abs() / expected.loss;
-            println!("step {}: loss {:.5} on the device, {:.5} on the CPU", got.step, got.loss, expected.loss);
+            println!(
+                "step {}: loss {:.5} on the device, {:.5} on the CPU",
+                got.step, got.loss, expected.loss
+            );
             assert!(off < if precise { 1e-3 } else { 0.1 }, "step {}", got.step);
         }
         let expected = state(&mut whole);

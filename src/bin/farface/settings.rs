@@ -121,7 +121,9 @@ fn parse_device(text: &str) -> Result<DevicePolicy, String> {
         None if text == "auto" => Ok(DevicePolicy::Auto),
         None if text == "cpu" => Ok(DevicePolicy::Cpu),
         None if text == "cuda" => Ok(DevicePolicy::RequireCuda(0)),
-        Some(("cuda", n)) => n.parse().map(DevicePolicy::RequireCuda).map_err(|_| format!("{n:?} is no number")),
+        Some(("cuda", n)) => {
+            n.parse().map(DevicePolicy::RequireCuda).map_err(|_| format!("{n:?} is no number"))
+        }
         _ => Err("expected cpu, cuda, cuda:N or auto".into()),
     }
 }

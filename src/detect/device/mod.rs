@@ -30,8 +30,8 @@ use crate::gpu::stage::{Stage, PICTURES};
 use crate::graph::{DeviceNetwork, DevicePlan, Want};
 use crate::pixels::device::input_window;
 use crate::pixels::{Placement, Size};
-use second::Second;
 use bytemuck::Zeroable;
+use second::Second;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -84,7 +84,6 @@ struct Memory {
     faces: FaceBuffers,
     result: PinnedBuffer,
 }
-
 
 /// A picture that was given to a stream.
 #[derive(Clone, Copy)]
@@ -357,7 +356,8 @@ impl OnDevice {
             let (header, proposals) = found.read(&self.stream)?;
             no_overflow(&header)?;
             let features = plan.outputs().last().copied().flatten();
-            let features = features.ok_or_else(|| Error::Internal("a first stage without features".into()))?;
+            let features =
+                features.ok_or_else(|| Error::Internal("a first stage without features".into()))?;
             second.refine(model, &self.stream, (arena, &features), &proposals, threshold, &mut |face| {
                 let face = face.placed(offset, factor);
                 let face = if mirrored.is_some() { face.mirrored(size.width as f32) } else { face };
@@ -409,9 +409,14 @@ impl OnDevice {
         }
         let sorted: Vec<Face> = found.collect();
         let rule = rule(model, options);
-        self.nms.run(sorted.len(), |i| sorted[i].detection(), &rule, |i, Detection { bbox, score }| {
-            faces.push(Face { bbox, score, ..sorted[i] }.stored(placement));
-        });
+        self.nms.run(
+            sorted.len(),
+            |i| sorted[i].detection(),
+            &rule,
+            |i, Detection { bbox, score }| {
+                faces.push(Face { bbox, score, ..sorted[i] }.stored(placement));
+            },
+        );
         Ok(())
     }
 
@@ -456,8 +461,7 @@ impl OnDevice {
         let mut budget = cap;
         // As on the CPU: what is not arena is known only once the tiles are.
         for _ in 0..8 {
-            let arena =
-                |s: Size| Ok(DevicePlan::new(&self.network, &[input_shape(s)])?.bytes() as u64);
+            let arena = |s: Size| Ok(DevicePlan::new(&self.network, &[input_shape(s)])?.bytes() as u64);
             let passes = passes(model, &arena, options, size, budget)?;
             let prepared = self.parts(model, options, size, passes)?;
             let second = self.second.as_ref().map_or(0, Second::bytes);

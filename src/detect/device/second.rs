@@ -91,9 +91,8 @@ impl Second {
             boxes.set(stream, 0, &values)?;
             align.run(stream, features, (boxes, &corners), (arena, &plan.inputs()[0]))?;
             plan.launch(stream, arena)?;
-            let read = |view: &DeviceView| {
-                arena.values::<f32>(stream, view.offset, proposals.len() * view.pixel)
-            };
+            let read =
+                |view: &DeviceView| arena.values::<f32>(stream, view.offset, proposals.len() * view.pixel);
             let (all_logits, all_offsets) = (read(logits)?, read(offsets)?);
             for (i, p) in proposals.iter().enumerate() {
                 let score = (p.score + face_probability(&all_logits[i * logits.pixel..])) / 2.0;

@@ -150,8 +150,9 @@ impl ConvKernels {
     /// # Safety
     /// As [`Kernel::launch`]; weights and bias are as long as the arguments' sizes say.
     pub(super) unsafe fn launch(&self, stream: &Stream, input: &DeviceView, args: &ConvArgs) -> Result<()> {
-        let [n, h, w, c, tail] = [args.output.n, args.output.h, args.output.w, args.output.c, args.output.tail]
-            .map(|v| v as usize);
+        let [n, h, w, c, tail] =
+            [args.output.n, args.output.h, args.output.w, args.output.c, args.output.tail]
+                .map(|v| v as usize);
         let (pixels, groups) = (n * h * w, args.groups as usize);
         let aligned = input.is_whole_vectors() && input.element == self.element;
         // SAFETY: the caller's contract; the args are the kernels' struct.
@@ -197,7 +198,8 @@ impl ConvOp {
         let channels = inputs.next_multiple_of(element.channel_step());
         let packed = (0..bias.len()).flat_map(|o| {
             (0..taps).flat_map(move |tap| {
-                (0..channels).map(move |c| if c < inputs { weight[(o * inputs + c) * taps + tap] } else { 0.0 })
+                (0..channels)
+                    .map(move |c| if c < inputs { weight[(o * inputs + c) * taps + tap] } else { 0.0 })
             })
         });
         Ok(Self {

@@ -261,14 +261,17 @@ impl RoiAlignOp {
         (bins, output): (&DeviceBuffer, &DeviceView),
     ) -> Result<()> {
         let inside = |buffer: &DeviceBuffer, view: &DeviceView| {
-            view.bytes().and_then(|bytes| bytes.checked_add(view.offset)).is_some_and(|end| end <= buffer.len())
+            view.bytes()
+                .and_then(|bytes| bytes.checked_add(view.offset))
+                .is_some_and(|end| end <= buffer.len())
         };
         let apart = bins.address() != features.address() && bins.address() != corners.address();
         let sizes = boxes.shape == Shape::new(output.shape.n, 5, 1, 1) && input.shape.c == output.shape.c;
         if !(inside(features, input) && inside(corners, boxes) && inside(bins, output) && apart && sizes) {
             return Err(Error::Internal("RoIAlign of other maps".into()));
         }
-        let args = self.args(input.at(features.address()), boxes.at(corners.address()), output.at(bins.address()));
+        let args =
+            self.args(input.at(features.address()), boxes.at(corners.address()), output.at(bins.address()));
         // SAFETY: each view was found in its buffer, the output's is another; the args are the kernel's struct.
         unsafe { self.kernel.launch(stream, blocks_for(output), THREADS, 0, &args) }
     }

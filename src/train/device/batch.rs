@@ -160,7 +160,12 @@ impl Staging {
     }
 
     /// Brings what `fill` writes to the device, in the stream's order.
-    pub fn upload(&mut self, ops: &TrainOps, bytes: usize, fill: impl FnOnce(&mut [u8])) -> Result<&DeviceBuffer> {
+    pub fn upload(
+        &mut self,
+        ops: &TrainOps,
+        bytes: usize,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Result<&DeviceBuffer> {
         // What was brought before may be on its way still.
         ops.stream().synchronize()?;
         self.pinned(ops, bytes)?;

@@ -3,11 +3,11 @@
 use super::DeviceEngine;
 use crate::error::{Error, Result};
 use crate::gpu::map::{DeviceView, Element};
+use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::ops::train::{Filter, MapIn, Pool, Taken};
 use crate::gpu::ops::{
     AddOp, AverageOp, ConvWindow, Device, DeviceOp, ResizeOp, RoiAlignOp, SigmoidOp, SoftmaxOp,
 };
-use crate::gpu::memory::DeviceBuffer;
 use crate::graph::build::ParamId;
 use crate::layers::{Activation, Conv2d, ConvTranspose2d, Layer, Linear};
 use crate::shape::Shape;
@@ -23,13 +23,17 @@ pub(super) fn plain_op(unit: &Unit, device: &Device) -> Result<Option<DeviceOp>>
         }
         Op::Plain { layer, .. } => match layer {
             Layer::Activation(Activation::Sigmoid) => DeviceOp::Sigmoid(SigmoidOp::new(device)?),
-            Layer::Activation(Activation::Softmax(group)) => DeviceOp::Softmax(SoftmaxOp::new(device, *group)?),
+            Layer::Activation(Activation::Softmax(group)) => {
+                DeviceOp::Softmax(SoftmaxOp::new(device, *group)?)
+            }
             Layer::GlobalAvgPool(_) => DeviceOp::Average(AverageOp::new(device)?),
             Layer::Crop(crop) => DeviceOp::Add(AddOp::copy(device, 1.0, [crop.top, crop.left])?),
             Layer::Conv2d(_) | Layer::ConvTranspose2d(_) | Layer::Linear(_) => return Ok(None),
             other => {
                 let (name, kind) = (&unit.name, other.kind());
-                return Err(Error::Unsupported(format!("layer {name}: {kind} is not trained on a device here")));
+                return Err(Error::Unsupported(format!(
+                    "layer {name}: {kind} is not trained on a device here"
+                )));
             }
         },
         _ => return Ok(None),
@@ -55,8 +59,7 @@ pub(super) fn conv_filter(conv: &Conv2d) -> Filter {
 /// The convolution whose input's gradient a transposed one is.
 pub(super) fn transposed_filter(conv: &ConvTranspose2d) -> Filter {
     let [top, left, ..] = conv.padding;
-    let window =
-        ConvWindow { kernel: conv.kernel, stride: conv.stride, dilation: [1; 2], pad: [top, left] };
+    let window = ConvWindow { kernel: conv.kernel, stride: conv.stride, dilation: [1; 2], pad: [top, left] };
     Filter { window, groups: conv.groups, inputs: conv.out_channels, outputs: conv.in_channels }
 }
 

@@ -88,7 +88,8 @@ impl DeviceEngine {
 
     /// Outputs `range` of the graph, as f32 on the host.
     fn download(&mut self, range: std::ops::Range<usize>) -> Result<Vec<Tensor>> {
-        let units: Vec<usize> = self.graph.outputs[range].iter().map(|(_, node)| self.shown(node.0)).collect();
+        let units: Vec<usize> =
+            self.graph.outputs[range].iter().map(|(_, node)| self.shown(node.0)).collect();
         let shapes: Vec<Shape> = units.iter().map(|&u| self.batch.shapes[u]).collect();
         let (views, bytes) = side_by_side(&shapes);
         let ops = &self.ops;
@@ -189,10 +190,8 @@ impl Engine for DeviceEngine {
             }
         }
         self.batch.begin(&shapes, &self.walk.units);
-        self.boxes = boxes
-            .iter()
-            .map(|b| DeviceBuffer::of(self.ops.stream(), &b.data))
-            .collect::<Result<_>>()?;
+        self.boxes =
+            boxes.iter().map(|b| DeviceBuffer::of(self.ops.stream(), &b.data)).collect::<Result<_>>()?;
         self.store.upload(&self.ops)?;
         self.run(self.walk.second_phase..self.walk.units.len())?;
         self.download(self.walk.first_outputs(&self.graph)..self.graph.outputs.len())

@@ -62,7 +62,8 @@ impl Store {
         let mut places = vec![0; params.len()];
         let (mut bytes, mut learnt_bytes) = (0, 0);
         for statistics in [false, true] {
-            for (i, p) in graph.params.iter().enumerate().filter(|(_, p)| is_statistic(p.role) == statistics) {
+            for (i, p) in graph.params.iter().enumerate().filter(|(_, p)| is_statistic(p.role) == statistics)
+            {
                 places[i] = bytes;
                 bytes += (p.len() * 4).next_multiple_of(ALIGN);
             }

@@ -95,7 +95,11 @@ impl DeviceEngine {
         let Some(moments) = self.moments.as_mut().filter(|m| m.ahead) else { return Ok(()) };
         for (i, buffer) in moments.buffers.iter().enumerate() {
             let mut none: Vec<Vec<f32>> = vec![Vec::new(); optimizer.buffers().len()];
-            let to = optimizer.buffers_mut().iter_mut().zip(&mut none).map(|(b, none)| b.get_mut(i).unwrap_or(none));
+            let to = optimizer
+                .buffers_mut()
+                .iter_mut()
+                .zip(&mut none)
+                .map(|(b, none)| b.get_mut(i).unwrap_or(none));
             self.store.read_buffer(&self.ops, buffer, to)?;
         }
         if let (Some(average), Some(buffer)) = (average, &moments.average) {

@@ -95,7 +95,8 @@ impl<T: Element> Network<T> {
             .iter()
             .map(|p| Ok(weights.get(&p.name, &p.shape)?.to_vec()))
             .collect::<Result<Vec<_>>>()?;
-        let Walk { units, shown_by, trainable, wanted, frozen_norm, second_phase } = Walk::new(&graph, frozen)?;
+        let Walk { units, shown_by, trainable, wanted, frozen_norm, second_phase } =
+            Walk::new(&graph, frozen)?;
         let first_reader =
             (0..units.len()).map(|i| units.iter().position(|u| u.inputs.contains(&i))).collect();
         let grads = params.iter().map(|p: &Vec<f32>| vec![0.0; p.len()]).collect();

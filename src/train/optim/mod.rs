@@ -134,7 +134,15 @@ impl Optimizer {
             match self.recipe {
                 OptimizerRecipe::Sgd { momentum, weight_decay, nesterov } => {
                     let decay = if p.decay { weight_decay } else { 0.0 };
-                    sgd(value, gradient, &mut buffers[0], lr, momentum, decay, sgd_weights(momentum, nesterov));
+                    sgd(
+                        value,
+                        gradient,
+                        &mut buffers[0],
+                        lr,
+                        momentum,
+                        decay,
+                        sgd_weights(momentum, nesterov),
+                    );
                 }
                 OptimizerRecipe::AdamW { beta1, beta2, epsilon, weight_decay } => {
                     let decay = if p.decay { weight_decay } else { 0.0 };

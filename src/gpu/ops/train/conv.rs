@@ -297,7 +297,14 @@ impl TrainOps {
         let phases = |axis: usize| {
             (0..w.stride[axis])
                 .map(move |start| {
-                    Phase::of(start, size[axis], w.kernel[axis], w.stride[axis], w.dilation[axis], w.pad[axis])
+                    Phase::of(
+                        start,
+                        size[axis],
+                        w.kernel[axis],
+                        w.stride[axis],
+                        w.dilation[axis],
+                        w.pad[axis],
+                    )
                 })
                 .filter(|phase| phase.len > 0)
         };
@@ -392,12 +399,19 @@ impl TrainOps {
             args.span = span as i32;
             args.partial = self.partial.bytes(&self.device, ranges * filter.outputs * depth * 4)?;
             let grid = [tiles as u32, filter.groups as u32, ranges as u32];
-            let tile = self.weights.tiles.iter().find(|t| tiled && (t.outputs, t.columns) == (outputs, columns));
+            let tile =
+                self.weights.tiles.iter().find(|t| tiled && (t.outputs, t.columns) == (outputs, columns));
             // SAFETY: as above.
             unsafe {
                 match tile {
                     Some(t) => {
-                        t.kernel.launch(&self.stream, grid, t.threads, Tile::shared(outputs, columns), &args)?;
+                        t.kernel.launch(
+                            &self.stream,
+                            grid,
+                            t.threads,
+                            Tile::shared(outputs, columns),
+                            &args,
+                        )?;
                     }
                     None => {
                         let kernel = &self.weights.plain.conv_weights_any;

@@ -132,7 +132,8 @@ impl TrainOps {
     ) -> Result<()> {
         let s = output.view.shape;
         let count = s.n * s.h * s.w;
-        if s.c != 3 || pixels.len() < count * 3 || table.len() < 3 * 256 * 4 || channel.iter().any(|&c| c > 2) {
+        if s.c != 3 || pixels.len() < count * 3 || table.len() < 3 * 256 * 4 || channel.iter().any(|&c| c > 2)
+        {
             return Err(Error::Internal("a network's input of other sizes than its pixels".into()));
         }
         let args = PixelsArgs {

@@ -110,7 +110,8 @@ pub struct AdamW {
 
 /// Values in 32 bits.
 fn count(values: &Values<'_>) -> Result<u32> {
-    u32::try_from(values.len).map_err(|_| Error::LimitExceeded("a parameter is too large for the device".into()))
+    u32::try_from(values.len)
+        .map_err(|_| Error::LimitExceeded("a parameter is too large for the device".into()))
 }
 
 impl TrainOps {
@@ -185,7 +186,13 @@ impl TrainOps {
             let grid = [parts as u32, 1, 1];
             self.steps.squares.launch(&self.stream, grid, THREADS, SQUARES_SHARED, &of(all))?;
             let one = [1, 1, 1];
-            self.steps.squares_finish.launch(&self.stream, one, THREADS, SQUARES_SHARED, &of(parts as u32))?;
+            self.steps.squares_finish.launch(
+                &self.stream,
+                one,
+                THREADS,
+                SQUARES_SHARED,
+                &of(parts as u32),
+            )?;
         }
         let sums = self.partial.0.as_ref().ok_or_else(|| Error::Internal("no sums".into()))?;
         Ok(sums.values::<f64>(&self.stream, 0, 1)?[0].sqrt())
