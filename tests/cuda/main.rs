@@ -5,10 +5,10 @@
 
 #[path = "../common/shared.rs"]
 mod common;
-mod emulator;
-mod faces;
 #[cfg(feature = "train")]
 #[path = "../common/faces.rs"]
+mod drawing;
+mod emulator;
 mod faces;
 mod failures;
 #[path = "../parity/fusion.rs"]

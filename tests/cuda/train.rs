@@ -7,9 +7,7 @@ use farface::gpu::map::Element;
 use farface::gpu::ops::Device;
 use farface::graph::init::Rng;
 use farface::graph::{Builder, Graph, Weights};
-use farface::layers::{
-    Activation, Conv2d, ConvTranspose2d, Interpolation, Linear, MaxPool, RoiAlign,
-};
+use farface::layers::{Activation, Conv2d, ConvTranspose2d, Interpolation, Linear, MaxPool, RoiAlign};
 use farface::shape::{Shape, Tensor};
 use farface::train::device::DeviceEngine;
 use farface::train::network::{Engine, Frozen, InputTable};
@@ -38,9 +36,8 @@ impl Batch {
         let pixels = (0..shape.len()).map(|_| rng.below(256) as u8).collect();
         let all: Vec<Shape> = [shape].into_iter().chain(boxes.iter().map(|b| b.shape)).collect();
         let shapes = graph.shapes(&all).unwrap();
-        let mut gradient = |s: Shape| {
-            Tensor::from_vec(s, (0..s.len()).map(|_| rng.normal() / s.len() as f32).collect())
-        };
+        let mut gradient =
+            |s: Shape| Tensor::from_vec(s, (0..s.len()).map(|_| rng.normal() / s.len() as f32).collect());
         let d_outputs = graph.outputs.iter().map(|(_, id)| gradient(shapes[id.0])).collect();
         Self { shape, pixels, boxes: boxes.to_vec(), d_outputs }
     }
@@ -48,9 +45,10 @@ impl Batch {
     /// The network's input.
     pub fn input(&self) -> Tensor<f64> {
         let table = table();
-        let values = self.pixels.chunks_exact(3).flat_map(|p| {
-            [0, 1, 2].map(|i| f64::from(table.value[i][usize::from(p[table.channel[i]])]))
-        });
+        let values = self
+            .pixels
+            .chunks_exact(3)
+            .flat_map(|p| [0, 1, 2].map(|i| f64::from(table.value[i][usize::from(p[table.channel[i]])])));
         Tensor::from_vec(self.shape, values.collect())
     }
 }
@@ -83,12 +81,25 @@ pub fn step(engine: &mut dyn Engine, batch: &Batch) -> (Vec<Tensor>, Result) {
     (outputs, result)
 }
 
-pub fn on_device(graph: &Graph, weights: &Weights, frozen: &Frozen, device: &Arc<Device>, element: Element) -> DeviceEngine {
+pub fn on_device(
+    graph: &Graph,
+    weights: &Weights,
+    frozen: &Frozen,
+    device: &Arc<Device>,
+    element: Element,
+) -> DeviceEngine {
     DeviceEngine::new(graph.clone(), weights, frozen, device, element, 2).unwrap()
 }
 
 /// One step of `graph` on the device against the plain loops in f64.
-fn check(what: &str, graph: &Graph, batch: &Batch, seed: u64, frozen: bool, (element, tolerance): (Element, f64)) {
+fn check(
+    what: &str,
+    graph: &Graph,
+    batch: &Batch,
+    seed: u64,
+    frozen: bool,
+    (element, tolerance): (Element, f64),
+) {
     let Some(device) = device() else { return };
     let weights = Weights::random(graph, seed);
     let wide = |t: &Tensor| Tensor::from_vec(t.shape, t.data.iter().map(|&v| v.into()).collect());
@@ -127,7 +138,10 @@ fn check(what: &str, graph: &Graph, batch: &Batch, seed: u64, frozen: bool, (ele
 }
 
 /// A graph whose input has `channels` channels that are to be learnt, so that gradients come back to it.
-fn behind(channels: usize, body: impl FnOnce(&mut Builder, farface::graph::NodeId) -> farface::graph::NodeId) -> Graph {
+fn behind(
+    channels: usize,
+    body: impl FnOnce(&mut Builder, farface::graph::NodeId) -> farface::graph::NodeId,
+) -> Graph {
     let mut b = Builder::new();
     let x = b.input("image", 3);
     let x = b.conv("first", x, Conv2d::new(3, channels, 1).bias());
@@ -179,54 +193,81 @@ fn other_layers_have_the_gradients_of_the_plain_loops() {
         groups,
         bias: groups != 6,
     };
-    let align = |sampling_ratio| RoiAlign { output: [3, 2], spatial_scale: 1.0, sampling_ratio, aligned: false };
+    let align =
+        |sampling_ratio| RoiAlign { output: [3, 2], spatial_scale: 1.0, sampling_ratio, aligned: false };
     type Body = Box<dyn Fn(&mut Builder, farface::graph::NodeId) -> farface::graph::NodeId>;
     let bodies: Vec<(&str, Body)> = vec![
         ("transposed", Box::new(move |b, x| b.conv_transpose("t", x, transposed(1)))),
         ("transposed in groups", Box::new(move |b, x| b.conv_transpose("t", x, transposed(2)))),
         ("transposed by channels", Box::new(move |b, x| b.conv_transpose("t", x, transposed(6)))),
-        ("transposed, read twice", Box::new(move |b, x| {
-            let y = b.conv_transpose("t", x, transposed(1));
-            let s = b.conv("s", x, Conv2d::new(6, 6, 3).bias());
-            let y = b.upsample_to(y, Interpolation::Nearest, s);
-            b.add(y, s)
-        })),
-        ("linear", Box::new(|b, x| b.linear("l", x, Linear { in_features: 6 * 12 * 13, out_features: 9, bias: true }))),
+        (
+            "transposed, read twice",
+            Box::new(move |b, x| {
+                let y = b.conv_transpose("t", x, transposed(1));
+                let s = b.conv("s", x, Conv2d::new(6, 6, 3).bias());
+                let y = b.upsample_to(y, Interpolation::Nearest, s);
+                b.add(y, s)
+            }),
+        ),
+        (
+            "linear",
+            Box::new(|b, x| {
+                b.linear("l", x, Linear { in_features: 6 * 12 * 13, out_features: 9, bias: true })
+            }),
+        ),
         ("mean", Box::new(|b, x| b.global_avg_pool(x))),
         ("pool", Box::new(|b, x| b.max_pool(x, MaxPool::new(3, 2, 1)))),
-        ("pool that overlaps", Box::new(|b, x| b.max_pool(x, MaxPool { kernel: [5, 3], stride: [1, 2], padding: [2, 0, 1, 1] }))),
+        (
+            "pool that overlaps",
+            Box::new(|b, x| b.max_pool(x, MaxPool { kernel: [5, 3], stride: [1, 2], padding: [2, 0, 1, 1] })),
+        ),
         ("sigmoid", Box::new(|b, x| b.activation(x, Activation::Sigmoid))),
         ("softmax", Box::new(|b, x| b.activation(x, Activation::Softmax(3)))),
-        ("sigmoid behind which is a rectifier", Box::new(|b, x| {
-            let y = b.activation(x, Activation::Softmax(2));
-            let y = b.batchnorm("n", y, 6);
-            b.activation(y, Activation::LeakyRelu(0.2))
-        })),
-        ("crop", Box::new(|b, x| {
-            let like = b.max_pool(x, MaxPool::new(2, 2, 0));
-            b.crop(x, like, 2, 5)
-        })),
-        ("smaller and larger", Box::new(|b, x| {
-            let half = b.conv("half", x, Conv2d::new(6, 6, 3).stride(2));
-            let small = b.upsample_to(x, Interpolation::Bilinear, half);
-            let near = b.upsample_to(x, Interpolation::Nearest, half);
-            let third = b.max_pool(x, MaxPool::new(3, 3, 0));
-            let large = b.upsample_to(third, Interpolation::Bilinear, x);
-            let odd = b.upsample_to(large, Interpolation::Nearest, half);
-            let y = b.add(small, near);
-            let y = b.add(y, odd);
-            b.add(y, half)
-        })),
-        ("twice the same", Box::new(|b, x| {
-            let y = b.batchnorm("n", x, 6);
-            let y = b.relu(y);
-            let y = b.add(y, y);
-            b.concat(&[y, x, y])
-        })),
-        ("boxes", Box::new(move |b, x| {
-            let boxes = b.input("boxes", 5);
-            b.roi_align(x, boxes, align(0))
-        })),
+        (
+            "sigmoid behind which is a rectifier",
+            Box::new(|b, x| {
+                let y = b.activation(x, Activation::Softmax(2));
+                let y = b.batchnorm("n", y, 6);
+                b.activation(y, Activation::LeakyRelu(0.2))
+            }),
+        ),
+        (
+            "crop",
+            Box::new(|b, x| {
+                let like = b.max_pool(x, MaxPool::new(2, 2, 0));
+                b.crop(x, like, 2, 5)
+            }),
+        ),
+        (
+            "smaller and larger",
+            Box::new(|b, x| {
+                let half = b.conv("half", x, Conv2d::new(6, 6, 3).stride(2));
+                let small = b.upsample_to(x, Interpolation::Bilinear, half);
+                let near = b.upsample_to(x, Interpolation::Nearest, half);
+                let third = b.max_pool(x, MaxPool::new(3, 3, 0));
+                let large = b.upsample_to(third, Interpolation::Bilinear, x);
+                let odd = b.upsample_to(large, Interpolation::Nearest, half);
+                let y = b.add(small, near);
+                let y = b.add(y, odd);
+                b.add(y, half)
+            }),
+        ),
+        (
+            "twice the same",
+            Box::new(|b, x| {
+                let y = b.batchnorm("n", x, 6);
+                let y = b.relu(y);
+                let y = b.add(y, y);
+                b.concat(&[y, x, y])
+            }),
+        ),
+        (
+            "boxes",
+            Box::new(move |b, x| {
+                let boxes = b.input("boxes", 5);
+                b.roi_align(x, boxes, align(0))
+            }),
+        ),
     ];
     for (i, (what, body)) in bodies.into_iter().enumerate() {
         let mut rng = Rng::new(100 + i as u64);

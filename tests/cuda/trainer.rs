@@ -1,7 +1,7 @@
 //! Steps of the optimiser and whole trainings on a device: the CPU's, within rounding; the same bits again, stopped or not.
 
+use crate::drawing;
 use crate::emulator::{device, driver, Driver};
-use crate::faces;
 use crate::plain_step::{mixed, plain_step, worst};
 use crate::train::{on_device, step, table, Batch};
 use farface::cpu::dense::bf16_supported;
@@ -56,12 +56,14 @@ const RULES: [OptimizerRecipe; 3] = [
 fn waves(shape: Shape, rng: &mut Rng) -> Vec<u8> {
     let mut pixels = Vec::with_capacity(shape.len());
     for _ in 0..shape.n {
-        let of: Vec<[f32; 4]> =
-            (0..12).map(|_| [rng.range(-0.3, 0.3), rng.range(-0.3, 0.3), rng.range(0.0, 6.3), rng.range(5.0, 40.0)]).collect();
+        let of: Vec<[f32; 4]> = (0..12)
+            .map(|_| [rng.range(-0.3, 0.3), rng.range(-0.3, 0.3), rng.range(0.0, 6.3), rng.range(5.0, 40.0)])
+            .collect();
         for i in 0..shape.h * shape.w {
             let (y, x) = ((i / shape.w) as f32, (i % shape.w) as f32);
             for c in 0..3 {
-                let sum: f32 = of[c * 4..][..4].iter().map(|[a, b, p, size]| size * (a * x + b * y + p).sin()).sum();
+                let sum: f32 =
+                    of[c * 4..][..4].iter().map(|[a, b, p, size]| size * (a * x + b * y + p).sin()).sum();
                 pixels.push((128.0 + sum + 5.0 * rng.normal()) as u8);
             }
         }
@@ -83,7 +85,14 @@ impl<E: Engine> Course<E> {
     fn new(mut engine: E, side: usize, rule: OptimizerRecipe) -> Self {
         let options = options(engine.graph(), engine.trainable());
         let average = Ema::new(EmaRecipe::default(), engine.params().unwrap()).unwrap();
-        Self { engine, optimizer: Optimizer::new(rule, options).unwrap(), average, rng: Rng::new(4), targets: None, side }
+        Self {
+            engine,
+            optimizer: Optimizer::new(rule, options).unwrap(),
+            average,
+            rng: Rng::new(4),
+            targets: None,
+            side,
+        }
     }
 
     /// The loss and the gradient's norm.
@@ -100,7 +109,10 @@ impl<E: Engine> Course<E> {
         let mut gradient = |(y, t): (&Tensor, &Tensor)| {
             let count = y.data.len() as f32;
             loss += y.data.iter().zip(&t.data).map(|(y, t)| f64::from((y - t).powi(2) / count)).sum::<f64>();
-            Tensor::from_vec(y.shape, y.data.iter().zip(&t.data).map(|(y, t)| 2.0 * (y - t) / count).collect())
+            Tensor::from_vec(
+                y.shape,
+                y.data.iter().zip(&t.data).map(|(y, t)| 2.0 * (y - t) / count).collect(),
+            )
         };
         let d: Vec<Tensor> = outputs.iter().zip(&*targets).map(&mut gradient).collect();
         self.engine.backward(&d).unwrap();
@@ -123,7 +135,8 @@ impl<E: Engine> Course<E> {
 fn distance(a: &[f32], b: &[f32]) -> f64 {
     let squares = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
     assert_eq!(a.len(), b.len());
-    squares(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b))) / squares(&mut b.iter().map(|&b| f64::from(b)))
+    squares(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)))
+        / squares(&mut b.iter().map(|&b| f64::from(b)))
 }
 
 /// The most that ten steps may be off the CPU's: losses, then parameters, averages and the optimiser's buffers, as [`distance`]
@@ -139,7 +152,8 @@ fn ten_steps(graph: &Graph, side: usize, still: &Frozen, f32s: &Bounds, bf16s: &
     let course = |element, rule| Course::new(on_device(graph, &weights, still, &device, element), side, rule);
     let clips = |n: usize| if n % 2 == 0 { 1.0 } else { 3.0 };
     for rule in RULES {
-        let mut cpu = Course::new(Network::<f32>::new(graph.clone(), &weights, still, 2).unwrap(), side, rule);
+        let mut cpu =
+            Course::new(Network::<f32>::new(graph.clone(), &weights, still, 2).unwrap(), side, rule);
         let expected: Vec<_> = (1..=10).map(|n| (cpu.step(clips(n)), cpu.state())).collect();
         for (element, bounds) in [(Element::F32, f32s), (Element::Bf16, bf16s)] {
             let mut course = course(element, rule);
@@ -230,7 +244,8 @@ fn a_step_of_the_optimiser_on_a_device_has_the_bits_of_the_hosts() {
     let graph = small_nano();
     let weights = Weights::random(&graph, 3);
     for rule in RULES {
-        let mut course = Course::new(on_device(&graph, &weights, &Frozen::default(), &device, Element::F32), 64, rule);
+        let mut course =
+            Course::new(on_device(&graph, &weights, &Frozen::default(), &device, Element::F32), 64, rule);
         for _ in 0..3 {
             let mut host = (course.optimizer.clone(), course.average.clone());
             if course.optimizer.steps() > 0 {
@@ -263,7 +278,8 @@ fn a_gradient_that_is_not_finite_changes_nothing_and_is_named() {
     let Some(device) = device() else { return };
     let graph = small_nano();
     let weights = Weights::random(&graph, 3);
-    let mut course = Course::new(on_device(&graph, &weights, &Frozen::default(), &device, Element::F32), 64, RULES[0]);
+    let mut course =
+        Course::new(on_device(&graph, &weights, &Frozen::default(), &device, Element::F32), 64, RULES[0]);
     let shape = Shape::new(2, 3, 64, 64);
     let mut d = course.engine.forward(&vec![9; shape.len()], shape, &table()).unwrap();
     d[0].data[5] = f32::INFINITY;
@@ -320,7 +336,7 @@ fn a_training_on_a_device_follows_the_cpus_and_goes_on_with_the_same_bits() {
         }
     };
     let dir = tempfile::tempdir().unwrap();
-    faces::draw(dir.path(), 7, 100, 1);
+    drawing::draw(dir.path(), 7, 100, 1);
     let path = dir.path().join("state.checkpoint");
     let state = |trainer: &mut Trainer| {
         trainer.save(&path).unwrap();
@@ -342,7 +358,8 @@ fn a_training_on_a_device_follows_the_cpus_and_goes_on_with_the_same_bits() {
         let losses = reports.iter().zip(&expected).map(|(got, e)| off(got.loss, e.loss)).fold(0.0, f64::max);
         let (bytes, params) = state(&mut whole);
         let first = off(reports[0].gradient_norm, expected[0].gradient_norm);
-        let off = [off(reports[0].loss, expected[0].loss), first, losses, distance(&params, &expected_params)];
+        let off =
+            [off(reports[0].loss, expected[0].loss), first, losses, distance(&params, &expected_params)];
         println!("precise {precise}: first loss and norm, losses, parameters off by {off:?}");
         assert!(off.iter().zip(most).all(|(&off, most)| off < most), "precise {precise}: {off:?}");
 
@@ -382,7 +399,7 @@ fn a_device_that_is_not_there_is_named() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    faces::draw(dir.path(), 2, 100, 1);
+    drawing::draw(dir.path(), 2, 100, 1);
     let error = Trainer::new(RECIPE, dir.path(), Resources { device: Some(99), threads: 1, workers: 1 });
     let error = error.err().expect("no such device").to_string();
     assert!(error.contains("no CUDA device 99"), "{error}");
