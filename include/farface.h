@@ -151,6 +151,9 @@ typedef int32_t farface_status;
 /** A bug in the library; please report it. The session concerned can only be destroyed. */
 #define FARFACE_ERROR_INTERNAL 9
 
+/** A CUDA device or one of its libraries failed in a call; the message names it. The session may be used again. */
+#define FARFACE_ERROR_CUDA 10
+
 /**
  * A few words for a status; "unknown status" for a number that is none. The text is static.
  *
@@ -297,7 +300,10 @@ typedef uint32_t farface_pyramid;
 /** Arithmetic of the network: one of the FARFACE_PRECISION_ values. */
 typedef uint32_t farface_precision;
 
-/** The model's own: eight bits of a model that was quantized, else single precision. */
+/**
+ * The model's own: eight bits of a model that was quantized, else single precision; on a CUDA
+ * device half precision with sums in single.
+ */
 #define FARFACE_PRECISION_AUTO 0
 
 /** Single precision. */
@@ -318,7 +324,7 @@ typedef uint32_t farface_precision;
 /** Where the network may run: one of the FARFACE_DEVICE_POLICY_ values. */
 typedef uint32_t farface_device_policy;
 
-/** The best device there is; farface_session_device() tells which it was. */
+/** The best device there is; the CPU, until CUDA has been measured. farface_session_device() tells. */
 #define FARFACE_DEVICE_POLICY_AUTO 0
 
 /** The CPU. */
@@ -750,8 +756,10 @@ farface_status farface_detect_batch(farface_session *session,
                                     farface_status *statuses);
 
 /**
- * Begins to search a picture on the caller's CUDA stream (a cudaStream_t) and returns without
- * waiting; farface_session_wait() brings the faces. The picture must stay in place until then.
+ * Begins to search a picture on the caller's CUDA stream (a cudaStream_t of the session's device; NULL is CUDA's default stream) and
+ * returns without waiting; farface_session_wait() brings the faces. A picture in CUDA memory and the stream must stay in place until
+ * then; one in the host's memory is copied before this returns. The faces of a picture that was begun before and not waited for are
+ * lost.
  *
  * Errors: those of farface_detect(); FARFACE_ERROR_UNSUPPORTED with a session on the CPU.
  */
