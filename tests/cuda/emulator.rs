@@ -40,6 +40,12 @@ impl Emulator {
         unsafe { self.driver.get::<unsafe extern "C" fn() -> i64>(b"farface_emulator_live").unwrap()() }
     }
 
+    /// Whether kernels do nothing and memory is zeros.
+    pub fn idle(&self, on: bool) {
+        // SAFETY: as above.
+        unsafe { self.driver.get::<unsafe extern "C" fn(i32)>(b"farface_emulator_idle").unwrap()(on.into()) }
+    }
+
     /// The order in which the threads of a block run.
     pub fn backwards(&self, on: bool) {
         // SAFETY: as above.

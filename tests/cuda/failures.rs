@@ -29,7 +29,8 @@ pub fn alone(name: &str) -> bool {
 
 /// Lets every call fail once that `run` makes, or that is made when what it returns goes. Prints how many there were.
 pub fn fail_at_each<T>(emulator: &Emulator, what: &str, run: impl Fn() -> Result<T>) {
-    // Once before, for what is made once a process.
+    // What kernels compute does not matter here. Once before, for what is made once a process.
+    emulator.idle(true);
     drop(run().unwrap());
     emulator.fail_at(0);
     let held = emulator.live();

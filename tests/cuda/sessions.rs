@@ -59,7 +59,7 @@ fn holds(what: &str, model: &Model, set: impl Fn(&mut Options), views: &[ImageVi
             let got = cuda.detect(view).unwrap_or_else(|e| panic!("{what}, picture {i}: {e}"));
             let off = difference(&expected, got);
             assert!(
-                off <= 2e-3,
+                off <= 5e-3, // random weights blow the rounding of f32 up: boxes are a hundred times their anchors
                 "{what}, picture {i}, call {again}: {off}, {} and {} faces",
                 expected.len(),
                 got.len()
