@@ -7,7 +7,9 @@
 mod conv;
 mod maps;
 mod norm;
+mod phase;
 mod step;
+mod weights;
 
 pub use conv::Filter;
 pub use maps::{Align, Pool, Taken};
@@ -81,7 +83,7 @@ macro_rules! kernels {
     ($(#[$doc:meta])* $visible:vis $name:ident of $source:ident: $($kernel:ident),+ $(,)?) => {
         $(#[$doc])*
         $visible struct $name {
-            $($kernel: $crate::gpu::kernels::Kernel),+
+            $(pub(super) $kernel: $crate::gpu::kernels::Kernel),+
         }
         impl $name {
             $visible fn new(device: &$crate::gpu::ops::Device) -> $crate::error::Result<Self> {
@@ -118,7 +120,7 @@ pub struct TrainOps {
     element: Element,
     conv: ConvKernels,
     depthwise: Kernel,
-    weights: conv::Kernels,
+    weights: weights::Kernels,
     norms: norm::Kernels,
     maps: maps::Kernels,
     steps: step::Kernels,
@@ -140,7 +142,7 @@ impl TrainOps {
             element,
             conv: ConvKernels::new(device, element)?,
             depthwise: super::conv::depthwise_kernel(device, element)?,
-            weights: conv::Kernels::new(device)?,
+            weights: weights::Kernels::new(device)?,
             norms: norm::Kernels::new(device)?,
             maps: maps::Kernels::new(device)?,
             steps: step::Kernels::new(device)?,
