@@ -45,7 +45,8 @@ impl DeviceBuffer {
         self.address
     }
 
-    /// Bytes.
+    /// Bytes, at least one.
+    #[allow(clippy::len_without_is_empty)] // never empty
     pub fn len(&self) -> usize {
         self.bytes
     }
@@ -172,7 +173,8 @@ impl PinnedBuffer {
         Ok(Self { context: context.clone(), data: data.cast(), bytes })
     }
 
-    /// Bytes.
+    /// Bytes, at least one.
+    #[allow(clippy::len_without_is_empty)] // never empty
     pub fn len(&self) -> usize {
         self.bytes
     }

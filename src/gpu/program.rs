@@ -68,7 +68,7 @@ impl DeviceProgram {
     }
 
     /// Number of steps.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.steps.len()
     }
 

@@ -292,7 +292,7 @@ impl DevicePlan {
 
     /// Number of steps.
     pub fn steps(&self) -> usize {
-        self.program.len()
+        self.program.count()
     }
 
     /// Gives the network's work to the stream, on inputs that are in the arena by then.

@@ -150,7 +150,7 @@ fn ten_steps(graph: &Graph, side: usize, still: &Frozen, f32s: &Bounds, bf16s: &
     let Some(device) = device() else { return };
     let weights = Weights::default().completed(graph, 7);
     let course = |element, rule| Course::new(on_device(graph, &weights, still, &device, element), side, rule);
-    let clips = |n: usize| if n % 2 == 0 { 1.0 } else { 3.0 };
+    let clips = |n: usize| if n.is_multiple_of(2) { 1.0 } else { 3.0 };
     for rule in RULES {
         let mut cpu =
             Course::new(Network::<f32>::new(graph.clone(), &weights, still, 2).unwrap(), side, rule);

@@ -7,7 +7,7 @@
 //! pulled back in its place.
 //!
 //! Judging outputs is still the CPU's: they are downloaded and their gradients uploaded, through pinned memory. Everything between is
-//! [`DeviceEngine::run`] and [`DeviceEngine::run_back`], which know nothing of it, so that losses can move to the device later. The optimiser's
+//! `run` and `run_back`, which know nothing of it, so that losses can move to the device later. The optimiser's
 //! buffers and the averages are on the device from the first step on (`update.rs`); all of it is brought to the host when somebody asks.
 
 mod backward;
@@ -23,7 +23,7 @@ use crate::gpu::ops::train::{MapIn, Taken, TrainOps};
 use crate::gpu::ops::{Device, DeviceOp};
 use crate::graph::{Graph, Weights};
 use crate::shape::{Shape, Tensor};
-use crate::train::network::{Engine, Frozen, InputTable, Update, Updated};
+use crate::train::network::{Engine, Frozen, InputTable, ParamsAndGrads, Update, Updated};
 use crate::train::optim::{Ema, Optimizer};
 use crate::train::units::Op;
 use crate::train::walk::Walk;
@@ -136,7 +136,7 @@ impl Engine for DeviceEngine {
         self.store.params_mut(&self.ops)
     }
 
-    fn params_and_grads(&mut self) -> Result<(&mut [Vec<f32>], &mut [Vec<f32>])> {
+    fn params_and_grads(&mut self) -> Result<ParamsAndGrads<'_>> {
         self.store.params_and_grads_mut(&self.ops)
     }
 

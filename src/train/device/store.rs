@@ -5,6 +5,7 @@ use crate::gpu::memory::{DeviceBuffer, PinnedBuffer};
 use crate::gpu::ops::train::{Norm, NormGradient, TrainOps, Values};
 use crate::graph::build::{ParamId, ParamRole};
 use crate::graph::{Graph, Weights};
+use crate::train::network::ParamsAndGrads;
 use crate::train::units::Norm as UnitNorm;
 use crate::train::walk::Walk;
 
@@ -107,7 +108,7 @@ impl Store {
     }
 
     /// As [`Store::params_mut`], with the gradients. What is not trained has none.
-    pub fn params_and_grads_mut(&mut self, ops: &TrainOps) -> Result<(&mut [Vec<f32>], &mut [Vec<f32>])> {
+    pub fn params_and_grads_mut(&mut self, ops: &TrainOps) -> Result<ParamsAndGrads<'_>> {
         self.download(ops)?;
         self.host_newer = true;
         if std::mem::take(&mut self.gradients_newer) {

@@ -7,6 +7,9 @@ use crate::graph::Graph;
 use crate::shape::{Shape, Tensor};
 use crate::train::optim::{clip_global_norm, first_non_finite, global_norm, Ema, Optimizer};
 
+/// Parameters and their gradients.
+pub type ParamsAndGrads<'a> = (&'a mut [Vec<f32>], &'a mut [Vec<f32>]);
+
 /// What the trainer asks of whatever walks the network: this crate's CPU kernels, at either precision, or a device's.
 pub trait Engine: Send {
     /// The network.
@@ -16,7 +19,7 @@ pub trait Engine: Send {
     /// Parameters in the order of the graph's, PyTorch's layout.
     fn params(&mut self) -> Result<&mut [Vec<f32>]>;
     /// Parameters to change, and their gradients.
-    fn params_and_grads(&mut self) -> Result<(&mut [Vec<f32>], &mut [Vec<f32>])>;
+    fn params_and_grads(&mut self) -> Result<ParamsAndGrads<'_>>;
     /// Outputs for a batch of `shape`, of pixels N x H x W x 3 in RGB; those behind boxes are not among them. `table` gives the
     /// network's value of each pixel value by input channel, and which channel of the pixel each is.
     fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>>;
@@ -104,7 +107,7 @@ impl<T: Element> Engine for Network<T> {
     fn params(&mut self) -> Result<&mut [Vec<f32>]> {
         Ok(&mut self.params)
     }
-    fn params_and_grads(&mut self) -> Result<(&mut [Vec<f32>], &mut [Vec<f32>])> {
+    fn params_and_grads(&mut self) -> Result<ParamsAndGrads<'_>> {
         Ok((&mut self.params, &mut self.grads))
     }
     fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>> {
