@@ -18,6 +18,9 @@ const ELEMENTS: [(Element, f64); 3] = [(Element::F32, 1e-4), (Element::F16, 1e-2
 /// Random networks.
 pub const NETWORKS: u64 = 60;
 
+/// Random runs of steps that a CPU computes in bands.
+pub const BANDS: usize = 8;
+
 /// An emulated multiply-add takes some nanoseconds, and there are six runs of each: cases are cut to this many.
 pub const MACS: usize = 400_000;
 

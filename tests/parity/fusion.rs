@@ -1,7 +1,7 @@
 //! The patterns that the compiler rewrites, each held to the raw network and to the number of steps
 //! that is left of it.
 
-use crate::support::Parity;
+use crate::support::{Parity, BANDS};
 use farface::cpu::Isa;
 use farface::graph::init::Rng;
 use farface::graph::{Builder, Compiled, Graph, NodeId, Plan, Weights};
@@ -85,7 +85,7 @@ fn steps_are_listed_by_layer_and_kernel() {
 fn steps_in_bands_are_the_steps_one_after_the_other() {
     let mut parity = Parity::new();
     let mut rng = Rng::new(31);
-    for case in 0..40 {
+    for case in 0..BANDS {
         let mut b = Builder::new();
         let x = b.input("x", 3);
         let (mut y, mut c) = (conv_bn(&mut b, "first", x, Conv2d::new(3, 6, 3), Some(LEAKY)), 6);

@@ -14,6 +14,9 @@ pub const TOLERANCE: f32 = 1e-4;
 /// Random networks. Under emulation, tens of times as slow, a few: the graphs are the same there, and every kernel has tests of its own.
 pub const NETWORKS: u64 = if cfg!(emulated) { 20 } else { 150 };
 
+/// Random runs of steps in bands.
+pub const BANDS: usize = 40;
+
 /// A reference multiply-add takes some nanoseconds: cases are cut to this many.
 pub const MACS: usize = 3_000_000;
 
