@@ -14,4 +14,5 @@ python3 tests/cuda/compile.py "$work/nvrtc"
 tests=$(cargo test --locked --test cuda --no-run 2>&1 | sed -n 's/.*(\(.*\/cuda-[0-9a-f]*\)).*/\1/p')
 preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 env FARFACE_TEST_SANITIZE=1 LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 "$tests" --test-threads 2 \
-    stem_convolution depthwise pooling resizing roi_align pixels:: faces:: threads_share a_picture_on_the_device
+    stem_convolution depthwise pooling resizing roi_align pixels:: every_detectors_maps recorded_launches \
+    candidates_without_room threads_share a_picture_on_the_device
