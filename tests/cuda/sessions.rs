@@ -118,8 +118,8 @@ fn detectors_of_one_and_of_two_stages_give_the_faces_of_the_cpu() {
     if device().is_none() {
         return;
     }
-    let data = noise(64, 64, PixelFormat::Nv12, 9);
-    let view = [ImageView::packed(64, 64, PixelFormat::Nv12, &data).unwrap()];
+    let data = noise(96, 64, PixelFormat::Nv12, 9);
+    let view = [ImageView::packed(96, 64, PixelFormat::Nv12, &data).unwrap()];
     for name in [
         "farface-nano",
         "farface-small",
