@@ -1,6 +1,6 @@
 //! Convolutions: weights on the device, and the tile that fits the sizes.
 
-use super::{blocks, Device, THREADS};
+use super::{blocks, Device, Task, THREADS};
 use crate::error::{Error, Result};
 use crate::gpu::driver::Stream;
 use crate::gpu::kernels::{Kernel, Source};
@@ -220,21 +220,15 @@ impl ConvOp {
 
     /// # Safety
     /// As [`super::DeviceOp::launch`].
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        arena: u64,
-        input: &DeviceView,
-        add: Option<&DeviceView>,
-        output: &DeviceView,
-    ) -> Result<()> {
+    pub(super) unsafe fn launch(&self, task: &Task) -> Result<()> {
+        let add = task.second();
         if add.is_none() != (self.joined == Joined::No) {
             return Err(Error::Internal("a convolution and its residual".into()));
         }
         let args = ConvArgs {
-            input: input.at(arena),
-            output: output.at(arena),
-            add: add.map_or(Map::default(), |add| add.at(arena)),
+            input: task.input(),
+            output: task.output(),
+            add: add.unwrap_or_default(),
             weights: self.weights.address(),
             bias: self.bias.address(),
             kernel: pair(self.window.kernel),
@@ -247,7 +241,7 @@ impl ConvOp {
             slope: self.slope,
         };
         // SAFETY: the caller's contract.
-        unsafe { self.kernels.launch(stream, input, &args) }
+        unsafe { self.kernels.launch(task.stream, &task.inputs[0], &args) }
     }
 }
 
@@ -309,16 +303,10 @@ impl DepthwiseOp {
 
     /// # Safety
     /// As [`super::DeviceOp::launch`].
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        arena: u64,
-        input: &DeviceView,
-        output: &DeviceView,
-    ) -> Result<()> {
+    pub(super) unsafe fn launch(&self, task: &Task) -> Result<()> {
         let args = DepthwiseArgs {
-            input: input.at(arena),
-            output: output.at(arena),
+            input: task.input(),
+            output: task.output(),
             weights: self.weights.address(),
             bias: self.bias.address(),
             kernel: pair(self.window.kernel),
@@ -327,10 +315,10 @@ impl DepthwiseOp {
             pad: pair(self.window.pad),
             slope: self.slope,
         };
-        let s = output.shape;
-        let threads = s.n * s.h * s.w * (s.c + output.tail).div_ceil(8);
+        let s = task.output.shape;
+        let threads = s.n * s.h * s.w * (s.c + task.output.tail).div_ceil(8);
         // SAFETY: the caller's contract; the args are the kernel's struct.
-        unsafe { self.kernel.launch(stream, blocks(threads), THREADS, 0, &args) }
+        unsafe { self.kernel.launch(task.stream, blocks(threads), THREADS, 0, &args) }
     }
 }
 
@@ -377,16 +365,10 @@ impl ConvTransposeOp {
 
     /// # Safety
     /// As [`super::DeviceOp::launch`].
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        arena: u64,
-        input: &DeviceView,
-        output: &DeviceView,
-    ) -> Result<()> {
+    pub(super) unsafe fn launch(&self, task: &Task) -> Result<()> {
         let args = ConvTransposeArgs {
-            input: input.at(arena),
-            output: output.at(arena),
+            input: task.input(),
+            output: task.output(),
             weights: self.weights.address(),
             bias: self.bias.address(),
             kernel: pair(self.window.kernel),
@@ -395,6 +377,6 @@ impl ConvTransposeOp {
             groups: self.groups as i32,
         };
         // SAFETY: the caller's contract; the args are the kernel's struct.
-        unsafe { self.kernel.launch(stream, super::blocks_for(output), THREADS, 0, &args) }
+        unsafe { task.launch(&self.kernel, &args) }
     }
 }

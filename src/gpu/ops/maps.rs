@@ -1,6 +1,6 @@
 //! What happens to maps between convolutions.
 
-use super::{blocks, blocks_for, maps_kernel, Device, THREADS};
+use super::{blocks, blocks_for, maps_kernel, Device, Task, THREADS};
 use crate::error::{Error, Result};
 use crate::gpu::driver::Stream;
 use crate::gpu::kernels::Kernel;
@@ -8,106 +8,104 @@ use crate::gpu::map::{DeviceView, Map};
 use crate::gpu::memory::DeviceBuffer;
 use crate::shape::Shape;
 
-/// `PoolArgs` of `cuda/maps.cu`.
+/// The struct of a kernel of `cuda/maps.cu` that reads one map and writes one: both, then what else it takes.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct PoolArgs {
-    input: Map,
-    output: Map,
-    kernel: [i32; 2],
-    stride: [i32; 2],
-    pad: [i32; 2],
+pub(super) struct MapArgs<R> {
+    pub(super) input: Map,
+    pub(super) output: Map,
+    pub(super) rest: R,
 }
 
-/// Maximum over windows.
-pub struct PoolOp {
-    window: [[i32; 2]; 3],
+/// An operation from one map to another, a thread a value of the output.
+pub struct MapOp<R = ()> {
     pub(super) kernel: Kernel,
+    rest: R,
 }
+
+impl<R: Copy> MapOp<R> {
+    fn named(device: &Device, name: &'static str, rest: R) -> Result<Self> {
+        Ok(Self { kernel: maps_kernel(device, name)?, rest })
+    }
+
+    fn args(&self, task: &Task) -> MapArgs<R> {
+        MapArgs { input: task.input(), output: task.output(), rest: self.rest }
+    }
+
+    /// # Safety
+    /// As [`super::DeviceOp::launch`].
+    pub(super) unsafe fn launch(&self, task: &Task) -> Result<()> {
+        // SAFETY: the caller's contract; the args are the kernel's struct.
+        unsafe { task.launch(&self.kernel, &self.args(task)) }
+    }
+}
+
+impl MapOp {
+    /// Interpolation to the output's size: bilinear, or by the nearest pixels.
+    pub fn resize(device: &Device, bilinear: bool) -> Result<Self> {
+        Self::named(device, if bilinear { "resize_bilinear" } else { "resize_nearest" }, ())
+    }
+
+    /// 1 / (1 + e^-x).
+    pub fn sigmoid(device: &Device) -> Result<Self> {
+        Self::named(device, "sigmoid", ())
+    }
+}
+
+/// Maximum over windows: kernel, stride, and what is above and to the left.
+pub type PoolOp = MapOp<[[i32; 2]; 3]>;
 
 impl PoolOp {
     /// Of windows of this size and stride; `pad` above and to the left.
     pub fn new(device: &Device, kernel: [usize; 2], stride: [usize; 2], pad: [usize; 2]) -> Result<Self> {
-        let window = [kernel, stride, pad].map(|v| v.map(|v| v as i32));
-        Ok(Self { window, kernel: maps_kernel(device, "max_pool")? })
-    }
-
-    /// # Safety
-    /// As [`super::DeviceOp::launch`].
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        arena: u64,
-        input: &DeviceView,
-        output: &DeviceView,
-    ) -> Result<()> {
-        let [kernel, stride, pad] = self.window;
-        let args = PoolArgs { input: input.at(arena), output: output.at(arena), kernel, stride, pad };
-        // SAFETY: the caller's contract; the args are the kernel's struct.
-        unsafe { self.kernel.launch(stream, blocks_for(output), THREADS, 0, &args) }
+        Self::named(device, "max_pool", [kernel, stride, pad].map(|v| v.map(|v| v as i32)))
     }
 }
 
-/// `MapArgs` of `cuda/maps.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct MapArgs {
-    input: Map,
-    output: Map,
-}
-
-/// Mean over rows and columns.
-pub struct AverageOp {
-    pub(super) kernel: Kernel,
-}
+/// Mean over rows and columns, a block a value.
+pub struct AverageOp(MapOp);
 
 impl AverageOp {
     /// The mean.
     pub fn new(device: &Device) -> Result<Self> {
-        Ok(Self { kernel: maps_kernel(device, "global_average")? })
+        MapOp::named(device, "global_average", ()).map(Self)
+    }
+
+    pub(super) fn kernel(&self) -> &Kernel {
+        &self.0.kernel
     }
 
     /// # Safety
     /// As [`super::DeviceOp::launch`].
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        arena: u64,
-        input: &DeviceView,
-        output: &DeviceView,
-    ) -> Result<()> {
-        let args = MapArgs { input: input.at(arena), output: output.at(arena) };
+    pub(super) unsafe fn launch(&self, task: &Task) -> Result<()> {
+        let output = task.output;
         let values = output.shape.n * (output.shape.c + output.tail);
-        // A block a value, a float of shared memory a thread.
-        // SAFETY: the caller's contract; the args are the kernel's struct.
-        unsafe { self.kernel.launch(stream, [values as u32, 1, 1], THREADS, THREADS * 4, &args) }
+        let args = self.0.args(task);
+        // SAFETY: the caller's contract; the args are the kernel's struct, and a thread has a float of shared memory.
+        unsafe { self.0.kernel.launch(task.stream, [values as u32, 1, 1], THREADS, THREADS * 4, &args) }
     }
 }
 
-/// Interpolation to the output's size.
-pub struct ResizeOp {
-    pub(super) kernel: Kernel,
-}
+/// Softmax over groups of so many neighbouring channels, a thread a group.
+pub struct SoftmaxOp(MapOp<i32>);
 
-impl ResizeOp {
-    /// Bilinear, or by the nearest pixels.
-    pub fn new(device: &Device, bilinear: bool) -> Result<Self> {
-        let name = if bilinear { "resize_bilinear" } else { "resize_nearest" };
-        Ok(Self { kernel: maps_kernel(device, name)? })
+impl SoftmaxOp {
+    /// Over groups of so many channels.
+    pub fn new(device: &Device, group: usize) -> Result<Self> {
+        MapOp::named(device, "softmax", group as i32).map(Self)
+    }
+
+    pub(super) fn kernel(&self) -> &Kernel {
+        &self.0.kernel
     }
 
     /// # Safety
     /// As [`super::DeviceOp::launch`].
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        arena: u64,
-        input: &DeviceView,
-        output: &DeviceView,
-    ) -> Result<()> {
-        let args = MapArgs { input: input.at(arena), output: output.at(arena) };
+    pub(super) unsafe fn launch(&self, task: &Task) -> Result<()> {
+        let s = task.output.shape;
+        let groups = s.n * s.h * s.w * (s.c / self.0.rest as usize);
         // SAFETY: the caller's contract; the args are the kernel's struct.
-        unsafe { self.kernel.launch(stream, blocks_for(output), THREADS, 0, &args) }
+        unsafe { self.0.kernel.launch(task.stream, blocks(groups), THREADS, 0, &self.0.args(task)) }
     }
 }
 
@@ -145,89 +143,18 @@ impl AddOp {
 
     /// # Safety
     /// As [`super::DeviceOp::launch`].
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        arena: u64,
-        left: &DeviceView,
-        right: Option<&DeviceView>,
-        output: &DeviceView,
-    ) -> Result<()> {
+    pub(super) unsafe fn launch(&self, task: &Task) -> Result<()> {
         let args = AddArgs {
-            left: left.at(arena),
-            right: right.filter(|_| self.both).map_or(Map::default(), |r| r.at(arena)),
-            output: output.at(arena),
+            left: task.input(),
+            right: task.second().filter(|_| self.both).unwrap_or_default(),
+            output: task.output(),
             both: i32::from(self.both),
             top: self.corner[0] as i32,
             column: self.corner[1] as i32,
             slope: self.slope,
         };
         // SAFETY: the caller's contract; the args are the kernel's struct.
-        unsafe { self.kernel.launch(stream, blocks_for(output), THREADS, 0, &args) }
-    }
-}
-
-/// 1 / (1 + e^-x).
-pub struct SigmoidOp {
-    pub(super) kernel: Kernel,
-}
-
-impl SigmoidOp {
-    /// Of every value.
-    pub fn new(device: &Device) -> Result<Self> {
-        Ok(Self { kernel: maps_kernel(device, "sigmoid")? })
-    }
-
-    /// # Safety
-    /// As [`super::DeviceOp::launch`].
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        arena: u64,
-        input: &DeviceView,
-        output: &DeviceView,
-    ) -> Result<()> {
-        let args = MapArgs { input: input.at(arena), output: output.at(arena) };
-        // SAFETY: the caller's contract; the args are the kernel's struct.
-        unsafe { self.kernel.launch(stream, blocks_for(output), THREADS, 0, &args) }
-    }
-}
-
-/// `SoftmaxArgs` of `cuda/maps.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct SoftmaxArgs {
-    input: Map,
-    output: Map,
-    group: i32,
-}
-
-/// Softmax over groups of neighbouring channels.
-pub struct SoftmaxOp {
-    group: usize,
-    pub(super) kernel: Kernel,
-}
-
-impl SoftmaxOp {
-    /// Over groups of so many channels.
-    pub fn new(device: &Device, group: usize) -> Result<Self> {
-        Ok(Self { group, kernel: maps_kernel(device, "softmax")? })
-    }
-
-    /// # Safety
-    /// As [`super::DeviceOp::launch`].
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        arena: u64,
-        input: &DeviceView,
-        output: &DeviceView,
-    ) -> Result<()> {
-        let args = SoftmaxArgs { input: input.at(arena), output: output.at(arena), group: self.group as i32 };
-        let s = output.shape;
-        let groups = s.n * s.h * s.w * (s.c / self.group);
-        // SAFETY: the caller's contract; the args are the kernel's struct.
-        unsafe { self.kernel.launch(stream, blocks(groups), THREADS, 0, &args) }
+        unsafe { task.launch(&self.kernel, &args) }
     }
 }
 
@@ -252,6 +179,11 @@ pub struct RoiAlignOp {
 }
 
 impl RoiAlignOp {
+    /// Cells a pixel, samples a bin along an axis (0: as many as it has cells), whether boxes are moved by half a cell.
+    pub fn new(device: &Device, spatial_scale: f32, samples: usize, aligned: bool) -> Result<Self> {
+        Ok(Self { spatial_scale, samples, aligned, kernel: maps_kernel(device, "roi_align")? })
+    }
+
     /// Gives its work to the stream, each map in a buffer of its own.
     pub fn run(
         &self,
@@ -276,6 +208,14 @@ impl RoiAlignOp {
         unsafe { self.kernel.launch(stream, blocks_for(output), THREADS, 0, &args) }
     }
 
+    /// # Safety
+    /// As [`super::DeviceOp::launch`].
+    pub(super) unsafe fn launch(&self, task: &Task) -> Result<()> {
+        let boxes = task.second().ok_or_else(|| Error::Internal("RoIAlign without boxes".into()))?;
+        // SAFETY: the caller's contract; the args are the kernel's struct.
+        unsafe { task.launch(&self.kernel, &self.args(task.input(), boxes, task.output())) }
+    }
+
     fn args(&self, input: Map, boxes: Map, output: Map) -> RoiAlignArgs {
         RoiAlignArgs {
             input,
@@ -285,26 +225,5 @@ impl RoiAlignOp {
             samples: self.samples as i32,
             aligned: i32::from(self.aligned),
         }
-    }
-
-    /// Cells a pixel, samples a bin along an axis (0: as many as it has cells), whether boxes are moved by half a cell.
-    pub fn new(device: &Device, spatial_scale: f32, samples: usize, aligned: bool) -> Result<Self> {
-        Ok(Self { spatial_scale, samples, aligned, kernel: maps_kernel(device, "roi_align")? })
-    }
-
-    /// # Safety
-    /// As [`super::DeviceOp::launch`].
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        arena: u64,
-        input: &DeviceView,
-        boxes: Option<&DeviceView>,
-        output: &DeviceView,
-    ) -> Result<()> {
-        let boxes = boxes.ok_or_else(|| Error::Internal("RoIAlign without boxes".into()))?;
-        let args = self.args(input.at(arena), boxes.at(arena), output.at(arena));
-        // SAFETY: the caller's contract; the args are the kernel's struct.
-        unsafe { self.kernel.launch(stream, blocks_for(output), THREADS, 0, &args) }
     }
 }

@@ -6,11 +6,11 @@ mod maps;
 pub mod train;
 
 pub use conv::{ConvOp, ConvTransposeOp, ConvWindow, DepthwiseOp, Joined};
-pub use maps::{AddOp, AverageOp, PoolOp, ResizeOp, RoiAlignOp, SigmoidOp, SoftmaxOp};
+pub use maps::{AddOp, AverageOp, MapOp, PoolOp, RoiAlignOp, SoftmaxOp};
 
 use super::driver::{Context, Stream};
 use super::kernels::{Kernel, Kernels, Source};
-use super::map::{DeviceView, Element};
+use super::map::{DeviceView, Element, Map};
 use crate::error::Result;
 use std::sync::{Arc, Mutex, Weak};
 
@@ -86,12 +86,10 @@ pub enum DeviceOp {
     MaxPool(PoolOp),
     /// Mean over a map.
     Average(AverageOp),
-    /// Interpolation.
-    Resize(ResizeOp),
+    /// Interpolation, sigmoid.
+    Map(MapOp),
     /// Sum, copy, crop.
     Add(AddOp),
-    /// Sigmoid.
-    Sigmoid(SigmoidOp),
     /// Softmax.
     Softmax(SoftmaxOp),
     /// RoIAlign.
@@ -106,11 +104,10 @@ impl DeviceOp {
             DeviceOp::Depthwise(op) => op.kernel.name(),
             DeviceOp::ConvTranspose(op) => op.kernel.name(),
             DeviceOp::MaxPool(op) => op.kernel.name(),
-            DeviceOp::Average(op) => op.kernel.name(),
-            DeviceOp::Resize(op) => op.kernel.name(),
+            DeviceOp::Average(op) => op.kernel().name(),
+            DeviceOp::Map(op) => op.kernel.name(),
             DeviceOp::Add(op) => op.kernel.name(),
-            DeviceOp::Sigmoid(op) => op.kernel.name(),
-            DeviceOp::Softmax(op) => op.kernel.name(),
+            DeviceOp::Softmax(op) => op.kernel().name(),
             DeviceOp::RoiAlign(op) => op.kernel.name(),
         }
     }
@@ -126,22 +123,52 @@ impl DeviceOp {
         inputs: &[DeviceView],
         output: &DeviceView,
     ) -> Result<()> {
-        let (a, b) = (&inputs[0], inputs.get(1));
+        let task = Task { stream, arena, inputs, output };
         // SAFETY: the caller's contract is each callee's.
         unsafe {
             match self {
-                DeviceOp::Conv(op) => op.launch(stream, arena, a, b, output),
-                DeviceOp::Depthwise(op) => op.launch(stream, arena, a, output),
-                DeviceOp::ConvTranspose(op) => op.launch(stream, arena, a, output),
-                DeviceOp::MaxPool(op) => op.launch(stream, arena, a, output),
-                DeviceOp::Average(op) => op.launch(stream, arena, a, output),
-                DeviceOp::Resize(op) => op.launch(stream, arena, a, output),
-                DeviceOp::Add(op) => op.launch(stream, arena, a, b, output),
-                DeviceOp::Sigmoid(op) => op.launch(stream, arena, a, output),
-                DeviceOp::Softmax(op) => op.launch(stream, arena, a, output),
-                DeviceOp::RoiAlign(op) => op.launch(stream, arena, a, b, output),
+                DeviceOp::Conv(op) => op.launch(&task),
+                DeviceOp::Depthwise(op) => op.launch(&task),
+                DeviceOp::ConvTranspose(op) => op.launch(&task),
+                DeviceOp::MaxPool(op) => op.launch(&task),
+                DeviceOp::Average(op) => op.launch(&task),
+                DeviceOp::Map(op) => op.launch(&task),
+                DeviceOp::Add(op) => op.launch(&task),
+                DeviceOp::Softmax(op) => op.launch(&task),
+                DeviceOp::RoiAlign(op) => op.launch(&task),
             }
         }
+    }
+}
+
+/// What an operation works on: views of an arena at an address, in a stream's order.
+struct Task<'a> {
+    stream: &'a Stream,
+    arena: u64,
+    inputs: &'a [DeviceView],
+    output: &'a DeviceView,
+}
+
+impl Task<'_> {
+    fn input(&self) -> Map {
+        self.inputs[0].at(self.arena)
+    }
+
+    fn second(&self) -> Option<Map> {
+        self.inputs.get(1).map(|view| view.at(self.arena))
+    }
+
+    fn output(&self) -> Map {
+        self.output.at(self.arena)
+    }
+
+    /// Launches a kernel with a thread a value of the output.
+    ///
+    /// # Safety
+    /// As [`Kernel::launch`].
+    unsafe fn launch<A: Copy>(&self, kernel: &Kernel, args: &A) -> Result<()> {
+        // SAFETY: the caller's contract.
+        unsafe { kernel.launch(self.stream, blocks_for(self.output), THREADS, 0, args) }
     }
 }
 

@@ -5,9 +5,7 @@ use crate::error::{Error, Result};
 use crate::gpu::map::{DeviceView, Element};
 use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::ops::train::{Filter, MapIn, Pool, Taken};
-use crate::gpu::ops::{
-    AddOp, AverageOp, ConvWindow, Device, DeviceOp, ResizeOp, RoiAlignOp, SigmoidOp, SoftmaxOp,
-};
+use crate::gpu::ops::{AddOp, AverageOp, ConvWindow, Device, DeviceOp, MapOp, RoiAlignOp, SoftmaxOp};
 use crate::graph::build::ParamId;
 use crate::layers::{Activation, Conv2d, ConvTranspose2d, Layer, Linear};
 use crate::shape::Shape;
@@ -17,12 +15,12 @@ use std::ops::Range;
 /// The operation that inference has for a unit's, where it has no weights.
 pub(super) fn plain_op(unit: &Unit, device: &Device) -> Result<Option<DeviceOp>> {
     Ok(Some(match &unit.op {
-        Op::Bilinear => DeviceOp::Resize(ResizeOp::new(device, true)?),
+        Op::Bilinear => DeviceOp::Map(MapOp::resize(device, true)?),
         Op::RoiAlign { roi, .. } => {
             DeviceOp::RoiAlign(RoiAlignOp::new(device, roi.spatial_scale, roi.sampling_ratio, roi.aligned)?)
         }
         Op::Plain { layer, .. } => match layer {
-            Layer::Activation(Activation::Sigmoid) => DeviceOp::Sigmoid(SigmoidOp::new(device)?),
+            Layer::Activation(Activation::Sigmoid) => DeviceOp::Map(MapOp::sigmoid(device)?),
             Layer::Activation(Activation::Softmax(group)) => {
                 DeviceOp::Softmax(SoftmaxOp::new(device, *group)?)
             }
