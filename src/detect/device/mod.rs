@@ -4,86 +4,40 @@
 //! and tile, then sorting and suppression. What may change from call to call (settings, how the picture lies, its pixels) is read
 //! from memory that the recorded upload fills.
 
+mod prepare;
 mod second;
 mod source;
 
 pub use source::Source;
 
 use super::candidates::Candidates;
-use super::detector::Window;
 use super::face::Face;
 use super::heads::{cuda, Extras};
 use super::model::Model;
 use super::nms::{Nms, Suppression};
 use super::options::{Options, Precision};
-use super::passes::{input_shape, passes, Pass};
+use super::passes::{input_shape, passes};
 use super::session::{costs, rule, LevelCost, Timings};
 use super::Detection;
 use crate::error::{Error, Result};
-use crate::gpu::driver::{Context, Event, Graph, Stream};
-use crate::gpu::faces::{Candidate, FaceBuffers, Header, Level, Placement as ToUpright, Settings};
+use crate::gpu::driver::{Context, Event, Stream};
+use crate::gpu::faces::{Candidate, Header, Placement as ToUpright, Settings};
 use crate::gpu::map::Element;
-use crate::gpu::memory::{DeviceBuffer, PinnedBuffer};
 use crate::gpu::ops::Device;
-use crate::gpu::pixels::{InputNorm, InputWindow, Picture};
+use crate::gpu::pixels::{InputNorm, Picture};
 use crate::gpu::stage::{Stage, PICTURES};
-use crate::graph::{DeviceNetwork, DevicePlan, Want};
-use crate::pixels::device::input_window;
+use crate::graph::{DeviceNetwork, DevicePlan};
 use crate::pixels::{Placement, Size};
 use bytemuck::Zeroable;
+use prepare::{held_bytes, launch, Memory, Need, Prepared, Recorded};
 use second::Second;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// Picture sizes whose recordings are kept.
 const KEPT_SIZES: usize = 8;
-/// Faces that the first download brings.
-const FIRST_FACES: usize = 256;
 /// Steps of a picture beyond which they are launched one by one: a graph of so many takes longer to make than it saves.
 const MOST_RECORDED: usize = 20_000;
-/// Bytes a pixel for which there is room from the start; planes of f32 make more when they come.
-const PIXEL_BYTES: usize = 4;
-
-/// A plan, and what it is for.
-struct Planned {
-    window: Size,
-    wants: Vec<Want>,
-    plan: DevicePlan,
-}
-
-/// A tile of a level, or its mirror image.
-struct Part {
-    /// Which of `Prepared::plans`.
-    plan: usize,
-    input: InputWindow,
-    levels: Vec<Level>,
-    placement: ToUpright,
-}
-
-/// A recording, and what it is for.
-struct Recorded {
-    /// Bytes of the upload.
-    upload: usize,
-    graph: Graph,
-}
-
-/// What depends on the picture's upright size.
-struct Prepared {
-    size: Size,
-    passes: Vec<Pass>,
-    plans: Vec<Planned>,
-    parts: Vec<Part>,
-    recorded: Vec<Recorded>,
-    used: u64,
-}
-
-/// Memory that all sizes share. Recordings have its addresses: they go before it does.
-struct Memory {
-    arena: DeviceBuffer,
-    stage: Stage,
-    faces: FaceBuffers,
-    result: PinnedBuffer,
-}
 
 /// A picture that was given to a stream.
 #[derive(Clone, Copy)]
@@ -276,8 +230,7 @@ impl OnDevice {
         let prepared = &mut self.prepared[index];
         let own = &self.stream;
         let to = stream.unwrap_or(own);
-        let steps: usize = prepared.parts.iter().map(|p| prepared.plans[p.plan].plan.steps() + 2).sum();
-        if steps > MOST_RECORDED {
+        if prepared.steps() > MOST_RECORDED {
             launch(model, prepared, memory, to, upload)?;
         } else {
             let known = prepared.recorded.iter().position(|r| r.upload == upload);
@@ -435,22 +388,18 @@ impl OnDevice {
         }
         self.prepared.push(prepared);
         let (need, limit) = (Need::of(&self.prepared), limit(model, options));
-        let enough = |m: &Memory| {
-            m.arena.len() >= need.arena
-                && m.stage.room() >= need.pixels
-                && m.faces.limit() == limit
-                && m.faces.capacity() >= limit + need.candidates
-        };
-        if !self.memory.as_ref().is_some_and(enough) {
+        if !self.memory.as_ref().is_some_and(|m| m.suffices(&need, limit)) {
             // Recordings have the old addresses.
             self.prepared.iter_mut().for_each(|p| p.recorded.clear());
             self.memory = None;
-            self.memory = Some(Memory {
-                arena: DeviceBuffer::new(self.device.context(), need.arena)?,
-                stage: Stage::new(&self.device, need.pixels)?,
-                faces: FaceBuffers::new(&self.device, limit, need.candidates)?,
-                result: PinnedBuffer::new(self.device.context(), FaceBuffers::result_bytes(FIRST_FACES))?,
-            });
+            match Memory::new(&self.device, &need, limit) {
+                Ok(memory) => self.memory = Some(memory),
+                Err(e) => {
+                    // Nothing is prepared without memory.
+                    self.prepared.clear();
+                    return Err(e);
+                }
+            }
         }
         Ok(self.prepared.len() - 1)
     }
@@ -463,7 +412,7 @@ impl OnDevice {
         for _ in 0..8 {
             let arena = |s: Size| Ok(DevicePlan::new(&self.network, &[input_shape(s)])?.bytes() as u64);
             let passes = passes(model, &arena, options, size, budget)?;
-            let prepared = self.parts(model, options, size, passes)?;
+            let prepared = Prepared::new(&self.network, model, options, size, passes)?;
             let second = self.second.as_ref().map_or(0, Second::bytes);
             let held = (held_bytes(limit(model, options), &prepared) + second) as u64;
             if held <= cap {
@@ -475,43 +424,6 @@ impl OnDevice {
             "the buffers for {}x{} px do not fit the memory cap of {cap} bytes; raise the cap",
             size.width, size.height
         )))
-    }
-
-    /// Plans and windows of all tiles.
-    fn parts(&self, model: &Model, options: &Options, size: Size, passes: Vec<Pass>) -> Result<Prepared> {
-        let (mut plans, mut parts) = (Vec::<Planned>::new(), Vec::new());
-        for pass in &passes {
-            let scale = pass.level.scale as f32;
-            let heads = model.detector().heads(scale);
-            for tile in pass.grid.iter() {
-                let size_of_tile = tile.window.size();
-                let known = plans.iter().position(|p| p.window == size_of_tile && p.wants == pass.wants);
-                let plan = match known {
-                    Some(plan) => plan,
-                    None => {
-                        let plan =
-                            DevicePlan::for_wants(&self.network, &[input_shape(size_of_tile)], &pass.wants)?;
-                        plans.push(Planned { window: size_of_tile, wants: pass.wants.clone(), plan });
-                        plans.len() - 1
-                    }
-                };
-                let window = Window::of(&tile, pass.padded, pass.level.size, scale);
-                let outputs = plans[plan].plan.outputs();
-                for mirrored in [false, true].into_iter().take(if options.flip { 2 } else { 1 }) {
-                    parts.push(Part {
-                        plan,
-                        input: input_window(&self.device, size, pass.level.size, tile.window)?,
-                        levels: heads.iter().filter_map(|head| head.level(outputs, &window)).collect(),
-                        placement: ToUpright {
-                            offset: [tile.window.x as f32, tile.window.y as f32],
-                            factor: pass.level.to_upright(size),
-                            mirrored: mirrored.then_some(size.width as f32),
-                        },
-                    });
-                }
-            }
-        }
-        Ok(Prepared { size, passes, plans, parts, recorded: Vec::new(), used: 0 })
     }
 }
 
@@ -545,73 +457,4 @@ fn no_overflow(header: &Header) -> Result<()> {
 fn settings(model: &Model, options: &Options) -> Settings {
     let sizes = [options.min_face_px, options.max_face_px];
     cuda::settings(options.score_threshold, sizes, options.max_candidates, &rule(model, options))
-}
-
-/// Memory for what is prepared.
-#[derive(Default)]
-struct Need {
-    arena: usize,
-    pixels: usize,
-    candidates: usize,
-}
-
-impl Need {
-    fn of<'a>(prepared: impl IntoIterator<Item = &'a Prepared>) -> Self {
-        let mut need = Self::default();
-        for p in prepared {
-            need.arena = p.plans.iter().map(|p| p.plan.bytes()).fold(need.arena, usize::max);
-            need.pixels = need.pixels.max(p.size.width * p.size.height * PIXEL_BYTES + 3 * PLANE_ROOM);
-            need.candidates = p.parts.iter().map(Part::candidates).fold(need.candidates, usize::max);
-        }
-        need
-    }
-
-    /// Bytes, on the device and pinned together.
-    fn bytes(&self, limit: usize) -> usize {
-        self.arena
-            + 2 * (Stage::head() + self.pixels)
-            + FaceBuffers::bytes_for(limit, self.candidates)
-            + FaceBuffers::result_bytes(FIRST_FACES)
-    }
-}
-
-/// Bytes that a plane may take more for its alignment.
-const PLANE_ROOM: usize = 256;
-
-/// Bytes of device and pinned memory that a session holds with one size prepared.
-fn held_bytes(limit: usize, prepared: &Prepared) -> usize {
-    let windows: usize = prepared.parts.iter().map(|p| p.input.bytes()).sum();
-    Need::of([prepared]).bytes(limit) + windows
-}
-
-impl Part {
-    /// Candidates that its levels can give.
-    fn candidates(&self) -> usize {
-        self.levels.iter().map(Level::candidates).sum()
-    }
-}
-
-/// Gives all work of a picture to a stream, or to its recording.
-fn launch(
-    model: &Model,
-    prepared: &Prepared,
-    memory: &mut Memory,
-    stream: &Stream,
-    upload: usize,
-) -> Result<()> {
-    let Memory { arena, stage, faces, result } = memory;
-    let norm = InputNorm::from(model.normalization());
-    stage.upload(stream, upload)?;
-    faces.read_settings_at(stage.settings_address());
-    faces.begin(stream)?;
-    for part in &prepared.parts {
-        let plan = &prepared.plans[part.plan].plan;
-        let picture = usize::from(part.placement.mirrored.is_some());
-        stage.input(stream, picture, &part.input, &norm, arena, &plan.inputs()[0])?;
-        plan.launch(stream, arena)?;
-        faces.decode(stream, arena, &part.levels, &part.placement)?;
-    }
-    faces.finish(stream)?;
-    let first = result.len().min(faces.result().len());
-    faces.result().read(stream, 0..first, result, 0)
 }
