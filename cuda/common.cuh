@@ -162,6 +162,18 @@ DEVICE float activate(float v, float slope)
     return v > scaled ? v : scaled;
 }
 
+// Adds to a thread's sums of 4 x 4 what DEPTH rows of left and right values give, which lie PITCH apart.
+template <int DEPTH, int PITCH> DEVICE void add_products(float sums[4][4], const float *left, const float *right)
+{
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                sums[i][j] += left[d * PITCH + i] * right[d * PITCH + j];
+}
+
 // A map of images in channels-last order; strides are elements. Behind the channels of a pixel are `tail` more that hold zeros.
 struct Map {
     void *data;

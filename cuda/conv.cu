@@ -251,13 +251,7 @@ template <class T> DEVICE void conv_any(const ConvArgs &a)
                 real && channel < each ? to_float(weights[(i64)(group * each + channel) * depth + at_depth]) : 0.0f;
         }
         __syncthreads();
-#pragma unroll
-        for (int d = 0; d < DEPTH; d++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    sums[i][j] += left[d * PITCH + my_pixel + i] * right[d * PITCH + my_channel + j];
+        add_products<DEPTH, PITCH>(sums, left + my_pixel, right + my_channel);
         __syncthreads();
     }
 #pragma unroll

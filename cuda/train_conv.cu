@@ -112,13 +112,7 @@ KERNEL(conv_weights_any, WeightArgs, 256)
             right[row * PITCH + copied] = r;
         }
         __syncthreads();
-#pragma unroll
-        for (int d = 0; d < DEPTH; d++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    sums[i][j] += left[d * PITCH + my_channel + i] * right[d * PITCH + my_column + j];
+        add_products<DEPTH, PITCH>(sums, left + my_channel, right + my_column);
         __syncthreads();
     }
     float *to = a.partial + (i64)blockIdx.z * a.gradient.c * depth;

@@ -134,7 +134,7 @@ impl OnDevice {
         Ok(())
     }
 
-    /// Prepares for pictures of this size, and records the detection of one whose pixels have [`PIXEL_BYTES`] bytes.
+    /// Prepares for pictures of this size; the first of each format is recorded when it comes.
     pub fn warmup(&mut self, model: &Model, options: &Options, size: Size) -> Result<()> {
         self.finish_pending()?;
         let index = self.prepare(model, options, size)?;
