@@ -144,10 +144,11 @@ impl Context {
         Ok(Arc::new(context))
     }
 
-    /// Makes it current on this thread: before every call that needs one.
-    pub(super) fn bind(&self) -> Result<()> {
+    /// Makes it current on this thread for the calls that follow, as long as what is returned lives; then the one before is again, so that
+    /// a program's own choice of device stays what it was.
+    pub(super) fn bind(&self) -> Result<Current> {
         // SAFETY: the context is retained.
-        unsafe { cuda!(cuCtxSetCurrent(self.raw)) }
+        unsafe { cuda!(cuCtxPushCurrent_v2(self.raw)) }.map(|()| Current)
     }
 
     /// The device's number, as the CUDA runtime counts.
@@ -176,6 +177,16 @@ impl Context {
     }
 }
 
+/// That a context is current on this thread.
+pub(super) struct Current;
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        // SAFETY: pushed when this was made, on this thread: it is not sent elsewhere, nor kept beyond a call.
+        unsafe { sys::cuCtxPopCurrent_v2(&mut null_mut()) };
+    }
+}
+
 impl Drop for Context {
     fn drop(&mut self) {
         // SAFETY: retained once when it was made. A failure leaves nothing to be done.
@@ -198,7 +209,7 @@ unsafe impl Sync for Stream {}
 impl Stream {
     /// A new one, which does not wait for the default stream.
     pub fn new(context: &Arc<Context>) -> Result<Self> {
-        context.bind()?;
+        let _current = context.bind()?;
         let mut raw = null_mut();
         let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: a context is current.
@@ -217,34 +228,23 @@ impl Stream {
 
     /// Waits until all of its work is done.
     pub fn synchronize(&self) -> Result<()> {
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         // SAFETY: the stream lives.
         unsafe { cuda!(cuStreamSynchronize(self.raw)) }
     }
 
-    /// Lets its later work wait for `event`.
-    pub fn wait(&self, event: &Event) -> Result<()> {
-        self.context.bind()?;
-        // SAFETY: stream and event live.
-        unsafe { cuda!(cuStreamWaitEvent(self.raw, event.raw, 0)) }
-    }
-
     /// What `record` asks of this stream, as a graph, to be launched as often as wanted. Nothing of it is done yet.
     pub fn capture(&self, record: impl FnOnce() -> Result<()>) -> Result<Graph> {
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         let mut graph = null_mut();
-        // SAFETY: the stream lives; a capture that was begun is ended whatever happened in between.
+        // SAFETY: the stream lives; a capture that was begun is ended whatever happened in between (the second half of `and` is
+        // asked for in any case).
         let ended = unsafe {
             cuda!(cuStreamBeginCapture_v2(self.raw, mode))?;
             let recorded = record();
             recorded.and(cuda!(cuStreamEndCapture(self.raw, &mut graph)))
         };
-        if ended.is_err() && graph.is_null() {
-            // What was recorded failed; the capture still has to end. Its own result tells nothing more.
-            // SAFETY: as above.
-            unsafe { sys::cuStreamEndCapture(self.raw, &mut graph) };
-        }
         let mut exec = null_mut();
         let made = ended.and_then(|()| {
             // SAFETY: the capture ended with a graph.
@@ -261,7 +261,7 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if self.owned {
-            let _ = self.context.bind();
+            let _current = self.context.bind();
             // SAFETY: made by us, and nobody has it any more.
             unsafe { sys::cuStreamDestroy_v2(self.raw) };
         }
@@ -288,7 +288,7 @@ unsafe impl Send for Event {}
 impl Event {
     /// A new one.
     pub fn new(context: &Arc<Context>) -> Result<Self> {
-        context.bind()?;
+        let _current = context.bind()?;
         let mut raw = null_mut();
         // SAFETY: a context is current.
         unsafe { cuda!(cuEventCreate(&mut raw, 0))? };
@@ -297,21 +297,21 @@ impl Event {
 
     /// Marks where the stream's work ends now.
     pub fn record(&self, stream: &Stream) -> Result<()> {
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         // SAFETY: event and stream live.
         unsafe { cuda!(cuEventRecord(self.raw, stream.raw)) }
     }
 
     /// Waits until the stream has come here.
     pub fn synchronize(&self) -> Result<()> {
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         // SAFETY: the event lives.
         unsafe { cuda!(cuEventSynchronize(self.raw)) }
     }
 
     /// Milliseconds from `start` to here; both must have been passed.
     pub fn since(&self, start: &Event) -> Result<f32> {
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         let mut ms = 0.0;
         // SAFETY: both events live.
         unsafe { cuda!(cuEventElapsedTime(&mut ms, start.raw, self.raw))? };
@@ -322,7 +322,7 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         // The driver says no by itself where this fails.
-        let _ = self.context.bind();
+        let _current = self.context.bind();
         // SAFETY: made by us, and nobody has it any more.
         unsafe { sys::cuEventDestroy_v2(self.raw) };
     }
@@ -340,7 +340,7 @@ unsafe impl Send for Graph {}
 impl Graph {
     /// Gives all of its work to the stream.
     pub fn launch(&self, stream: &Stream) -> Result<()> {
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         // SAFETY: graph and stream live.
         unsafe { cuda!(cuGraphLaunch(self.raw, stream.raw)) }
     }
@@ -349,7 +349,7 @@ impl Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         // The driver says no by itself where this fails.
-        let _ = self.context.bind();
+        let _current = self.context.bind();
         // SAFETY: made by us, and nobody has it any more.
         unsafe { sys::cuGraphExecDestroy(self.raw) };
     }

@@ -90,7 +90,7 @@ unsafe impl Sync for Module {}
 impl Drop for Module {
     fn drop(&mut self) {
         // The driver says no by itself where this fails.
-        let _ = self.context.bind();
+        let _current = self.context.bind();
         // SAFETY: loaded by us; kernels of it keep it.
         unsafe { sys::cuModuleUnload(self.raw) };
     }
@@ -130,7 +130,7 @@ impl Kernel {
         if blocks.contains(&0) {
             return Ok(());
         }
-        self.module.context.bind()?;
+        let _current = self.module.context.bind()?;
         let mut bytes = size_of::<A>();
         // CU_LAUNCH_PARAM_BUFFER_POINTER, _SIZE and _END.
         let mut extra: [*mut c_void; 5] = [
@@ -191,7 +191,7 @@ impl Kernels {
         let module = self.module(source)?;
         let c_name = CString::new(name).map_err(|_| Error::Internal("a kernel's name".into()))?;
         let mut raw = null_mut();
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         // SAFETY: the module is loaded; the driver writes the function.
         unsafe { cuda!(cuModuleGetFunction(&mut raw, module.raw, c_name.as_ptr())) }
             .map_err(|e| Error::Cuda(format!("kernel {name}: {e}")))?;
@@ -211,7 +211,7 @@ impl Kernels {
         }
         let image = self.image(source)?;
         let mut raw = null_mut();
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         // SAFETY: an image that NVRTC has made; PTX ends with a zero byte.
         unsafe { cuda!(cuModuleLoadData(&mut raw, image.as_ptr().cast()))? };
         let module = Arc::new(Module { context: self.context.clone(), raw });

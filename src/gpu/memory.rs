@@ -17,7 +17,7 @@ pub struct DeviceBuffer {
 impl DeviceBuffer {
     /// So many bytes (at least one), of whatever they hold; at a multiple of 256.
     pub fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
-        context.bind()?;
+        let _current = context.bind()?;
         let bytes = bytes.max(1);
         let mut address = 0;
         // SAFETY: a context is current.
@@ -57,7 +57,7 @@ impl DeviceBuffer {
         if range.is_empty() {
             return Ok(());
         }
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         // SAFETY: checked above.
         unsafe { cuda!(cuMemsetD8Async(self.address + range.start as u64, value, range.len(), stream.raw())) }
     }
@@ -68,7 +68,7 @@ impl DeviceBuffer {
         if bytes > from.bytes {
             return Err(Error::Internal("more is copied than there is".into()));
         }
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         // SAFETY: checked above; pinned memory is given back only when no stream has it.
         unsafe {
             cuda!(cuMemcpyHtoDAsync_v2(self.address + at as u64, from.data.cast(), bytes, stream.raw()))
@@ -81,7 +81,7 @@ impl DeviceBuffer {
         if at.saturating_add(range.len()) > to.bytes {
             return Err(Error::Internal("more is copied than there is room for".into()));
         }
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         // SAFETY: checked above, as in `write`.
         unsafe {
             let to = to.data.add(at).cast();
@@ -95,7 +95,7 @@ impl DeviceBuffer {
         self.check(&(at..at.saturating_add(bytes)))?;
         let mut values = vec![T::zeroed(); count];
         if bytes > 0 {
-            self.context.bind()?;
+            let _current = self.context.bind()?;
             // SAFETY: checked above; the destination is kept until the stream has done it.
             let copied = unsafe {
                 cuda!(cuMemcpyDtoHAsync_v2(
@@ -118,7 +118,7 @@ impl DeviceBuffer {
         if bytes.is_empty() {
             return Ok(());
         }
-        self.context.bind()?;
+        let _current = self.context.bind()?;
         // SAFETY: checked above; the source is kept until the stream has done it.
         let copied = unsafe {
             cuda!(cuMemcpyHtoDAsync_v2(
@@ -143,7 +143,7 @@ impl DeviceBuffer {
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
         // The driver says no by itself where this fails.
-        let _ = self.context.bind();
+        let _current = self.context.bind();
         // SAFETY: made by us; the driver waits for work that still uses it.
         unsafe { sys::cuMemFree_v2(self.address) };
     }
@@ -162,7 +162,7 @@ unsafe impl Send for PinnedBuffer {}
 impl PinnedBuffer {
     /// So many bytes (at least one), all 0.
     pub fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
-        context.bind()?;
+        let _current = context.bind()?;
         let bytes = bytes.max(1);
         let mut data = std::ptr::null_mut();
         // SAFETY: a context is current.
@@ -195,7 +195,7 @@ impl PinnedBuffer {
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
         // The driver says no by itself where this fails.
-        let _ = self.context.bind();
+        let _current = self.context.bind();
         // SAFETY: made by us.
         unsafe { sys::cuMemFreeHost(self.data.cast()) };
     }

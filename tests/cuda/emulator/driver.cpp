@@ -55,7 +55,7 @@ long calls, fail_at, live;
 bool initialized, idle;
 int retained;
 Stream default_stream;
-thread_local void *current_context;
+thread_local std::vector<void *> contexts; // the last is current
 char context;
 
 // Whether a call may go on.
@@ -66,7 +66,7 @@ int begin(bool needs_context)
         return UNKNOWN;
     if (!initialized)
         return NOT_INITIALIZED;
-    if (needs_context && (current_context != &context || retained == 0))
+    if (needs_context && (contexts.empty() || contexts.back() != &context || retained == 0))
         return INVALID_CONTEXT;
     return SUCCESS;
 }
@@ -193,18 +193,21 @@ int cuDevicePrimaryCtxRelease_v2(int)
     live--;
     return SUCCESS;
 }
-int cuCtxSetCurrent(void *c)
+int cuCtxPushCurrent_v2(void *c)
 {
     ENTRY(false);
     if (c != &context)
         return INVALID_CONTEXT;
-    current_context = c;
+    contexts.push_back(c);
     return SUCCESS;
 }
-int cuMemGetInfo_v2(std::size_t *free, std::size_t *total)
+int cuCtxPopCurrent_v2(void **c)
 {
-    ENTRY(true);
-    *free = *total = (std::size_t)8 << 30;
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    if (contexts.empty())
+        return INVALID_CONTEXT;
+    *c = contexts.back();
+    contexts.pop_back();
     return SUCCESS;
 }
 int cuMemAlloc_v2(Pointer *p, std::size_t bytes)
@@ -247,16 +250,6 @@ int cuMemcpyDtoHAsync_v2(void *to, Pointer from, std::size_t bytes, void *stream
         return SUCCESS;
     });
 }
-int cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, std::size_t bytes, void *stream)
-{
-    ENTRY(true);
-    if (!inside(from, bytes) || !inside(to, bytes))
-        return INVALID_VALUE;
-    return run(stream, [=] {
-        std::memmove((void *)to, (const void *)from, bytes);
-        return SUCCESS;
-    });
-}
 int cuMemsetD8Async(Pointer to, unsigned char value, std::size_t bytes, void *stream)
 {
     ENTRY(true);
@@ -285,16 +278,6 @@ int cuStreamSynchronize(void *)
 {
     ENTRY(true);
     return SUCCESS;
-}
-int cuStreamQuery(void *)
-{
-    ENTRY(true);
-    return SUCCESS;
-}
-int cuStreamWaitEvent(void *, void *event, unsigned)
-{
-    ENTRY(true);
-    return event ? SUCCESS : INVALID_HANDLE;
 }
 int cuStreamBeginCapture_v2(void *stream, int)
 {
