@@ -318,7 +318,7 @@ impl FaceBuffers {
     }
 
     /// Has them read at another address of the device, from the next [`FaceBuffers::begin`] on: as part of a larger upload.
-    pub fn read_settings_at(&mut self, address: u64) {
+    pub(crate) fn read_settings_at(&mut self, address: u64) {
         self.settings_at = address;
     }
 

@@ -209,40 +209,56 @@ impl Kernels {
         if let Some(module) = modules.get(&source) {
             return Ok(module.clone());
         }
-        let image = self.image(source)?;
-        let mut raw = null_mut();
-        let _current = self.context.bind()?;
-        // SAFETY: an image that NVRTC has made; PTX ends with a zero byte.
-        unsafe { cuda!(cuModuleLoadData(&mut raw, image.as_ptr().cast()))? };
+        let kept = self.kept(source)?;
+        let cached =
+            kept.as_ref().and_then(|path| std::fs::read(path).ok()).filter(|image| !image.is_empty());
+        // What was kept and cannot be loaded (a file cut short) is compiled anew.
+        let raw = match cached.map(|image| self.load(&image)) {
+            Some(Ok(raw)) => raw,
+            _ => {
+                let image = self.compile(source)?;
+                let raw = self.load(&image)?;
+                // What cannot be kept is compiled again the next time.
+                if let Some(path) = kept {
+                    let folder = path.parent().unwrap_or(&path);
+                    let _ = files::make_dir(folder).and_then(|()| files::write_whole(&path, &image));
+                }
+                raw
+            }
+        };
         let module = Arc::new(Module { context: self.context.clone(), raw });
         modules.insert(source, module.clone());
         Ok(module)
     }
 
-    /// Machine code or PTX of a file, from the cache where it is there.
-    fn image(&self, source: Source) -> Result<Vec<u8>> {
-        let (name, text) = source.file();
-        let capability = self.context.capability();
-        let arch = self.compiler.arch_for(capability)?;
-        let own = arch == (capability[0] * 10 + capability[1]) as i32;
-        let kept = self.cache.as_ref().map(|folder| {
-            let mut hash = std::hash::DefaultHasher::new();
-            (HEADER.1, text, arch, own, self.compiler.version()).hash(&mut hash);
-            let stem = name.trim_end_matches(".cu");
-            let kind = if own { "cubin" } else { "ptx" };
-            folder.join(format!("{stem}-{arch}-{:016x}.{kind}", hash.finish()))
-        });
-        if let Some(image) = kept.as_ref().and_then(|path| std::fs::read(path).ok()).filter(|i| !i.is_empty())
-        {
-            return Ok(image);
-        }
-        let image = self.compiler.compile(name, text, HEADER, arch, own)?;
-        // What cannot be kept is compiled again the next time.
-        if let Some(path) = kept {
-            let folder = path.parent().unwrap_or(&path);
-            let _ = files::make_dir(folder).and_then(|()| files::write_whole(&path, &image));
-        }
-        Ok(image)
+    fn load(&self, image: &[u8]) -> Result<sys::CUmodule> {
+        let mut raw = null_mut();
+        let _current = self.context.bind()?;
+        // SAFETY: an image that NVRTC has made; the driver reads no further than it says.
+        unsafe { cuda!(cuModuleLoadData(&mut raw, image.as_ptr().cast())) }.map(|()| raw)
+    }
+
+    /// The architecture that is compiled for, and whether it is the device's own.
+    fn target(&self) -> Result<(i32, bool)> {
+        let [major, minor] = self.context.capability();
+        let arch = self.compiler.arch_for([major, minor])?;
+        Ok((arch, arch == (major * 10 + minor) as i32))
+    }
+
+    /// Machine code or PTX of a file.
+    fn compile(&self, source: Source) -> Result<Vec<u8>> {
+        let ((name, text), (arch, own)) = (source.file(), self.target()?);
+        self.compiler.compile(name, text, HEADER, arch, own)
+    }
+
+    /// Where a file's code is kept, if at all: by a hash of all that it depends on.
+    fn kept(&self, source: Source) -> Result<Option<PathBuf>> {
+        let Some(folder) = &self.cache else { return Ok(None) };
+        let ((name, text), (arch, own)) = (source.file(), self.target()?);
+        let mut hash = std::hash::DefaultHasher::new();
+        (HEADER.1, text, arch, own, self.compiler.version(), env!("CARGO_PKG_VERSION")).hash(&mut hash);
+        let (stem, kind) = (name.trim_end_matches(".cu"), if own { "cubin" } else { "ptx" });
+        Ok(Some(folder.join(format!("{stem}-{arch}-{:016x}.{kind}", hash.finish()))))
     }
 }
 

@@ -63,7 +63,7 @@ impl DeviceBuffer {
     }
 
     /// Copies the first `bytes` of pinned memory to `at` here, in the stream's order.
-    pub fn write(&self, stream: &Stream, at: usize, from: &PinnedBuffer, bytes: usize) -> Result<()> {
+    pub(crate) fn write(&self, stream: &Stream, at: usize, from: &PinnedBuffer, bytes: usize) -> Result<()> {
         self.check(&(at..at.saturating_add(bytes)))?;
         if bytes > from.bytes {
             return Err(Error::Internal("more is copied than there is".into()));
@@ -76,7 +76,13 @@ impl DeviceBuffer {
     }
 
     /// Copies bytes `range` to `at` of pinned memory, in the stream's order.
-    pub fn read(&self, stream: &Stream, range: Range<usize>, to: &PinnedBuffer, at: usize) -> Result<()> {
+    pub(crate) fn read(
+        &self,
+        stream: &Stream,
+        range: Range<usize>,
+        to: &PinnedBuffer,
+        at: usize,
+    ) -> Result<()> {
         self.check(&range)?;
         if at.saturating_add(range.len()) > to.bytes {
             return Err(Error::Internal("more is copied than there is room for".into()));

@@ -10,7 +10,7 @@ use libloading::Library as Handle;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// A library the CUDA backend uses.
+/// A library of NVIDIA's: the first two are what the backend needs, the others what it may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Library {
     /// The driver.

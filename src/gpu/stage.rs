@@ -14,6 +14,8 @@ pub const PICTURES: usize = 2;
 const PICTURES_AT: usize = 64;
 /// Where pixels begin.
 const PIXELS_AT: usize = 512;
+/// Uploads are multiples of this, or all that there is.
+const UPLOAD_STEP: usize = 64 << 10;
 /// Planes begin at multiples of this.
 const PLANE_ALIGN: usize = 256;
 
@@ -27,13 +29,20 @@ pub struct Stage {
     input: InputOp,
 }
 
+fn zeros(device: &Device, bytes: usize) -> Result<DeviceBuffer> {
+    let buffer = DeviceBuffer::new(device.context(), bytes)?;
+    buffer.fill(device.uploads(), 0..bytes, 0)?;
+    device.uploads().synchronize()?;
+    Ok(buffer)
+}
+
 impl Stage {
     /// With room for so many bytes of pixels.
     pub fn new(device: &Device, pixels: usize) -> Result<Self> {
         let bytes = PIXELS_AT + pixels;
         Ok(Self {
             pinned: PinnedBuffer::new(device.context(), bytes)?,
-            device: DeviceBuffer::of(device.uploads(), &vec![0u8; bytes])?,
+            device: zeros(device, bytes)?,
             input: InputOp::new(device)?,
         })
     }
@@ -66,7 +75,8 @@ impl Stage {
             addresses.push(self.device.address() + at as u64);
             at = (at + plane.len()).next_multiple_of(PLANE_ALIGN);
         }
-        Ok((addresses, at.min(bytes.len())))
+        // In steps: rows of other lengths need no recording of their own.
+        Ok((addresses, at.next_multiple_of(UPLOAD_STEP).min(bytes.len())))
     }
 
     /// Writes settings and pictures. Only while no stream reads the stage.

@@ -247,7 +247,10 @@ impl DevicePlan {
             }
             let too_large = || Error::LimitExceeded(format!("a tensor of {} is too large", shape(id)));
             let bytes = DeviceView::new(network.elements[id], shape(id), 0).bytes();
-            let bytes = bytes.filter(|b| b / 4 < i32::MAX as usize).ok_or_else(too_large)?;
+            // Kernels count values in 31 bits.
+            let bytes = bytes
+                .filter(|b| b / network.elements[id].bytes() < i32::MAX as usize)
+                .ok_or_else(too_large)?;
             buffer_of[id] = buffers.len();
             buffers.push(Buffer { size: bytes.div_ceil(ALIGN), live: live[id], offset: 0 });
         }
@@ -312,6 +315,17 @@ impl DevicePlan {
         arena: &DeviceBuffer,
         inputs: &[Tensor],
     ) -> Result<Vec<Tensor>> {
+        self.run_by(stream, arena, inputs, || self.launch(stream, arena))
+    }
+
+    /// As [`DevicePlan::run_tensors`], the network's work given to the stream by `launch`: as a recording.
+    pub fn run_by(
+        &self,
+        stream: &Stream,
+        arena: &DeviceBuffer,
+        inputs: &[Tensor],
+        launch: impl FnOnce() -> Result<()>,
+    ) -> Result<Vec<Tensor>> {
         let shapes: Vec<Shape> = inputs.iter().map(|t| t.shape).collect();
         if self.inputs.iter().map(|v| v.shape).ne(shapes.iter().copied()) {
             return Err(Error::InvalidArgument(format!("planned for other inputs than {shapes:?}")));
@@ -323,7 +337,7 @@ impl DevicePlan {
                 pixels.flat_map(|p| p.iter().copied().chain(std::iter::repeat_n(0.0, view.pixel - c)));
             arena.set(stream, view.offset, &view.element.encode(padded))?;
         }
-        self.launch(stream, arena)?;
+        launch()?;
         let read = |view: &Option<DeviceView>| {
             let Some(v) = view else { return Ok(Tensor::zeros(Shape::new(0, 0, 0, 0))) };
             let bytes = v.bytes().unwrap_or(0);

@@ -246,7 +246,7 @@ unsafe fn multiply_add_f16(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i
     // SAFETY: register arithmetic, with an instruction that the CPU was asked for.
     unsafe {
         std::arch::asm!("vfmadd231ph {sums}, {a}, {b}", sums = inout(zmm_reg) sums, a = in(zmm_reg) a,
-            b = in(zmm_reg) b, options(pure, nomem, nostack, preserves_flags));
+            b = in(zmm_reg) b, options(pure, nomem, nostack));
     }
     sums
 }

@@ -81,7 +81,7 @@ impl Vector for F32x4 {
         // SAFETY: trait contract; register arithmetic, with an instruction of the base architecture.
         unsafe {
             asm!("fcvtn {half:v}.4h, {v:v}.4s", half = lateout(vreg) half, v = in(vreg) saturated(self.0),
-                options(pure, nomem, nostack, preserves_flags));
+                options(pure, nomem, nostack));
             if n >= 4 {
                 return vst1_u16(p, half);
             }
@@ -109,7 +109,7 @@ unsafe fn singles(half: uint16x4_t) -> float32x4_t {
     // SAFETY: register arithmetic, with an instruction of the base architecture.
     unsafe {
         asm!("fcvtl {v:v}.4s, {half:v}.4h", v = lateout(vreg) v, half = in(vreg) half,
-            options(pure, nomem, nostack, preserves_flags));
+            options(pure, nomem, nostack));
     }
     v
 }
@@ -183,7 +183,7 @@ impl Product for PairsOfF16 {
         unsafe {
             asm!("fmla {run:v}.8h, {weights:v}.8h, {input:v}.8h", run = inout(vreg) run,
                 weights = in(vreg) weights, input = in(vreg) input,
-                options(pure, nomem, nostack, preserves_flags));
+                options(pure, nomem, nostack));
         }
         SumsOfF16 { run, ..sums }
     }

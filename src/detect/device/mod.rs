@@ -36,6 +36,8 @@ use std::time::Instant;
 
 /// Picture sizes whose recordings are kept.
 const KEPT_SIZES: usize = 8;
+/// Recordings of a size: one for each number of bytes that pictures of it take.
+const MOST_RECORDINGS: usize = 8;
 /// Steps of a picture beyond which they are launched one by one: a graph of so many takes longer to make than it saves.
 const MOST_RECORDED: usize = 20_000;
 
@@ -138,15 +140,13 @@ impl OnDevice {
     pub fn warmup(&mut self, model: &Model, options: &Options, size: Size) -> Result<()> {
         self.finish_pending()?;
         let index = self.prepare(model, options, size)?;
-        let Some(memory) = &mut self.memory else { return Ok(()) };
+        let memory = self.memory.as_mut().ok_or_else(no_memory)?;
         // A run on nothing: kernels are brought to the device, pictures of no size are not read.
         memory.stage.describe(&settings(model, options), &[Picture::zeroed(); PICTURES]);
-        let prepared = &self.prepared[index];
-        launch(model, prepared, memory, &self.stream, Stage::head())?;
-        if let Some(second) = &self.second {
-            second.warmup(&self.stream)?;
-        }
-        self.stream.synchronize()
+        let given = launch(model, &self.prepared[index], memory, &self.stream, Stage::head());
+        let second = self.second.as_ref().map_or(Ok(()), |second| second.warmup(&self.stream));
+        // Whatever failed: nothing is under way when this returns.
+        self.stream.synchronize().and(given).and(second)
     }
 
     /// Bytes of device and pinned memory that the session holds once it is warmed up for this size and no other.
@@ -228,23 +228,14 @@ impl OnDevice {
         let (index, upload) = self.place(model, options, image, &settings(model, options))?;
         let memory = self.memory.as_mut().ok_or_else(no_memory)?;
         let prepared = &mut self.prepared[index];
-        let own = &self.stream;
-        let to = stream.unwrap_or(own);
-        if prepared.steps() > MOST_RECORDED {
-            launch(model, prepared, memory, to, upload)?;
-        } else {
-            let known = prepared.recorded.iter().position(|r| r.upload == upload);
-            let at = match known {
-                Some(at) => at,
-                None => {
-                    let graph = own.capture(|| launch(model, prepared, memory, own, upload))?;
-                    prepared.recorded.push(Recorded { upload, graph });
-                    prepared.recorded.len() - 1
-                }
-            };
-            prepared.recorded[at].graph.launch(to)?;
+        let to = stream.unwrap_or(&self.stream);
+        let given =
+            give(model, prepared, memory, [&self.stream, to], upload).and_then(|()| self.done.record(to));
+        if let Err(e) = given {
+            // Some of it may be under way, and reads what the next picture writes.
+            let _ = to.synchronize();
+            return Err(e);
         }
-        self.done.record(to)?;
         let pending = Pending { placement: image.placement(), width: size.width as f32 };
         self.pending = Some(pending);
         Ok(pending)
@@ -273,9 +264,24 @@ impl OnDevice {
         Ok((index, upload))
     }
 
+    /// As [`Self::in_two_stages`]; nothing is under way when this returns.
+    fn detect_in_two_stages(
+        &mut self,
+        model: &Model,
+        options: &Options,
+        image: Source<'_>,
+        faces: &mut Vec<Face>,
+    ) -> Result<Timings> {
+        let found = self.in_two_stages(model, options, image, faces);
+        if found.is_err() {
+            let _ = self.stream.synchronize();
+        }
+        found
+    }
+
     /// Finds the faces of a picture by a detector that looks twice: what the first stage proposes in a tile the host waits for and has
     /// looked at again.
-    fn detect_in_two_stages(
+    fn in_two_stages(
         &mut self,
         model: &Model,
         options: &Options,
@@ -432,6 +438,29 @@ impl Drop for OnDevice {
         // Work that is under way reads and writes what is about to go; a device that fails here has nothing under way.
         let _ = self.finish_pending();
     }
+}
+
+/// Gives the work of a picture to the second of two streams: one recording, made on the first where there is none yet, or step by step
+/// where there are too many.
+fn give(
+    model: &Model,
+    prepared: &mut Prepared,
+    memory: &mut Memory,
+    [own, to]: [&Stream; 2],
+    upload: usize,
+) -> Result<()> {
+    if prepared.steps() > MOST_RECORDED {
+        return launch(model, prepared, memory, to, upload);
+    }
+    if let Some(known) = prepared.recorded.iter().find(|r| r.upload == upload) {
+        return known.graph.launch(to);
+    }
+    let graph = own.capture(|| launch(model, prepared, memory, own, upload))?;
+    if prepared.recorded.len() == MOST_RECORDINGS {
+        prepared.recorded.remove(0);
+    }
+    prepared.recorded.push(Recorded { upload, graph });
+    prepared.recorded[prepared.recorded.len() - 1].graph.launch(to)
 }
 
 /// Candidates stay where the network sees them.

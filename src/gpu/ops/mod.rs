@@ -186,7 +186,7 @@ fn blocks_for(output: &DeviceView) -> [u32; 3] {
     blocks(s.n * s.h * s.w * (s.c + output.tail))
 }
 
-/// A kernel of `maps.cu`, with shared memory for a float a thread.
+/// A kernel of `maps.cu`.
 fn maps_kernel(device: &Device, name: &'static str) -> Result<Kernel> {
     device.kernels.get(Source::Maps, name, 0)
 }
