@@ -38,6 +38,7 @@ pub mod refineface;
 pub mod retinaface;
 pub mod second_stage;
 pub mod session;
+mod timings;
 
 pub use boxes::{BBox, Detection};
 pub use config::ModelConfig;
@@ -45,4 +46,6 @@ pub use face::{Ellipse, Face};
 pub use model::Model;
 pub use nms::Suppression;
 pub use options::{DevicePolicy, Options, Precision, Pyramid, Scales};
-pub use session::{LevelCost, Session, Timings};
+pub use passes::LevelCost;
+pub use session::Session;
+pub use timings::Timings;

@@ -1,7 +1,8 @@
 //! Settings of a session.
 
+use super::boxes::Convention;
 use super::config::{ModelConfig, Octaves};
-use super::nms::Suppression;
+use super::nms::{Rule, Suppression};
 use crate::error::{Error, Result};
 use crate::pixels::{pyramid, PyramidLimits, PyramidPolicy, Size};
 
@@ -207,6 +208,17 @@ impl Options {
             )));
         }
         Ok(())
+    }
+
+    /// How candidates become faces; `plus_one` where the model counts corners as pixels inclusively.
+    pub(super) fn rule(&self, plus_one: bool) -> Rule {
+        Rule {
+            suppression: self.suppression,
+            iou: self.nms_iou,
+            convention: if plus_one { Convention::PlusOne } else { Convention::Continuous },
+            floor: self.score_threshold,
+            limit: if self.max_faces == 0 { usize::MAX } else { self.max_faces },
+        }
     }
 
     /// Threads as they are.

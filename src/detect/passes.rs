@@ -32,6 +32,31 @@ impl Pass {
     }
 }
 
+/// What a detection does on one scale of the picture.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LevelCost {
+    /// Network pixels per pixel of the picture.
+    pub scale: f64,
+    /// Size of the picture at this scale.
+    pub size: Size,
+    /// Tiles that it is cut into.
+    pub tiles: usize,
+    /// Pixels that the network computes: those of all tiles, their overlaps counted again, twice with `flip`.
+    pub network_pixels: u64,
+}
+
+/// What each level of a picture costs.
+pub(super) fn costs(passes: &[Pass], options: &Options) -> Vec<LevelCost> {
+    let times = if options.flip { 2 } else { 1 };
+    let cost = |p: &Pass| LevelCost {
+        scale: p.level.scale,
+        size: p.level.size,
+        tiles: p.grid.len(),
+        network_pixels: p.grid.window_pixels().saturating_mul(times),
+    };
+    passes.iter().map(cost).collect()
+}
+
 /// The network's input for a window.
 pub(super) fn input_shape(window: Size) -> Shape {
     Shape::new(1, 3, window.height, window.width)

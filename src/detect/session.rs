@@ -4,7 +4,6 @@
 //! tiles, plans) is prepared once and kept for the last few sizes, so that detecting at a size that was seen
 //! before (or warmed up) allocates nothing.
 
-use super::boxes::Convention;
 use super::candidates::Candidates;
 use super::detector::{Map, Window};
 #[cfg(feature = "cuda")]
@@ -12,12 +11,13 @@ use super::device::{OnDevice, Source};
 use super::face::Face;
 use super::input::{fill_input, scratch_widths};
 use super::model::Model;
-use super::nms::{Nms, Rule};
+use super::nms::Nms;
 #[cfg(feature = "cuda")]
 use super::options::DevicePolicy;
 use super::options::Options;
-use super::passes::{input_shape, passes, Pass};
+use super::passes::{costs, input_shape, passes, LevelCost, Pass};
 use super::second_stage::Refiner;
+use super::timings::Timings;
 use super::Detection;
 use crate::cpu::{Arena, Pool};
 use crate::error::{Error, Result};
@@ -34,32 +34,6 @@ use std::time::{Duration, Instant};
 const KEPT_SIZES: usize = 8;
 /// Most outputs of a network.
 const MAX_OUTPUTS: usize = 64;
-
-/// Wall time of the parts of one detection.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Timings {
-    /// Pixels to network input.
-    pub input: Duration,
-    /// The network.
-    pub network: Duration,
-    /// Outputs to candidates.
-    pub decode: Duration,
-    /// Sorting, suppression, coordinates.
-    pub merge: Duration,
-}
-
-/// What a detection does on one scale of the picture.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LevelCost {
-    /// Network pixels per pixel of the picture.
-    pub scale: f64,
-    /// Size of the picture at this scale.
-    pub size: Size,
-    /// Tiles that it is cut into.
-    pub tiles: usize,
-    /// Pixels that the network computes: those of all tiles, their overlaps counted again, twice with `flip`.
-    pub network_pixels: u64,
-}
 
 /// A plan, and what it is for.
 struct Planned {
@@ -147,6 +121,10 @@ impl Session {
     /// Changes the settings. What was prepared or warmed up is given up where the change concerns it.
     pub fn set_options(&mut self, options: Options) -> Result<()> {
         options.check()?;
+        // First what can fail, so that the session stays as it was.
+        let network = self.model.network(options.precision)?;
+        let threads = options.thread_count() != self.pool.threads();
+        let pool = threads.then(|| new_pool(&options)).transpose()?;
         #[cfg(feature = "cuda")]
         match &mut self.device {
             Some(device) if options.device == self.options.device => {
@@ -154,10 +132,8 @@ impl Session {
             }
             _ => self.device = on_device(&self.model, &options)?,
         }
-        let network = self.model.network(options.precision)?;
-        let threads = options.thread_count() != self.pool.threads();
-        if threads {
-            self.pool = new_pool(&options)?;
+        if let Some(pool) = pool {
+            self.pool = pool;
         }
         let buffers_of = |o: &Options| (o.max_candidates, o.max_faces, o.suppression.is_soft());
         let plan_of = |o: &Options| (o.min_face_px, o.max_face_px, o.pyramid, o.tile_px, o.memory_cap);
@@ -320,7 +296,7 @@ impl Session {
                 lap(&mut timings.network);
             }
         }
-        let (sorted, rule) = (self.candidates.sorted(), rule(&self.model, &self.options));
+        let (sorted, rule) = (self.candidates.sorted(), self.options.rule(self.model.config().nms_plus_one));
         let placement = image.placement();
         self.faces.clear();
         let candidate = |i: usize| sorted[i].face.detection();
@@ -496,30 +472,6 @@ impl Session {
             + self.face_capacity() * size_of::<Face>()
             + KEPT_SIZES * size_of::<Prepared>();
         held as u64
-    }
-}
-
-/// What each level of a picture costs.
-pub(super) fn costs(passes: &[Pass], options: &Options) -> Vec<LevelCost> {
-    let times = if options.flip { 2 } else { 1 };
-    let cost = |p: &Pass| LevelCost {
-        scale: p.level.scale,
-        size: p.level.size,
-        tiles: p.grid.len(),
-        network_pixels: p.grid.window_pixels().saturating_mul(times),
-    };
-    passes.iter().map(cost).collect()
-}
-
-/// How candidates become faces.
-pub(super) fn rule(model: &Model, options: &Options) -> Rule {
-    let plus_one = model.config().nms_plus_one;
-    Rule {
-        suppression: options.suppression,
-        iou: options.nms_iou,
-        convention: if plus_one { Convention::PlusOne } else { Convention::Continuous },
-        floor: options.score_threshold,
-        limit: if options.max_faces == 0 { usize::MAX } else { options.max_faces },
     }
 }
 

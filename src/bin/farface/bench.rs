@@ -6,7 +6,7 @@ use crate::settings::{PictureSize, Settings};
 use crate::{peak, Outcome};
 use anyhow::{anyhow, bail, Context, Result};
 use farface::cpu::{Arena, Pool};
-use farface::detect::{LevelCost, Model, ModelConfig, Options, Session};
+use farface::detect::{DevicePolicy, LevelCost, Model, ModelConfig, Options, Session};
 use farface::graph::Plan;
 use farface::pixels::{ImageView, PixelFormat};
 use farface::shape::Shape;
@@ -64,10 +64,8 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
         None => args.model.load()?,
     };
     let options = args.settings.options(&model, 1);
-    // The session of a picture of no matter which size tells.
-    let device = Session::with_options(&model, options.clone())?.device().to_string();
-    if args.layers && device != "cpu" {
-        bail!("--layers times the steps of the CPU; {device} was asked for");
+    if args.layers && !matches!(options.device, DevicePolicy::Auto | DevicePolicy::Cpu) {
+        bail!("--layers times the steps of the CPU; another device was asked for");
     }
     let peak = args.layers.then(|| peak::flops(options.threads));
     let mut results = Vec::new();
@@ -86,6 +84,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
             }
         }
     }
+    let device = results.first().map_or("cpu", |m| m.device.as_str()).to_string();
     let machine = Machine { device, threads: options.threads, peak, peak_rss: peak_rss() };
     if args.json {
         let value = machine.to_json(&model, &results);
@@ -110,6 +109,8 @@ struct Machine {
 
 /// Times of one picture size.
 struct Measured {
+    /// As the session names it.
+    device: String,
     width: usize,
     height: usize,
     faces: usize,
@@ -189,9 +190,10 @@ fn measure(args: &Args, model: &Model, options: &Options, view: &ImageView<'_>) 
     }
     let names = ["detection", "input", "network", "decode", "merge"];
     let parts = names.into_iter().zip(times.map(Spread::of)).collect();
+    let device = session.device().to_string();
     drop(session);
     let layers = if args.layers { layers_of(args, model, options, view)? } else { Vec::new() };
-    Ok(Measured { width: size.width, height: size.height, faces, workspace, levels, parts, layers })
+    Ok(Measured { device, width: size.width, height: size.height, faces, workspace, levels, parts, layers })
 }
 
 /// Median time of every step of the network on the whole picture at scale 1.

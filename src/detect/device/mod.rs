@@ -16,8 +16,8 @@ use super::heads::{cuda, Extras};
 use super::model::Model;
 use super::nms::{Nms, Suppression};
 use super::options::{Options, Precision};
-use super::passes::{input_shape, passes};
-use super::session::{costs, rule, LevelCost, Timings};
+use super::passes::{costs, input_shape, passes, LevelCost};
+use super::timings::Timings;
 use super::Detection;
 use crate::error::{Error, Result};
 use crate::gpu::driver::{Context, Event, Stream};
@@ -291,7 +291,10 @@ impl OnDevice {
         let start = Instant::now();
         let size = image.upright_size();
         let threshold = options.score_threshold;
-        let proposals = Settings { suppress: 0, ..second::settings(model, threshold, &rule(model, options)) };
+        let proposals = Settings {
+            suppress: 0,
+            ..second::settings(model, threshold, &options.rule(model.config().nms_plus_one))
+        };
         let (index, upload) = self.place(model, options, image, &proposals)?;
         let Memory { arena, stage, faces: found, .. } = self.memory.as_mut().ok_or_else(no_memory)?;
         let second = self.second.as_mut().ok_or_else(no_memory)?;
@@ -326,7 +329,8 @@ impl OnDevice {
             })?;
         }
         let network = start.elapsed() - input;
-        let (sorted, rule, placement) = (candidates.sorted(), rule(model, options), image.placement());
+        let (sorted, rule, placement) =
+            (candidates.sorted(), options.rule(model.config().nms_plus_one), image.placement());
         faces.clear();
         let detection = |i: usize| sorted[i].face.detection();
         self.nms.run(sorted.len(), detection, &rule, |i, Detection { bbox, score }| {
@@ -367,7 +371,7 @@ impl OnDevice {
             return Ok(());
         }
         let sorted: Vec<Face> = found.collect();
-        let rule = rule(model, options);
+        let rule = options.rule(model.config().nms_plus_one);
         self.nms.run(
             sorted.len(),
             |i| sorted[i].detection(),
@@ -485,5 +489,10 @@ fn no_overflow(header: &Header) -> Result<()> {
 /// What the kernels read of the settings.
 fn settings(model: &Model, options: &Options) -> Settings {
     let sizes = [options.min_face_px, options.max_face_px];
-    cuda::settings(options.score_threshold, sizes, options.max_candidates, &rule(model, options))
+    cuda::settings(
+        options.score_threshold,
+        sizes,
+        options.max_candidates,
+        &options.rule(model.config().nms_plus_one),
+    )
 }

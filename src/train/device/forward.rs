@@ -5,9 +5,11 @@ use crate::error::{Error, Result};
 use crate::gpu::map::{DeviceView, Element};
 use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::ops::train::{Filter, MapIn, Pool, Taken};
-use crate::gpu::ops::{AddOp, AverageOp, ConvWindow, Device, DeviceOp, MapOp, RoiAlignOp, SoftmaxOp};
+use crate::gpu::ops::{ConvWindow, Device, DeviceOp, MapOp};
 use crate::graph::build::ParamId;
-use crate::layers::{Activation, Conv2d, ConvTranspose2d, Layer, Linear};
+use crate::layers::{
+    activation, combine, pool, roi_align, Activation, Conv2d, ConvTranspose2d, Layer, Linear,
+};
 use crate::shape::Shape;
 use crate::train::units::{Op, Unit};
 use std::ops::Range;
@@ -16,16 +18,13 @@ use std::ops::Range;
 pub(super) fn plain_op(unit: &Unit, device: &Device) -> Result<Option<DeviceOp>> {
     Ok(Some(match &unit.op {
         Op::Bilinear => DeviceOp::Map(MapOp::resize(device, true)?),
-        Op::RoiAlign { roi, .. } => {
-            DeviceOp::RoiAlign(RoiAlignOp::new(device, roi.spatial_scale, roi.sampling_ratio, roi.aligned)?)
-        }
+        Op::RoiAlign { roi, .. } => roi_align::cuda::lower(roi, device)?,
         Op::Plain { layer, .. } => match layer {
-            Layer::Activation(Activation::Sigmoid) => DeviceOp::Map(MapOp::sigmoid(device)?),
-            Layer::Activation(Activation::Softmax(group)) => {
-                DeviceOp::Softmax(SoftmaxOp::new(device, *group)?)
+            Layer::Activation(a @ (Activation::Sigmoid | Activation::Softmax(_))) => {
+                activation::cuda::lower(a, device)?
             }
-            Layer::GlobalAvgPool(_) => DeviceOp::Average(AverageOp::new(device)?),
-            Layer::Crop(crop) => DeviceOp::Add(AddOp::copy(device, 1.0, [crop.top, crop.left])?),
+            Layer::GlobalAvgPool(_) => pool::cuda::lower_global_avg(device)?,
+            Layer::Crop(crop) => combine::cuda::crop(crop, device)?,
             Layer::Conv2d(_) | Layer::ConvTranspose2d(_) | Layer::Linear(_) => return Ok(None),
             other => {
                 let (name, kind) = (&unit.name, other.kind());
