@@ -758,8 +758,8 @@ farface_status farface_detect_batch(farface_session *session,
 /**
  * Begins to search a picture on the caller's CUDA stream (a cudaStream_t of the session's device; NULL is CUDA's default stream) and
  * returns without waiting; farface_session_wait() brings the faces. A picture in CUDA memory and the stream must stay in place until
- * then; one in the host's memory is copied before this returns. The faces of a picture that was begun before and not waited for are
- * lost.
+ * then; one in the host's memory is copied before this returns. The faces are lost where another call with the session that searches,
+ * warms up or changes settings comes before farface_session_wait().
  *
  * Errors: those of farface_detect(); FARFACE_ERROR_UNSUPPORTED with a session on the CPU.
  */

@@ -68,7 +68,7 @@ print(":".join(sorted({p for f in folders for p in glob.glob(f + "/nvidia/*/lib"
     if command -v compute-sanitizer > /dev/null; then
         for tool in memcheck racecheck; do
             step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/cuda-tests" --test-threads 1 \
-                stem_convolution pooling resizing sessions
+                stem_convolution dense_convolution pooling resizing recorded_launches train:: sessions
         done
     else
         echo "skipped: compute-sanitizer not found"

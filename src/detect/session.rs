@@ -323,8 +323,8 @@ impl Session {
     }
 
     /// Begins to search a picture on a stream (the session's own where there is none given) and returns without waiting;
-    /// [`Session::wait`] brings the faces. A picture on the device must stay there until then. Faces of one that was begun before and
-    /// not waited for are lost.
+    /// [`Session::wait`] brings the faces. A picture on the device must stay there until then. The faces are lost where another call
+    /// with the session that searches, warms up or changes settings comes before.
     ///
     /// Errors: as [`Session::detect_on_device`].
     #[cfg(feature = "cuda")]

@@ -30,6 +30,7 @@ impl DeviceBuffer {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let buffer = Self::new(stream.context(), bytes.len())?;
         if !bytes.is_empty() {
+            let _current = buffer.context.bind()?;
             // SAFETY: the buffer is as large; the source is kept until the stream has done it.
             let copied = unsafe {
                 cuda!(cuMemcpyHtoDAsync_v2(buffer.address, bytes.as_ptr().cast(), bytes.len(), stream.raw()))

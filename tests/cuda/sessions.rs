@@ -243,3 +243,34 @@ fn a_detection_whose_driver_fails_at_any_call_is_an_error() {
     };
     fail_at_each(emulator, "a detection", detect);
 }
+
+#[test]
+fn a_session_goes_on_after_a_call_that_failed() {
+    let Some(Driver::Emulated(emulator)) = driver() else { return };
+    if !alone("sessions::a_session_goes_on_after_a_call_that_failed") {
+        return;
+    }
+    emulator.idle(true);
+    let model = small("farface-nano");
+    let data = noise(64, 64, PixelFormat::Rgb8, 1);
+    let views = [[32, 32], [64, 48]].map(|[w, h]| ImageView::packed(w, h, PixelFormat::Rgb8, &data).unwrap());
+    let mut o = options(&model, DevicePolicy::RequireCuda(0), Precision::Auto);
+    let mut session = Session::with_options(&model, o.clone()).unwrap();
+    let (mut calls, mut n, mut failures) = (1, 0, 0);
+    while n < calls {
+        // Forgets what was prepared.
+        o.max_candidates = 1000 + n as usize % 2;
+        session.set_options(o.clone()).unwrap();
+        session.detect(&views[0]).unwrap();
+        emulator.fail_at(n);
+        // Those that give memory back fail unnoticed.
+        failures += i64::from(session.detect(&views[1]).is_err());
+        calls = calls.max(emulator.calls());
+        emulator.fail_at(0);
+        for view in &views {
+            session.detect(view).unwrap_or_else(|e| panic!("after call {n} of {calls} failed: {e}"));
+        }
+        n += 1;
+    }
+    assert!(calls > 50 && failures > calls / 2, "{failures} of {calls} calls failed");
+}
