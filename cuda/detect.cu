@@ -56,31 +56,47 @@ struct Buffers {
     Candidate *candidates;
     u32 capacity;
     u32 limit; // of max_candidates
+    u64 step;  // bytes from the state, keys and candidates of an image to the next one's
 };
 
 struct FacesArgs {
     Buffers buffers;
     Header *header;
     Candidate *result;
+    u64 step; // bytes from the header and result of an image to the next one's
 };
+
+template <class T> DEVICE T *later(T *first, u64 bytes) { return (T *)((u8 *)first + bytes); }
+
+// Those of the image that the block works on: every launch has one a row of blocks.
+DEVICE Buffers of_image(const Buffers &first)
+{
+    Buffers own = first;
+    u64 bytes = blockIdx.y * first.step;
+    own.state = later(first.state, bytes);
+    own.keys = later(first.keys, bytes);
+    own.candidates = later(first.candidates, bytes);
+    return own;
+}
 
 KERNEL(faces_begin, FacesArgs, 32)
 {
     if (threadIdx.x < sizeof(State) / 4)
-        ((u32 *)a.buffers.state)[threadIdx.x] = 0;
+        ((u32 *)of_image(a.buffers).state)[threadIdx.x] = 0;
     if (threadIdx.x < sizeof(Header) / 4)
-        ((u32 *)a.header)[threadIdx.x] = 0;
+        ((u32 *)later(a.header, blockIdx.y * a.step))[threadIdx.x] = 0;
 }
 
 // Values of an output map: those of anchor i of a cell are at i * anchor, `value` apart. No data: there is no such map.
 struct Values {
     const float *data; // the first value of the first anchor of the map's first cell
     int row, pixel, anchor, value;
+    int image; // from an image's to the next one's
 };
 
 DEVICE const float *values_of(const Values &v, int y, int x, int anchor)
 {
-    return v.data + y * v.row + x * v.pixel + anchor * v.anchor;
+    return v.data + (i64)blockIdx.y * v.image + (y * v.row + x * v.pixel + anchor * v.anchor);
 }
 
 struct Anchor {
@@ -155,13 +171,14 @@ DEVICE void offsets_of(const Values &v, int y, int x, int anchor, float t[4])
         t[i] = from[i * v.value];
 }
 
-// One thread an anchor of a level's own cells.
+// One thread an anchor of a level's own cells, of one of the images.
 KERNEL(faces_decode, DecodeArgs, 256)
 {
     u32 which = 0;
     while (which + 1 < a.levels && blockIdx.x >= a.level[which + 1].first_block)
         which++;
     const Level &l = a.level[which];
+    const Buffers buffers = of_image(a.buffers);
     const Settings &settings = *a.buffers.settings;
     u32 index = (blockIdx.x - l.first_block) * blockDim.x + threadIdx.x;
     u32 cell = index / l.anchors;
@@ -242,13 +259,13 @@ KERNEL(faces_decode, DecodeArgs, 256)
         return;
     u32 slot = 0;
     if (lane == 0)
-        slot = atomicAdd(&a.buffers.state->held, (u32)__popc(votes));
+        slot = atomicAdd(&buffers.state->held, (u32)__popc(votes));
     slot = __shfl_sync(0xffffffffu, slot, 0) + (u32)__popc(votes & ((1u << lane) - 1));
-    if (!found || slot >= a.buffers.capacity)
+    if (!found || slot >= buffers.capacity)
         return;
     float score = 1.0f / (1.0f + expf(-logit));
-    a.buffers.keys[slot] = ascending(score);
-    Candidate &to = a.buffers.candidates[slot];
+    buffers.keys[slot] = ascending(score);
+    Candidate &to = buffers.candidates[slot];
     to.box[0] = b.x1;
     to.box[1] = b.y1;
     to.box[2] = b.x2;
@@ -335,11 +352,11 @@ struct ReduceShared {
     u32 whole;      // whether that is all of them
 };
 
-// Where more than max_candidates are held, the best so many stay, at the front. One block. A radix select: digit after digit of the
+// Where more than max_candidates are held, the best so many stay, at the front. One block an image. A radix select: digit after digit of the
 // words, how many candidates have which tells what the last one kept has.
 KERNEL(faces_reduce, FacesArgs, 1024)
 {
-    const Buffers &all = a.buffers;
+    const Buffers all = of_image(a.buffers);
     u32 held = all.state->held, most = all.settings->max_candidates;
     most = most < all.limit ? most : all.limit;
     if (held <= most)
@@ -511,10 +528,12 @@ DEVICE u32 suppress(Candidate *result, u32 n, const Settings &settings, FinishSh
 const u32 RANKED = 4;
 
 // Sorts, suppresses, and says how many there are. A warp finds the ranks of some candidates by comparing them with all, and puts them
-// there; the block that is done last goes on alone.
+// there; the image's block that is done last goes on alone.
 KERNEL(faces_finish, FacesArgs, 1024)
 {
-    const Buffers &all = a.buffers;
+    const Buffers all = of_image(a.buffers);
+    Header &header = *later(a.header, blockIdx.y * a.step);
+    Candidate *result = later(a.result, blockIdx.y * a.step);
     const Settings &settings = *all.settings;
     u32 held = all.state->held, lane = threadIdx.x % 32;
     u32 n = held < all.capacity ? held : all.capacity;
@@ -542,7 +561,7 @@ KERNEL(faces_finish, FacesArgs, 1024)
         for (u32 k = 0; k < RANKED; k++) {
             u32 rank = __shfl_sync(0xffffffffu, sums_through(better[k]), 31);
             if (i + k < n && rank < most && lane < sizeof(Candidate) / 4)
-                ((u32 *)(a.result + rank))[lane] = ((const u32 *)(all.candidates + i + k))[lane];
+                ((u32 *)(result + rank))[lane] = ((const u32 *)(all.candidates + i + k))[lane];
         }
     }
 
@@ -558,11 +577,11 @@ KERNEL(faces_finish, FacesArgs, 1024)
         return;
     u32 sorted = n < most ? n : most;
     if (threadIdx.x == 0) {
-        a.header->found = held + all.state->dropped + all.state->overflow;
-        a.header->sorted = sorted;
-        a.header->overflow = all.state->overflow + held - n;
+        header.found = held + all.state->dropped + all.state->overflow;
+        header.sorted = sorted;
+        header.overflow = all.state->overflow + held - n;
     }
-    u32 kept = settings.suppress ? suppress(a.result, sorted, settings, s) : sorted;
+    u32 kept = settings.suppress ? suppress(result, sorted, settings, s) : sorted;
     if (threadIdx.x == 0)
-        a.header->kept = kept;
+        header.kept = kept;
 }

@@ -41,7 +41,7 @@ struct Taps {
 };
 
 struct PixelsArgs {
-    const Picture *picture;
+    const Picture *picture; // of the output's first image
     const Taps *columns, *rows; // of the output's pixels from the first on
     int inside[2];              // columns and rows that lie in the level; beyond them are zeros
     int source[2];              // size that the picture must have
@@ -49,8 +49,15 @@ struct PixelsArgs {
     int reversed;               // blue is written first
     float mean[3], scale[3];    // in the order of writing
     int wide;                   // a pixel with its tail is written as sixteen bytes at once
+    int step;                   // bytes from an image's picture to the next one's
     Map output;
 };
+
+// Of the image that the block writes.
+DEVICE const Picture &picture_of(const PixelsArgs &a)
+{
+    return *(const Picture *)((const u8 *)a.picture + (i64)blockIdx.z * a.step);
+}
 
 // Red, green, blue 0 to 255; blue first where the picture is swapped and packed.
 struct Color {
@@ -171,7 +178,7 @@ template <int LAYOUT> DEVICE Color resampled(const Picture &p, const Taps &colum
 
 template <int LAYOUT, bool RESIZED> DEVICE Color color_of(const PixelsArgs &a, int x, int y)
 {
-    const Picture p = *a.picture;
+    const Picture p = picture_of(a);
     if (!RESIZED)
         return color_at<LAYOUT>(p, a.corner[0] + x, a.corner[1] + y);
     const Taps columns = a.columns[x], rows = a.rows[y];
@@ -183,9 +190,10 @@ template <bool RESIZED> DEVICE void write_pixel(const PixelsArgs &a, int x, int 
 {
     float values[3] = {0.0f, 0.0f, 0.0f};
     // Zeros for a picture of another size, whose pixels the taps do not know.
-    bool known = a.picture->size[0] == a.source[0] && a.picture->size[1] == a.source[1];
+    const Picture &picture = picture_of(a);
+    bool known = picture.size[0] == a.source[0] && picture.size[1] == a.source[1];
     if (known && x < a.inside[0] && y < a.inside[1]) {
-        int layout = a.picture->layout;
+        int layout = picture.layout;
         Color c;
         switch (layout) {
         case GRAY: c = color_of<GRAY, RESIZED>(a, x, y); break;
@@ -196,13 +204,13 @@ template <bool RESIZED> DEVICE void write_pixel(const PixelsArgs &a, int x, int 
         case I420: c = color_of<I420, RESIZED>(a, x, y); break;
         default: c = color_of<YUYV, RESIZED>(a, x, y); break;
         }
-        bool blue_first = (layout == PACKED3 || layout == PACKED4) && a.picture->swapped;
+        bool blue_first = (layout == PACKED3 || layout == PACKED4) && picture.swapped;
         bool turn = blue_first != (a.reversed != 0);
         float ordered[3] = {turn ? c.v[2] : c.v[0], c.v[1], turn ? c.v[0] : c.v[2]};
         for (int i = 0; i < 3; i++)
             values[i] = __fmul_rn(__fsub_rn(ordered[i], a.mean[i]), a.scale[i]);
     }
-    i64 to = at(a.output, 0, y, x);
+    i64 to = at(a.output, (int)blockIdx.z, y, x);
     if (a.wide) {
         u32 bits[3];
         for (int i = 0; i < 3; i++) {
@@ -222,12 +230,12 @@ template <bool RESIZED> DEVICE void write_pixel(const PixelsArgs &a, int x, int 
         store(a.output, to + 3 + i, 0.0f);
 }
 
-// A thread a pixel of the window, a block 16 x 16 of them; the threads of a warp go along the rows of the stored picture, wherever
+// A thread a pixel of the window, a block 16 x 16 of them, of one of the images; the threads of a warp go along the rows of the stored picture, wherever
 // those lie.
 template <bool RESIZED> DEVICE void write_block(const PixelsArgs &a)
 {
     int along = (int)threadIdx.x & 15, across = (int)threadIdx.x >> 4;
-    bool transposed = a.picture->right[0] == 0;
+    bool transposed = picture_of(a).right[0] == 0;
     int x = (int)blockIdx.x * 16 + (transposed ? across : along), y = (int)blockIdx.y * 16 + (transposed ? along : across);
     if (x < a.output.w && y < a.output.h)
         write_pixel<RESIZED>(a, x, y);

@@ -3,7 +3,8 @@
 //! Boxes, points and ellipses are in pixels of the picture as stored, before its rotation, whatever
 //! the region of interest: origin at the top left corner, x to the right, y down, a pixel's centre
 //! at .5. With the same model on the same instruction set, a picture gives the same bits at any
-//! number of threads, alone or in any batch.
+//! number of threads, alone or in any batch. On a CUDA device pictures of a batch are searched
+//! together, and the last digits may depend on how many.
 
 use super::guard::{guard, Failure, Out, OutSlice, Result};
 use super::image::{farface_image, picture, Picture};
@@ -128,6 +129,9 @@ pub unsafe extern "C" fn farface_detect(
 /// where all went well, else the status of the first picture that did not, whose message
 /// farface_last_error() has. Where the session cannot be entered at all, every status is the result.
 ///
+/// With a session on a CUDA device neighbours of one size are searched together, as many as its
+/// memory cap allows, up to eight.
+///
 /// Ownership and threads as with farface_detect().
 /// Errors: those of the pictures; FARFACE_ERROR_INVALID_ARGUMENT where an array is NULL: no picture
 /// is then searched and nothing written.
@@ -162,20 +166,26 @@ pub unsafe extern "C" fn farface_detect_batch(
             }
         }
         let mut entered = false;
-        // SAFETY: the caller's promise about `session`.
+        // SAFETY: the caller's promise about `session`, the pictures and their planes.
         let result = unsafe {
             enter(session, |s| {
                 entered = true;
-                let mut first = Ok(());
-                for i in 0..image_count {
+                // The first that failed.
+                let mut failed: Option<(usize, Failure)> = None;
+                let done = |i: usize, found: Result<&[Face]>| {
                     let part = faces.part(i * capacity, capacity);
-                    let result = detect_one(s, images.add(i), &part, &counts.entry(i));
+                    let result = found.and_then(|found| write(found, &part, &counts.entry(i)));
                     if statuses.len() > 0 {
-                        statuses.set(i, result.as_ref().map_or_else(Failure::status, |_| FARFACE_OK));
+                        statuses.set(i, result.as_ref().map_or_else(Failure::status, |()| FARFACE_OK));
                     }
-                    first = first.and(result);
-                }
-                first
+                    if let Err(failure) = result {
+                        if failed.as_ref().is_none_or(|(first, _)| i < *first) {
+                            failed = Some((i, failure));
+                        }
+                    }
+                };
+                detect_each(s, images, image_count, done);
+                failed.map_or(Ok(()), |(_, failure)| Err(failure))
             })
         };
         if let (Err(failure), false) = (&result, entered) {
@@ -236,11 +246,7 @@ unsafe fn begin(session: &mut Session, picture: Picture<'_>, cuda_stream: *mut c
     let Some(context) = session.context() else { return Err(no_stream(session)) };
     // SAFETY: the caller's contract.
     let stream = unsafe { foreign_stream(context, cuda_stream) };
-    let source = match picture {
-        Picture::Host(view) => Source::Host(view),
-        Picture::Cuda(image) => Source::Device(image),
-    };
-    Ok(session.detect_async(source, Some(&stream))?)
+    Ok(session.detect_async(source(picture), Some(&stream))?)
 }
 
 /// # Safety
@@ -266,6 +272,54 @@ fn no_stream(session: &Session) -> Failure {
     .into()
 }
 
+/// Searches pictures and gives what was found to `done`, with the picture's number.
+///
+/// # Safety
+/// As [`picture`], for each of `count` pictures.
+unsafe fn detect_each(
+    session: &mut Session,
+    images: *const farface_image,
+    count: usize,
+    mut done: impl FnMut(usize, Result<&[Face]>),
+) {
+    #[cfg(feature = "cuda")]
+    if session.context().is_some() {
+        let (mut numbers, mut sources) = (Vec::new(), Vec::new());
+        for i in 0..count {
+            // SAFETY: the caller's contract.
+            match unsafe { picture(images.add(i)) } {
+                Ok(picture) => {
+                    numbers.push(i);
+                    sources.push(source(picture));
+                }
+                Err(failure) => done(i, Err(failure)),
+            }
+        }
+        return session.detect_sources(&sources, |i, found| done(numbers[i], found.map_err(Failure::from)));
+    }
+    for i in 0..count {
+        // SAFETY: the caller's contract.
+        let found = unsafe { picture(images.add(i)) }.and_then(|picture| detect_picture(session, picture));
+        done(i, found);
+    }
+}
+
+fn detect_picture<'s>(session: &'s mut Session, picture: Picture<'_>) -> Result<&'s [Face]> {
+    Ok(match picture {
+        Picture::Host(view) => session.detect(&view)?,
+        #[cfg(feature = "cuda")]
+        Picture::Cuda(image) => session.detect_on_device(&image)?,
+    })
+}
+
+#[cfg(feature = "cuda")]
+fn source(picture: Picture<'_>) -> Source<'_> {
+    match picture {
+        Picture::Host(view) => Source::Host(view),
+        Picture::Cuda(image) => Source::Device(image),
+    }
+}
+
 /// # Safety
 /// As [`picture`].
 unsafe fn detect_one(
@@ -275,12 +329,8 @@ unsafe fn detect_one(
     count: &Out<usize>,
 ) -> Result<()> {
     // SAFETY: the caller's contract.
-    let found = match unsafe { picture(image)? } {
-        Picture::Host(view) => session.detect(&view)?,
-        #[cfg(feature = "cuda")]
-        Picture::Cuda(image) => session.detect_on_device(&image)?,
-    };
-    write(found, faces, count)
+    let picture = unsafe { picture(image)? };
+    write(detect_picture(session, picture)?, faces, count)
 }
 
 /// Gives the caller what was found, as much as there is room for.

@@ -310,6 +310,30 @@ impl Session {
         Ok(&self.faces)
     }
 
+    /// Finds the faces of pictures of any sizes, as that many calls of [`Session::detect`] would, and gives them to `each` with the
+    /// picture's number, in order. On a CUDA device neighbours of one size are searched together.
+    pub fn detect_batch(&mut self, images: &[ImageView<'_>], mut each: impl FnMut(usize, Result<&[Face]>)) {
+        #[cfg(feature = "cuda")]
+        if self.device.is_some() {
+            let sources: Vec<Source<'_>> = images.iter().map(|image| Source::Host(*image)).collect();
+            return self.detect_sources(&sources, each);
+        }
+        for (i, image) in images.iter().enumerate() {
+            each(i, self.detect(image));
+        }
+    }
+
+    /// As [`Session::detect_batch`], of pictures in the host's memory or the device's. Parts of it are not timed.
+    ///
+    /// Errors: [`Error::Unsupported`] for each picture, of a session on the CPU.
+    #[cfg(feature = "cuda")]
+    pub fn detect_sources(&mut self, images: &[Source<'_>], mut each: impl FnMut(usize, Result<&[Face]>)) {
+        let Some(device) = &mut self.device else {
+            return (0..images.len()).for_each(|i| each(i, Err(no_device())));
+        };
+        device.detect_batch(&self.model, &self.options, images, &mut self.faces, &mut each);
+    }
+
     /// As [`Session::detect`], of a picture in the memory of the session's device.
     ///
     /// Errors: [`Error::Unsupported`] of a session on the CPU. A picture whose planes cannot be read there fails the device, for all who

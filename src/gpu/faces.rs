@@ -3,7 +3,7 @@
 //! A detection is [`FaceBuffers::begin`], then [`FaceBuffers::decode`] for each run of a network, then [`FaceBuffers::finish`], all in
 //! one stream, directly or recorded. Then [`FaceBuffers::result`] holds a [`Header`] and behind it [`Header::kept`] candidates, best
 //! first: one download of [`FaceBuffers::result_bytes`] for some hundreds of faces tells how many there are and brings them, unless
-//! there are more. Which candidates come out, and in which order, does not depend on the device's.
+//! there are more. Several images of one network's batch are detections side by side: each launch works on all of them. Which candidates come out, and in which order, does not depend on the device's.
 
 use super::driver::Stream;
 use super::kernels::{Kernel, Source};
@@ -163,6 +163,7 @@ struct ValuesArgs {
     pixel: i32,
     anchor: i32,
     value: i32,
+    image: i32,
 }
 
 /// `Level` of `cuda/detect.cu`.
@@ -209,6 +210,7 @@ struct BuffersArgs {
     candidates: u64,
     capacity: u32,
     limit: u32,
+    step: u64,
 }
 
 /// `FacesArgs` of `cuda/detect.cu`.
@@ -218,6 +220,7 @@ struct FacesArgs {
     buffers: BuffersArgs,
     header: u64,
     result: u64,
+    step: u64,
 }
 
 /// `DecodeArgs` of `cuda/detect.cu`.
@@ -241,7 +244,7 @@ const FINISH_SHARED: u32 = BLOCK * (16 + 4) + 4 * (32 + 32) + 16;
 /// Bytes of the counters, and where keys begin behind them.
 const STATE: usize = 256;
 
-/// Memory of a device for the candidates of one detection at a time, and its kernels.
+/// Memory of a device for the candidates of one detection at a time, of one image or several, and its kernels.
 pub struct FaceBuffers {
     begin: Kernel,
     decode: Kernel,
@@ -250,9 +253,12 @@ pub struct FaceBuffers {
     settings: DeviceBuffer,
     /// Where they are read, there or elsewhere.
     settings_at: u64,
-    /// Counters, keys, candidates.
+    /// Counters, keys, candidates, for each image.
     work: DeviceBuffer,
     result: DeviceBuffer,
+    /// That there is room for, and that the detection at hand has.
+    most_images: usize,
+    images: usize,
     limit: usize,
     capacity: usize,
     /// Most blocks that work at once.
@@ -264,10 +270,10 @@ pub struct FaceBuffers {
 }
 
 impl FaceBuffers {
-    /// For up to `limit` candidates that reach the suppression. [`FaceBuffers::decode`] may bring `most_of_a_pass` more each time,
+    /// For up to `images` images, and in each `limit` candidates that reach the suppression. [`FaceBuffers::decode`] may bring `most_of_a_pass` more each time,
     /// whatever the maps hold: its [`Level::candidates`]. With less room for a pass there may be too many, which
     /// [`Header::overflow`] tells.
-    pub fn new(device: &Device, limit: usize, most_of_a_pass: usize) -> Result<Self> {
+    pub fn new(device: &Device, images: usize, limit: usize, most_of_a_pass: usize) -> Result<Self> {
         let capacity = limit.max(1).saturating_add(most_of_a_pass);
         if capacity > i32::MAX as usize {
             return Err(Error::LimitExceeded(format!("{capacity} candidates are too many for a device")));
@@ -282,11 +288,10 @@ impl FaceBuffers {
             finish: kernel("faces_finish", FINISH_SHARED)?,
             settings_at: settings.address(),
             settings,
-            work: DeviceBuffer::new(
-                context,
-                Self::candidates_at(capacity) + capacity * size_of::<Candidate>(),
-            )?,
-            result: DeviceBuffer::new(context, Self::result_bytes(limit))?,
+            work: DeviceBuffer::new(context, images * Self::work_bytes(capacity))?,
+            result: DeviceBuffer::new(context, images * Self::result_bytes(limit))?,
+            most_images: images,
+            images: 1,
             limit,
             capacity,
             blocks: context.multiprocessors().max(1),
@@ -300,16 +305,20 @@ impl FaceBuffers {
         STATE + (capacity * 4).next_multiple_of(256)
     }
 
+    /// Bytes of an image's counters, keys and candidates.
+    fn work_bytes(capacity: usize) -> usize {
+        Self::candidates_at(capacity) + capacity * size_of::<Candidate>()
+    }
+
     /// Bytes of a header and so many candidates: what is to be read of [`FaceBuffers::result`] for them.
     pub const fn result_bytes(candidates: usize) -> usize {
         size_of::<Header>() + candidates * size_of::<Candidate>()
     }
 
     /// Bytes of device memory that such buffers take.
-    pub fn bytes_for(limit: usize, most_of_a_pass: usize) -> usize {
-        let capacity = limit.max(1) + most_of_a_pass;
-        let work = Self::candidates_at(capacity) + capacity * size_of::<Candidate>();
-        size_of::<Settings>() + work + Self::result_bytes(limit.max(1))
+    pub fn bytes_for(images: usize, limit: usize, most_of_a_pass: usize) -> usize {
+        let work = Self::work_bytes(limit.max(1) + most_of_a_pass);
+        size_of::<Settings>() + images * (work + Self::result_bytes(limit.max(1)))
     }
 
     /// Where one [`Settings`] must lie when a detection begins.
@@ -322,9 +331,20 @@ impl FaceBuffers {
         self.settings_at = address;
     }
 
-    /// A [`Header`], then candidates, once what [`FaceBuffers::finish`] launched is done.
+    /// A [`Header`], then candidates, once what [`FaceBuffers::finish`] launched is done: those of image i from
+    /// [`FaceBuffers::result_at`] on.
     pub fn result(&self) -> &DeviceBuffer {
         &self.result
+    }
+
+    /// Where the result of an image begins.
+    pub fn result_at(&self, image: usize) -> usize {
+        image * Self::result_bytes(self.limit)
+    }
+
+    /// Images that there is room for.
+    pub fn images(&self) -> usize {
+        self.most_images
     }
 
     /// Most candidates that there is room for.
@@ -346,22 +366,36 @@ impl FaceBuffers {
             candidates: work + Self::candidates_at(self.capacity) as u64,
             capacity: self.capacity as u32,
             limit: self.limit as u32,
+            step: Self::work_bytes(self.capacity) as u64,
         }
     }
 
     fn args(&self) -> FacesArgs {
         let header = self.result.address();
-        FacesArgs { buffers: self.buffers(), header, result: header + size_of::<Header>() as u64 }
+        FacesArgs {
+            buffers: self.buffers(),
+            header,
+            result: header + size_of::<Header>() as u64,
+            step: Self::result_bytes(self.limit) as u64,
+        }
     }
 
-    /// Forgets all candidates.
-    pub fn begin(&mut self, stream: &Stream) -> Result<()> {
-        (self.held, self.order) = (0, 0);
+    /// Forgets all candidates; a detection in so many images begins.
+    pub fn begin(&mut self, stream: &Stream, images: usize) -> Result<()> {
+        if !(1..=self.most_images).contains(&images) {
+            return Err(Error::Internal(format!("{images} images, room for {}", self.most_images)));
+        }
+        (self.held, self.order, self.images) = (0, 0, images);
         // SAFETY: the args are the kernel's struct, and the buffers are ours.
-        unsafe { self.begin.launch(stream, [1; 3], 32, 0, &self.args()) }
+        unsafe { self.begin.launch(stream, self.grid(1), 32, 0, &self.args()) }
     }
 
-    /// Takes what the maps in `arena` say on the own cells of these levels, which count in this order.
+    /// So many blocks for each image.
+    fn grid(&self, blocks: u32) -> [u32; 3] {
+        [blocks, self.images as u32, 1]
+    }
+
+    /// Takes what the maps in `arena` say of every image on the own cells of these levels, which count in this order.
     pub fn decode(
         &mut self,
         stream: &Stream,
@@ -371,7 +405,7 @@ impl FaceBuffers {
     ) -> Result<()> {
         let levels: Vec<&Level> = levels.iter().filter(|l| l.candidates() > 0).collect();
         for level in &levels {
-            check(level, arena)?;
+            check(level, arena, self.images)?;
         }
         let candidates: usize = levels.iter().map(|l| l.candidates()).sum();
         if self.held > self.limit && self.held + candidates > self.capacity {
@@ -426,14 +460,14 @@ impl FaceBuffers {
             })?;
         }
         // SAFETY: the args are the kernel's struct, the buffers are ours, and `check` found the maps in the arena.
-        unsafe { self.decode.launch(stream, [blocks, 1, 1], DECODE_THREADS, 0, &args) }
+        unsafe { self.decode.launch(stream, self.grid(blocks), DECODE_THREADS, 0, &args) }
     }
 
     /// Drops all but the best, where there are more than wanted.
     fn reduce(&mut self, stream: &Stream) -> Result<()> {
         self.held = self.limit;
         // SAFETY: as in `begin`.
-        unsafe { self.reduce.launch(stream, [1; 3], BLOCK, REDUCE_SHARED, &self.args()) }
+        unsafe { self.reduce.launch(stream, self.grid(1), BLOCK, REDUCE_SHARED, &self.args()) }
     }
 
     /// Sorts, suppresses, and writes the result.
@@ -441,34 +475,37 @@ impl FaceBuffers {
         if self.held > self.limit {
             self.reduce(stream)?;
         }
-        let blocks = (self.held as u32).div_ceil(BLOCK / 32 * RANKED).clamp(1, self.blocks);
+        let most = (self.blocks / self.images as u32).max(1);
+        let blocks = (self.held as u32).div_ceil(BLOCK / 32 * RANKED).clamp(1, most);
         // SAFETY: as in `begin`.
-        unsafe { self.finish.launch(stream, [blocks, 1, 1], BLOCK, FINISH_SHARED, &self.args()) }
+        unsafe { self.finish.launch(stream, self.grid(blocks), BLOCK, FINISH_SHARED, &self.args()) }
     }
 
-    /// The result, once the stream has come there. For tests and tools.
-    pub fn read(&self, stream: &Stream) -> Result<(Header, Vec<Candidate>)> {
-        let header: Header = self.result.values(stream, 0, 1)?[0];
+    /// The result in an image, once the stream has come there.
+    pub fn read(&self, stream: &Stream, image: usize) -> Result<(Header, Vec<Candidate>)> {
+        let at = self.result_at(image);
+        let header: Header = self.result.values(stream, at, 1)?[0];
         let kept = (header.kept as usize).min(self.limit);
-        Ok((header, self.result.values(stream, size_of::<Header>(), kept)?))
+        Ok((header, self.result.values(stream, at + size_of::<Header>(), kept)?))
     }
 }
 
 /// Errors where a map is not in the arena or has not what is read of it.
-fn check(level: &Level, arena: &DeviceBuffer) -> Result<()> {
+fn check(level: &Level, arena: &DeviceBuffer, images: usize) -> Result<()> {
     let has = |v: &Values, count: usize| {
         let DeviceView { element, shape, offset, pixel, .. } = v.view;
         let elements = shape.h.saturating_mul(shape.w).saturating_mul(pixel);
         let last = level.anchors.iter().map(|a| a.0).max().unwrap_or(0);
         let channel = v.first + last.saturating_mul(v.anchor) + (count - 1) * v.value;
         element == Element::F32
-            && shape.n > 0
+            && shape.n >= images
             && level.rows.end <= shape.h
             && level.columns.end <= shape.w
             && channel < shape.c
             && shape.c <= pixel
             && elements < i32::MAX as usize
-            && offset.saturating_add(elements * 4) <= arena.len() + (pixel - shape.c) * 4
+            && offset.saturating_add(elements.saturating_mul(4 * images))
+                <= arena.len() + (pixel - shape.c) * 4
     };
     let all = has(&level.logits, if level.pair { 2 } else { 1 })
         && has(&level.boxes, 4)
@@ -488,6 +525,7 @@ fn level_args(level: &Level, arena: u64) -> LevelArgs {
         pixel: v.view.pixel as i32,
         anchor: v.anchor as i32,
         value: v.value as i32,
+        image: (v.view.shape.h * v.view.shape.w * v.view.pixel) as i32,
     };
     let maybe = |v: Option<Values>| v.as_ref().map_or(ValuesArgs::default(), values);
     LevelArgs {

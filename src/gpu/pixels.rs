@@ -273,6 +273,7 @@ struct PixelsArgs {
     mean: [f32; 3],
     scale: [f32; 3],
     wide: i32,
+    step: i32,
     output: Map,
 }
 
@@ -292,20 +293,20 @@ impl InputOp {
         Ok(Self { same: kernel("pixels_same")?, resized: kernel("pixels_resized")? })
     }
 
-    /// Writes all of `output`, a map of one image with three channels in the arena at this address, its tail as zeros: the window of
-    /// the picture whose [`Picture`] lies at address `picture` when the stream comes here. Zeros beyond the level, and where that
-    /// picture has not the window's upright size.
+    /// Writes all of `output`, a map with three channels in the arena at this address, its tail as zeros: the window of the pictures
+    /// whose [`Picture`]s lie at address `picture`, and for each further image `step` bytes behind it, when the stream comes here. Zeros
+    /// beyond the level, and where a picture has not the window's upright size.
     ///
     /// Errors: [`Error::Internal`] for an output of another kind or smaller than the window in the level.
     ///
     /// # Safety
-    /// Whenever the work is done, at once or as part of a graph: `picture` is the address of a [`Picture`], at a multiple of eight,
-    /// whose planes hold, in memory that the device reads, all rows of a picture of the size that it was made with; the window's
+    /// Whenever the work is done, at once or as part of a graph: `picture` is the address of a [`Picture`] for every image, at
+    /// multiples of eight, whose planes hold, in memory that the device reads, all rows of a picture of the size that it was made with; the window's
     /// taps are still there; `output` lies in the arena and apart from all of these.
     pub unsafe fn launch(
         &self,
         stream: &Stream,
-        picture: u64,
+        (picture, step): (u64, usize),
         window: &InputWindow,
         norm: &InputNorm,
         arena: u64,
@@ -314,7 +315,7 @@ impl InputOp {
         let [columns, rows] = window.inside.map(|n| n as usize);
         let s = output.shape;
         let blocks = [s.w, s.h].map(|side| side.div_ceil(BLOCK_SIDE));
-        if s.n != 1 || s.c != 3 || columns > s.w || rows > s.h || s.w > MOST_SIDE || blocks[1] > 0xffff {
+        if s.c != 3 || columns > s.w || rows > s.h || s.w > MOST_SIDE || blocks[1].max(s.n) > 0xffff {
             return Err(Error::Internal(format!("input {s} of a window of {columns}x{rows} pixels")));
         }
         let taps = window.taps.as_ref().map_or(0, DeviceBuffer::address);
@@ -330,10 +331,11 @@ impl InputOp {
             mean: norm.mean,
             scale: norm.scale,
             wide: i32::from(whole && output.is_aligned() && arena.is_multiple_of(16)),
+            step: step as i32,
             output: output.at(arena),
         };
         let kernel = if window.taps.is_some() { &self.resized } else { &self.same };
-        let blocks = [blocks[0] as u32, blocks[1] as u32, 1];
+        let blocks = [blocks[0], blocks[1], s.n].map(|n| n as u32);
         // SAFETY: the caller's contract; taps lie inside a picture of the size that the kernel checks; the args are the kernel's
         // struct.
         unsafe { kernel.launch(stream, blocks, (BLOCK_SIDE * BLOCK_SIDE) as u32, 0, &args) }

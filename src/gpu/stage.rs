@@ -8,25 +8,25 @@ use super::ops::Device;
 use super::pixels::{InputNorm, InputOp, InputWindow, Picture};
 use crate::error::{Error, Result};
 
-/// Pictures of a detection: one, and its mirror image.
+/// Pictures of an image: it, and its mirror image.
 pub const PICTURES: usize = 2;
 /// Where the first [`Picture`] lies, behind the [`Settings`].
 const PICTURES_AT: usize = 64;
-/// Where pixels begin.
-const PIXELS_AT: usize = 512;
+/// Bytes of an image's pictures.
+const IMAGE_STEP: usize = PICTURES * size_of::<Picture>();
 /// Uploads are multiples of this, or all that there is.
 const UPLOAD_STEP: usize = 64 << 10;
 /// Planes begin at multiples of this.
 const PLANE_ALIGN: usize = 256;
 
 const _: () = assert!(size_of::<Settings>() <= PICTURES_AT);
-const _: () = assert!(PICTURES_AT + PICTURES * size_of::<Picture>() <= PIXELS_AT);
 
 /// The memory of one session's pictures, here and on the device.
 pub struct Stage {
     pinned: PinnedBuffer,
     device: DeviceBuffer,
     input: InputOp,
+    images: usize,
 }
 
 fn zeros(device: &Device, bytes: usize) -> Result<DeviceBuffer> {
@@ -37,19 +37,25 @@ fn zeros(device: &Device, bytes: usize) -> Result<DeviceBuffer> {
 }
 
 impl Stage {
-    /// With room for so many bytes of pixels.
-    pub fn new(device: &Device, pixels: usize) -> Result<Self> {
-        let bytes = PIXELS_AT + pixels;
+    /// With room for so many images, and bytes of pixels of all of them.
+    pub fn new(device: &Device, images: usize, pixels: usize) -> Result<Self> {
+        let bytes = Self::head(images) + pixels;
         Ok(Self {
+            images,
             pinned: PinnedBuffer::new(device.context(), bytes)?,
             device: zeros(device, bytes)?,
             input: InputOp::new(device)?,
         })
     }
 
+    /// Images that it has room for.
+    pub fn images(&self) -> usize {
+        self.images
+    }
+
     /// Bytes of pixels that it has room for.
     pub fn room(&self) -> usize {
-        self.pinned.len() - PIXELS_AT
+        self.pinned.len() - Self::head(self.images)
     }
 
     /// Bytes of pixels that planes of these lengths take.
@@ -62,10 +68,10 @@ impl Stage {
         self.device.address()
     }
 
-    /// Copies planes into the staging memory. Returns where the first byte of each will be on the device, and the bytes to upload.
-    /// Only while no stream reads the stage.
+    /// Copies the planes of all images into the staging memory. Returns where the first byte of each will be on the device, and the
+    /// bytes to upload. Only while no stream reads the stage.
     pub fn place<'a>(&mut self, planes: impl Iterator<Item = &'a [u8]>) -> Result<(Vec<u64>, usize)> {
-        let (mut at, mut addresses) = (PIXELS_AT, Vec::new());
+        let (mut at, mut addresses) = (Self::head(self.images), Vec::new());
         let bytes = self.pinned.bytes_mut();
         for plane in planes {
             let to = bytes
@@ -79,11 +85,11 @@ impl Stage {
         Ok((addresses, at.next_multiple_of(UPLOAD_STEP).min(bytes.len())))
     }
 
-    /// Writes settings and pictures. Only while no stream reads the stage.
-    pub fn describe(&mut self, settings: &Settings, pictures: &[Picture]) {
+    /// Writes settings and the pictures of the first images. Only while no stream reads the stage.
+    pub fn describe(&mut self, settings: &Settings, pictures: &[[Picture; PICTURES]]) {
         let bytes = self.pinned.bytes_mut();
         bytes[..size_of::<Settings>()].copy_from_slice(bytemuck::bytes_of(settings));
-        let pictures: &[u8] = bytemuck::cast_slice(&pictures[..pictures.len().min(PICTURES)]);
+        let pictures: &[u8] = bytemuck::cast_slice(&pictures[..pictures.len().min(self.images)]);
         bytes[PICTURES_AT..PICTURES_AT + pictures.len()].copy_from_slice(pictures);
     }
 
@@ -92,13 +98,13 @@ impl Stage {
         self.device.write(stream, 0, &self.pinned, bytes)
     }
 
-    /// Bytes of what does not depend on the pixels.
-    pub const fn head() -> usize {
-        PIXELS_AT
+    /// Bytes of what does not depend on the pixels: settings and how the pictures of so many images lie.
+    pub fn head(images: usize) -> usize {
+        (PICTURES_AT + images * IMAGE_STEP).next_multiple_of(PLANE_ALIGN)
     }
 
-    /// Writes the window of picture `index` into the network's input, in the stream's order. Where that picture has another size than
-    /// the window is for, zeros.
+    /// Writes the window of picture `index` of the first images into the network's input, as many as it has, in the stream's order. Where a
+    /// picture has another size than the window is for, zeros.
     pub fn input(
         &self,
         stream: &Stream,
@@ -109,13 +115,13 @@ impl Stage {
         output: &DeviceView,
     ) -> Result<()> {
         let fits = output.bytes().and_then(|bytes| bytes.checked_add(output.offset));
-        if index >= PICTURES || fits.is_none_or(|end| end > arena.len()) {
+        if index >= PICTURES || output.shape.n > self.images || fits.is_none_or(|end| end > arena.len()) {
             return Err(Error::Internal("a network's input outside its arena".into()));
         }
         let picture = self.device.address() + (PICTURES_AT + index * size_of::<Picture>()) as u64;
         // SAFETY: the stage holds zeros (pictures without a size, of which nothing is read) or what `describe` wrote: pictures whose
         // planes `place` has copied behind them, or that lie where the caller has them on the device. The output was found in
         // the arena, which is another allocation. Window and stage are kept by whoever keeps the graph.
-        unsafe { self.input.launch(stream, picture, window, norm, arena.address(), output) }
+        unsafe { self.input.launch(stream, (picture, IMAGE_STEP), window, norm, arena.address(), output) }
     }
 }

@@ -2,13 +2,13 @@
 """Our engine against ONNX Runtime, OpenVINO and ncnn: same networks, same weights, same picture, interleaved in one run.
 
     pip install numpy onnx onnxruntime openvino ncnn pnnx
-    python3 tests/bench/compare.py [NETWORK[@WxH] ..] [--numbers f32 bf16 int8] [--threads 1 2] [--seconds 6] [--engines ..]
+    python3 tests/bench/compare.py [NETWORK[@WxH] ..] [--numbers f32 bf16 f16 int8] [--threads 1 2] [--seconds 6] [--engines ..]
 
 A NETWORK is a detector's name, one of tests/bench/networks.rs, or a model file; without any, those of `NETWORKS`. ONNX files for the
 others are written by our worker (`bench_worker`, built where `--ours` names none); for int8 ONNX Runtime quantizes them. Every engine runs in a process of its
 own with its threads capped; rounds go engine by engine, so that all see the same noise. At one thread the processor time
 counts, at more the wall clock. Medians are printed with their ratio ours / theirs (below 1: ours is faster). The run fails
-where outputs differ by more than 1e-3 of their mean (bf16: 5e-2; int8, where every engine rounds in other places: 0.3).
+where outputs differ by more than 1e-3 of their mean (bf16: 5e-2; f16: 2e-2; int8, where every engine rounds in other places: 0.3).
 """
 import argparse
 import json
@@ -22,9 +22,9 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Ours first.
 ENGINES = {"f32": ("farface", "onnxruntime", "openvino-f32", "ncnn"), "bf16": ("farface-bf16", "openvino-bf16"),
-           "int8": ("farface-int8", "openvino-int8", "onnxruntime-int8")}
+           "f16": ("farface-f16", "openvino-f16"), "int8": ("farface-int8", "openvino-int8", "onnxruntime-int8")}
 # Largest difference of an output's prints, relative to its mean.
-TOLERANCE = {"f32": 1e-3, "bf16": 5e-2, "int8": 0.3}
+TOLERANCE = {"f32": 1e-3, "bf16": 5e-2, "f16": 2e-2, "int8": 0.3}
 NETWORKS = ("fpn-finest-r50@800x800", "fpn-finest-r18@800x800", "retinanet-r18@640x480", "yunet-like@640x480",
             "ultra-light-like@640x480", "farface-nano@640x480", "farface-small@640x480", "retinaface-mobile025@640x480")
 

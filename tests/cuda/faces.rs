@@ -162,11 +162,11 @@ impl Bench {
     ) -> (Header, Vec<Candidate>) {
         buffers.settings().set(&self.stream, 0, &[*settings]).unwrap();
         self.launch(buffers, levels, passes);
-        buffers.read(&self.stream).unwrap()
+        buffers.read(&self.stream, 0).unwrap()
     }
 
     fn launch(&self, buffers: &mut FaceBuffers, levels: &[(DeviceBuffer, Vec<Level>)], passes: &[Pass]) {
-        buffers.begin(&self.stream).unwrap();
+        buffers.begin(&self.stream, 1).unwrap();
         for ((arena, levels), pass) in levels.iter().zip(passes) {
             buffers.decode(&self.stream, arena, levels, &pass.placement).unwrap();
         }
@@ -184,7 +184,7 @@ impl Bench {
     ) -> [usize; 3] {
         let levels = self.levels(detector, passes);
         let most = levels.iter().map(|(_, l)| l.iter().map(Level::candidates).sum()).max().unwrap_or(0);
-        let mut buffers = FaceBuffers::new(&self.device, limit, most).unwrap();
+        let mut buffers = FaceBuffers::new(&self.device, 1, limit, most).unwrap();
         let expected = candidates(detector, passes, wanted);
 
         let (header, sorted) = self.run(&mut buffers, &levels, passes, &wanted.sorted());
@@ -490,7 +490,7 @@ fn candidates_without_room_are_counted_and_the_rest_is_whole() {
     let Some(bench) = Bench::new() else { return };
     let (detector, passes) = crowd(40, 40, |rng| 3.0 * rng.uniform() + 0.01);
     let levels = bench.levels(&*detector, &passes);
-    let mut buffers = FaceBuffers::new(&bench.device, 100, 500).unwrap();
+    let mut buffers = FaceBuffers::new(&bench.device, 1, 100, 500).unwrap();
     let wanted = Wanted { threshold: 0.5, px: [0.0; 2], max_candidates: 100, rule: GREEDY };
     let (header, sorted) = bench.run(&mut buffers, &levels, &passes, &wanted.sorted());
     assert_eq!([header.found, header.sorted, header.kept, header.overflow], [1600, 100, 100, 1000]);
@@ -506,6 +506,45 @@ fn candidates_without_room_are_counted_and_the_rest_is_whole() {
 }
 
 #[test]
+fn images_side_by_side_are_each_as_if_alone() {
+    let Some(bench) = Bench::new() else { return };
+    let detector = named("farface-nano").detector();
+    let alone: Vec<Vec<Pass>> =
+        (5..8).map(|seed| passes(&*detector, seed, |_, _, rng| rng.normal())).collect();
+    let wanted = Wanted { threshold: 0.5, px: [0.0; 2], max_candidates: 60, rule: GREEDY };
+    let levels = bench.levels(&*detector, &alone[0]);
+    let most = levels.iter().map(|(_, l)| l.iter().map(Level::candidates).sum()).max().unwrap();
+    // Room for fewer than there are: the best stay in each.
+    let mut one = FaceBuffers::new(&bench.device, 1, 60, most).unwrap();
+    let expected: Vec<_> = alone
+        .iter()
+        .map(|p| bench.run(&mut one, &bench.levels(&*detector, p), p, &wanted.settings()))
+        .collect();
+
+    let mut side = FaceBuffers::new(&bench.device, 4, 60, most).unwrap();
+    side.settings().set(&bench.stream, 0, &[wanted.settings()]).unwrap();
+    side.begin(&bench.stream, alone.len()).unwrap();
+    for (i, pass) in alone[0].iter().enumerate() {
+        let together = |o: usize| {
+            let shape = Shape { n: alone.len(), ..pass.outputs[o].0 };
+            (shape, alone.iter().flat_map(|passes| passes[i].outputs[o].1.clone()).collect())
+        };
+        let outputs = (0..pass.outputs.len()).map(together).collect();
+        let (arena, levels) =
+            bench.levels(&*detector, &[Pass { outputs, ..pass_like(pass) }]).pop().expect("a pass");
+        side.decode(&bench.stream, &arena, &levels, &pass.placement).unwrap();
+        bench.stream.synchronize().unwrap();
+    }
+    side.finish(&bench.stream).unwrap();
+    for (i, (header, kept)) in expected.iter().enumerate() {
+        let got = side.read(&bench.stream, i).unwrap();
+        assert!(header.found > 60 && header.kept > 5, "{header:?}");
+        assert!(got.0 == *header && bits(&got.1) == bits(kept), "image {i}: {:?}, alone {header:?}", got.0);
+    }
+    assert!(side.begin(&bench.stream, 5).is_err(), "five images in room for four");
+}
+
+#[test]
 fn recorded_launches_follow_the_settings() {
     let Some(bench) = Bench::new() else { return };
     let detector = named("farface-nano").detector();
@@ -513,7 +552,7 @@ fn recorded_launches_follow_the_settings() {
     let maps = passes(detector, 5, |_, _, rng| rng.normal());
     let levels = bench.levels(detector, &maps);
     let most = levels.iter().map(|(_, l)| l.iter().map(Level::candidates).sum()).max().unwrap();
-    let mut buffers = FaceBuffers::new(&bench.device, 2000, most).unwrap();
+    let mut buffers = FaceBuffers::new(&bench.device, 1, 2000, most).unwrap();
     let recorded = bench.stream.capture(|| {
         bench.launch(&mut buffers, &levels, &maps);
         Ok(())
@@ -531,7 +570,7 @@ fn recorded_launches_follow_the_settings() {
     for wanted in others {
         buffers.settings().set(&bench.stream, 0, &[wanted.settings()]).unwrap();
         recorded.launch(&bench.stream).unwrap();
-        let by_graph = buffers.read(&bench.stream).unwrap();
+        let by_graph = buffers.read(&bench.stream, 0).unwrap();
         let direct = bench.run(&mut buffers, &levels, &maps, &wanted.settings());
         assert!(by_graph.0 == direct.0 && bits(&by_graph.1) == bits(&direct.1));
         counts.push([direct.0.found, direct.0.sorted, direct.0.kept]);
@@ -548,7 +587,7 @@ fn levels_that_do_not_fit_their_maps_are_refused() {
     let (detector, passes) = crowd(8, 8, |rng| rng.normal());
     let levels = bench.levels(&*detector, &passes);
     let (arena, fine) = (&levels[0].0, &levels[0].1[0]);
-    let mut buffers = FaceBuffers::new(&bench.device, 10, 64).unwrap();
+    let mut buffers = FaceBuffers::new(&bench.device, 1, 10, 64).unwrap();
     let breaks: [fn(&mut Level); 6] = [
         |l| l.rows.end = 9,
         |l| l.columns.end = 9,

@@ -3,6 +3,7 @@
 //! Without a GPU the kernels of `cuda/` are compiled as C++ into a driver of their own (`emulator/`), so that the whole way, from the
 //! search for libraries to the download of faces, runs on the CPU. With `FARFACE_TEST_CUDA=device` the machine's own driver is used.
 
+mod batch;
 #[cfg(feature = "train")]
 #[path = "../common/faces.rs"]
 mod drawing;

@@ -60,7 +60,9 @@ impl Bench {
         // SAFETY: pictures and windows outlive this call, which waits; the output lies in the arena.
         unsafe {
             let norm = InputNorm::from(norm);
-            self.op.launch(&self.stream, picture.address(), window, &norm, arena.address(), output).unwrap();
+            self.op
+                .launch(&self.stream, (picture.address(), 0), window, &norm, arena.address(), output)
+                .unwrap();
         }
         arena.values(&self.stream, 0, bytes).unwrap()
     }
@@ -177,7 +179,7 @@ fn a_captured_graph_goes_on_with_the_next_picture() {
         let graph = stream
             .capture(|| {
                 // SAFETY: all of these outlive the graph, and the slot holds a picture before it is launched.
-                unsafe { op.launch(stream, slot.address(), &taken, &scaled, arena.address(), &output) }
+                unsafe { op.launch(stream, (slot.address(), 0), &taken, &scaled, arena.address(), &output) }
             })
             .unwrap();
         let launch = |picture: &Picture| {
@@ -276,12 +278,16 @@ fn wrong_pictures_taps_and_outputs_are_named() {
     let window = input_window(&bench.device, size, size, Rect::whole(size)).unwrap();
     let norm = InputNorm { blue_first: false, mean: [0.0; 3], scale: [1.0; 3] };
     let shape = Shape { n: 1, c: 3, h: 6, w: 8 };
-    let wrong =
-        [Shape { n: 2, ..shape }, Shape { c: 4, ..shape }, Shape { h: 5, ..shape }, Shape { w: 7, ..shape }];
+    let wrong = [
+        Shape { n: 1 << 16, ..shape },
+        Shape { c: 4, ..shape },
+        Shape { h: 5, ..shape },
+        Shape { w: 7, ..shape },
+    ];
     for shape in wrong {
         let output = DeviceView::new(Element::F16, shape, 0);
         // SAFETY: nothing is launched.
-        let launched = unsafe { bench.op.launch(&bench.stream, 0, &window, &norm, 0, &output) };
+        let launched = unsafe { bench.op.launch(&bench.stream, (0, 0), &window, &norm, 0, &output) };
         assert!(launched.is_err(), "{shape}");
     }
 }

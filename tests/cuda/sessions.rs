@@ -11,20 +11,20 @@ use farface::graph::init::Rng;
 use farface::pixels::{DeviceImage, ImageView, Orientation, PixelFormat, Rect};
 
 /// A picture in which a network of random weights finds something everywhere.
-fn noise(width: usize, height: usize, format: PixelFormat, seed: u64) -> Vec<u8> {
+pub fn noise(width: usize, height: usize, format: PixelFormat, seed: u64) -> Vec<u8> {
     let bytes: usize =
         (0..format.planes()).map(|p| format.row_bytes(p, width).unwrap() * format.rows(p, height)).sum();
     let mut rng = Rng::new(seed);
     (0..bytes).map(|_| rng.below(256) as u8).collect()
 }
 
-fn options(model: &Model, device: DevicePolicy, precision: Precision) -> Options {
+pub fn options(model: &Model, device: DevicePolicy, precision: Precision) -> Options {
     Options { device, precision, ..Options::for_model(model.config()) }
 }
 
 /// The largest difference of a coordinate, relative to the face's size, or of a score, of each face of `a` to the one of `b` that is
 /// nearest to it: where scores are nearly equal their order may be another. Infinite where there are not as many.
-fn difference(a: &[Face], b: &[Face]) -> f32 {
+pub fn difference(a: &[Face], b: &[Face]) -> f32 {
     if a.len() != b.len() {
         return f32::INFINITY;
     }
@@ -72,7 +72,7 @@ fn holds(what: &str, model: &Model, set: impl Fn(&mut Options), views: &[ImageVi
 }
 
 /// A detector by name with random weights, of less width.
-fn small(name: &str) -> Model {
+pub fn small(name: &str) -> Model {
     Model::random(&ModelConfig::named(name).unwrap(), 3).unwrap()
 }
 

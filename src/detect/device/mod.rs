@@ -4,6 +4,7 @@
 //! and tile, then sorting and suppression. What may change from call to call (settings, how the picture lies, its pixels) is read
 //! from memory that the recorded upload fills.
 
+mod batch;
 mod prepare;
 mod second;
 mod source;
@@ -29,7 +30,7 @@ use crate::gpu::stage::{Stage, PICTURES};
 use crate::graph::{DeviceNetwork, DevicePlan};
 use crate::pixels::{Placement, Size};
 use bytemuck::Zeroable;
-use prepare::{held_bytes, launch, Memory, Need, Prepared, Recorded};
+use prepare::{first_bytes, held_bytes, launch, Memory, Need, Prepared, Recorded};
 use second::Second;
 use std::sync::Arc;
 use std::time::Instant;
@@ -59,9 +60,11 @@ pub(super) struct OnDevice {
     /// Where the stream's last detection ended.
     done: Event,
     prepared: Vec<Prepared>,
+    /// How many pictures of a size are searched together, of the last sizes of which there were several.
+    together: Vec<(Size, usize)>,
     memory: Option<Memory>,
-    /// Of a picture whose faces are still to come.
-    pending: Option<Pending>,
+    /// Of pictures whose faces are still to come.
+    pending: Vec<Pending>,
     calls: u64,
     name: String,
     nms: Nms,
@@ -98,8 +101,9 @@ impl OnDevice {
             stream,
             done,
             prepared: Vec::new(),
+            together: Vec::new(),
             memory: None,
-            pending: None,
+            pending: Vec::new(),
             calls: 0,
             name: format!("cuda:{ordinal}"),
             nms: Nms::default(),
@@ -130,6 +134,7 @@ impl OnDevice {
         };
         if !Arc::ptr_eq(&network, &self.network) || plan_of(old) != plan_of(new) {
             self.prepared.clear();
+            self.together.clear();
             self.memory = None;
         }
         self.network = network;
@@ -139,11 +144,11 @@ impl OnDevice {
     /// Prepares for pictures of this size; the first of each format is recorded when it comes.
     pub fn warmup(&mut self, model: &Model, options: &Options, size: Size) -> Result<()> {
         self.finish_pending()?;
-        let index = self.prepare(model, options, size)?;
+        let index = self.prepare(model, options, (size, 1))?;
         let memory = self.memory.as_mut().ok_or_else(no_memory)?;
         // A run on nothing: kernels are brought to the device, pictures of no size are not read.
-        memory.stage.describe(&settings(model, options), &[Picture::zeroed(); PICTURES]);
-        let given = launch(model, &self.prepared[index], memory, &self.stream, Stage::head());
+        memory.stage.describe(&settings(model, options), &[[Picture::zeroed(); PICTURES]]);
+        let given = launch(model, &self.prepared[index], memory, &self.stream, Stage::head(1));
         let second = self.second.as_ref().map_or(Ok(()), |second| second.warmup(&self.stream));
         // Whatever failed: nothing is under way when this returns.
         self.stream.synchronize().and(given).and(second)
@@ -173,14 +178,14 @@ impl OnDevice {
             return self.detect_in_two_stages(model, options, image, faces);
         }
         let start = Instant::now();
-        let began = self.begin(model, options, image, None)?;
+        self.begin(model, options, &[image], None)?;
         let input = start.elapsed();
         let waited = Instant::now();
         self.done.synchronize()?;
         let network = waited.elapsed();
         let merging = Instant::now();
-        self.pending = None;
-        self.collect(model, options, &began, faces)?;
+        self.collect(model, options, 0, faces)?;
+        self.pending.clear();
         Ok(Timings { input, network, merge: merging.elapsed(), ..Timings::default() })
     }
 
@@ -197,35 +202,37 @@ impl OnDevice {
                 "a detector with a second stage waits for the first; search the picture synchronously".into(),
             ));
         }
-        self.begin(model, options, image, stream).map(|_| ())
+        self.begin(model, options, &[image], stream)
     }
 
     /// Waits for the picture that was begun, where there is one. False where there is none.
     pub fn wait(&mut self, model: &Model, options: &Options, faces: &mut Vec<Face>) -> Result<bool> {
-        let Some(pending) = self.pending.take() else { return Ok(false) };
-        self.done.synchronize()?;
-        self.collect(model, options, &pending, faces)?;
-        Ok(true)
-    }
-
-    /// Waits for a picture whose faces nobody fetched: its memory is used again.
-    fn finish_pending(&mut self) -> Result<()> {
-        match self.pending.take() {
-            Some(_) => self.done.synchronize(),
-            None => Ok(()),
+        if self.pending.is_empty() {
+            return Ok(false);
         }
+        let found = self.done.synchronize().and_then(|()| self.collect(model, options, 0, faces));
+        self.pending.clear();
+        found.map(|()| true)
     }
 
-    /// Gives all work of a picture to a stream.
+    /// Waits for pictures whose faces nobody fetched: their memory is used again.
+    fn finish_pending(&mut self) -> Result<()> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        self.pending.clear();
+        self.done.synchronize()
+    }
+
+    /// Gives all work of pictures of one size to a stream.
     fn begin(
         &mut self,
         model: &Model,
         options: &Options,
-        image: Source<'_>,
+        images: &[Source<'_>],
         stream: Option<&Stream>,
-    ) -> Result<Pending> {
-        let size = image.upright_size();
-        let (index, upload) = self.place(model, options, image, &settings(model, options))?;
+    ) -> Result<()> {
+        let (index, upload) = self.place(model, options, images, &settings(model, options))?;
         let memory = self.memory.as_mut().ok_or_else(no_memory)?;
         let prepared = &mut self.prepared[index];
         let to = stream.unwrap_or(&self.stream);
@@ -236,30 +243,38 @@ impl OnDevice {
             let _ = to.synchronize();
             return Err(e);
         }
-        let pending = Pending { placement: image.placement(), width: size.width as f32 };
-        self.pending = Some(pending);
-        Ok(pending)
+        let pending = |image: &Source<'_>| Pending {
+            placement: image.placement(),
+            width: image.upright_size().width as f32,
+        };
+        self.pending.extend(images.iter().map(pending));
+        Ok(())
     }
 
-    /// Writes a picture to the staging memory. Returns the number of what is prepared for it, and the bytes to upload.
+    /// Writes pictures of one size to the staging memory. Returns the number of what is prepared for them, and the bytes to upload.
     fn place(
         &mut self,
         model: &Model,
         options: &Options,
-        image: Source<'_>,
+        images: &[Source<'_>],
         settings: &Settings,
     ) -> Result<(usize, usize)> {
         self.finish_pending()?;
-        let index = self.prepare(model, options, image.upright_size())?;
+        let index = self.prepare(model, options, (images[0].upright_size(), images.len()))?;
         let memory = self.memory.as_mut().ok_or_else(no_memory)?;
-        let pixels = image.pixel_bytes();
+        let pixels = images.iter().map(Source::pixel_bytes).sum();
         if pixels > memory.stage.room() {
             self.prepared.iter_mut().for_each(|p| p.recorded.clear());
-            memory.stage = Stage::new(&self.device, pixels)?;
+            memory.stage = Stage::new(&self.device, memory.stage.images(), pixels)?;
         }
-        let (addresses, upload) = memory.stage.place(image.planes())?;
-        let views = [false, true].map(|mirrored| image.turned(mirrored));
-        let pictures = views.iter().map(|v| v.picture(&addresses)).collect::<Result<Vec<Picture>>>()?;
+        let (addresses, upload) = memory.stage.place(images.iter().flat_map(Source::planes))?;
+        let mut addresses = &addresses[..];
+        let mut pictures = Vec::with_capacity(images.len());
+        for image in images {
+            let (own, rest) = addresses.split_at(image.planes().count());
+            addresses = rest;
+            pictures.push([image.picture(own)?, image.turned(true).picture(own)?]);
+        }
         memory.stage.describe(settings, &pictures);
         Ok((index, upload))
     }
@@ -295,7 +310,7 @@ impl OnDevice {
             suppress: 0,
             ..second::settings(model, threshold, &options.rule(model.config().nms_plus_one))
         };
-        let (index, upload) = self.place(model, options, image, &proposals)?;
+        let (index, upload) = self.place(model, options, &[image], &proposals)?;
         let Memory { arena, stage, faces: found, .. } = self.memory.as_mut().ok_or_else(no_memory)?;
         let second = self.second.as_mut().ok_or_else(no_memory)?;
         let input = start.elapsed();
@@ -312,10 +327,10 @@ impl OnDevice {
             let picture = usize::from(mirrored.is_some());
             stage.input(&self.stream, picture, &part.input, &norm, arena, &plan.inputs()[0])?;
             plan.launch(&self.stream, arena)?;
-            found.begin(&self.stream)?;
+            found.begin(&self.stream, 1)?;
             found.decode(&self.stream, arena, &part.levels, &UNPLACED)?;
             found.finish(&self.stream)?;
-            let (header, proposals) = found.read(&self.stream)?;
+            let (header, proposals) = found.read(&self.stream, 0)?;
             no_overflow(&header)?;
             let features = plan.outputs().last().copied().flatten();
             let features =
@@ -339,16 +354,19 @@ impl OnDevice {
         Ok(Timings { input, network, merge: start.elapsed() - input - network, ..Timings::default() })
     }
 
-    /// Faces from what the device has found.
+    /// Faces from what the device has found in one of the pictures that were begun.
     fn collect(
         &mut self,
         model: &Model,
         options: &Options,
-        pending: &Pending,
+        image: usize,
         faces: &mut Vec<Face>,
     ) -> Result<()> {
-        let Some(memory) = &self.memory else { return Err(Error::Internal("no detection was begun".into())) };
-        let bytes = memory.result.bytes();
+        let (Some(memory), Some(&pending)) = (&self.memory, self.pending.get(image)) else {
+            return Err(Error::Internal("no detection was begun".into()));
+        };
+        let first = first_bytes(memory.faces.limit());
+        let bytes = &memory.result.bytes()[image * first..][..first];
         let header: Header = bytemuck::pod_read_unaligned(&bytes[..size_of::<Header>()]);
         no_overflow(&header)?;
         let kept = header.kept as usize;
@@ -358,8 +376,7 @@ impl OnDevice {
             .map(bytemuck::pod_read_unaligned)
             .collect();
         if kept > candidates.len() {
-            let result = memory.faces.result();
-            candidates = result.values(&self.stream, size_of::<Header>(), kept)?;
+            candidates = memory.faces.read(&self.stream, image)?.1;
         }
         // Of the box the device has seen to that it is one; what the host adds may still not be finite.
         let face = |c: &Candidate| cuda::face(model.detector(), self.extras, c, pending.width);
@@ -383,14 +400,23 @@ impl OnDevice {
         Ok(())
     }
 
-    /// Index of what is prepared for this size; prepares it where it is not.
-    fn prepare(&mut self, model: &Model, options: &Options, size: Size) -> Result<usize> {
+    /// Index of what is prepared for so many pictures of this size; prepares it where it is not.
+    fn prepare(&mut self, model: &Model, options: &Options, of: (Size, usize)) -> Result<usize> {
         self.calls += 1;
-        if let Some(i) = self.prepared.iter().position(|p| p.size == size) {
+        if let Some(i) = self.prepared.iter().position(|p| (p.size, p.images) == of) {
             self.prepared[i].used = self.calls;
             return Ok(i);
         }
+        let (size, images) = of;
         let mut prepared = self.fit(model, options, size)?;
+        if images > 1 {
+            prepared = Prepared::new(&self.network, model, options, of, prepared.passes)?;
+        }
+        self.insert(model, options, prepared)
+    }
+
+    /// Keeps what was prepared, and sees to it that there is memory for it. Returns its index.
+    fn insert(&mut self, model: &Model, options: &Options, mut prepared: Prepared) -> Result<usize> {
         prepared.used = self.calls;
         if self.prepared.len() == KEPT_SIZES {
             let oldest = (0..KEPT_SIZES).min_by_key(|&i| self.prepared[i].used).unwrap_or(0);
@@ -422,7 +448,7 @@ impl OnDevice {
         for _ in 0..8 {
             let arena = |s: Size| Ok(DevicePlan::new(&self.network, &[input_shape(s)])?.bytes() as u64);
             let passes = passes(model, &arena, options, size, budget)?;
-            let prepared = Prepared::new(&self.network, model, options, size, passes)?;
+            let prepared = Prepared::new(&self.network, model, options, (size, 1), passes)?;
             let second = self.second.as_ref().map_or(0, Second::bytes);
             let held = (held_bytes(limit(model, options), &prepared) + second) as u64;
             if held <= cap {
@@ -444,7 +470,7 @@ impl Drop for OnDevice {
     }
 }
 
-/// Gives the work of a picture to the second of two streams: one recording, made on the first where there is none yet, or step by step
+/// Gives the work of pictures to the second of two streams: one recording, made on the first where there is none yet, or step by step
 /// where there are too many.
 fn give(
     model: &Model,

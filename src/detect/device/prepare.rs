@@ -14,8 +14,9 @@ use crate::gpu::stage::Stage;
 use crate::graph::{DeviceNetwork, DevicePlan, Want};
 use crate::pixels::device::input_window;
 use crate::pixels::Size;
+use crate::shape::Shape;
 
-/// Faces that the first download brings.
+/// Faces of an image that the first download brings.
 const FIRST_FACES: usize = 256;
 /// Bytes a pixel for which there is room from the start; planes of f32 make more when they come.
 const PIXEL_BYTES: usize = 4;
@@ -43,9 +44,10 @@ pub(super) struct Recorded {
     pub graph: Graph,
 }
 
-/// What depends on the picture's upright size.
+/// What depends on the pictures' upright size and how many of them are searched together.
 pub(super) struct Prepared {
     pub size: Size,
+    pub images: usize,
     pub passes: Vec<Pass>,
     pub plans: Vec<Planned>,
     pub parts: Vec<Part>,
@@ -62,12 +64,12 @@ pub(super) struct Memory {
 }
 
 impl Prepared {
-    /// Plans and windows of all tiles of these passes.
+    /// Plans and windows of all tiles of these passes, for so many pictures.
     pub fn new(
         network: &DeviceNetwork,
         model: &Model,
         options: &Options,
-        size: Size,
+        (size, images): (Size, usize),
         passes: Vec<Pass>,
     ) -> Result<Self> {
         let (mut plans, mut parts) = (Vec::<Planned>::new(), Vec::new());
@@ -80,7 +82,8 @@ impl Prepared {
                 let plan = match known {
                     Some(plan) => plan,
                     None => {
-                        let plan = DevicePlan::for_wants(network, &[input_shape(size_of_tile)], &pass.wants)?;
+                        let input = Shape { n: images, ..input_shape(size_of_tile) };
+                        let plan = DevicePlan::for_wants(network, &[input], &pass.wants)?;
                         plans.push(Planned { window: size_of_tile, wants: pass.wants.clone(), plan });
                         plans.len() - 1
                     }
@@ -101,7 +104,7 @@ impl Prepared {
                 }
             }
         }
-        Ok(Self { size, passes, plans, parts, recorded: Vec::new(), used: 0 })
+        Ok(Self { size, images, passes, plans, parts, recorded: Vec::new(), used: 0 })
     }
 
     /// Steps of a picture, those around the network with them.
@@ -115,15 +118,16 @@ impl Memory {
     pub fn new(device: &Device, need: &Need, limit: usize) -> Result<Self> {
         Ok(Self {
             arena: DeviceBuffer::new(device.context(), need.arena)?,
-            stage: Stage::new(device, need.pixels)?,
-            faces: FaceBuffers::new(device, limit, need.candidates)?,
-            result: PinnedBuffer::new(device.context(), FaceBuffers::result_bytes(FIRST_FACES))?,
+            stage: Stage::new(device, need.images, need.pixels)?,
+            faces: FaceBuffers::new(device, need.images, limit, need.candidates)?,
+            result: PinnedBuffer::new(device.context(), need.images * first_bytes(limit))?,
         })
     }
 
     /// Whether it is enough for that.
     pub fn suffices(&self, need: &Need, limit: usize) -> bool {
         self.arena.len() >= need.arena
+            && self.stage.images() >= need.images
             && self.stage.room() >= need.pixels
             && self.faces.limit() == limit
             && self.faces.capacity() >= limit + need.candidates
@@ -133,6 +137,7 @@ impl Memory {
 /// Memory for what is prepared.
 #[derive(Default)]
 pub(super) struct Need {
+    images: usize,
     arena: usize,
     pixels: usize,
     candidates: usize,
@@ -142,8 +147,10 @@ impl Need {
     pub fn of<'a>(prepared: impl IntoIterator<Item = &'a Prepared>) -> Self {
         let mut need = Self::default();
         for p in prepared {
+            need.images = need.images.max(p.images);
             need.arena = p.plans.iter().map(|p| p.plan.bytes()).fold(need.arena, usize::max);
-            need.pixels = need.pixels.max(p.size.width * p.size.height * PIXEL_BYTES + 3 * PLANE_ROOM);
+            let pixels = p.size.width * p.size.height * PIXEL_BYTES + 3 * PLANE_ROOM;
+            need.pixels = need.pixels.max(p.images * pixels);
             need.candidates = p.parts.iter().map(Part::candidates).fold(need.candidates, usize::max);
         }
         need
@@ -152,10 +159,15 @@ impl Need {
     /// Bytes, on the device and pinned together.
     fn bytes(&self, limit: usize) -> usize {
         self.arena
-            + 2 * (Stage::head() + self.pixels)
-            + FaceBuffers::bytes_for(limit, self.candidates)
-            + FaceBuffers::result_bytes(FIRST_FACES)
+            + 2 * (Stage::head(self.images) + self.pixels)
+            + FaceBuffers::bytes_for(self.images, limit, self.candidates)
+            + self.images * first_bytes(limit)
     }
+}
+
+/// Bytes of an image's result that the first download brings.
+pub(super) fn first_bytes(limit: usize) -> usize {
+    FaceBuffers::result_bytes(limit.clamp(1, FIRST_FACES))
 }
 
 /// Bytes that a plane may take more for its alignment.
@@ -174,7 +186,7 @@ impl Part {
     }
 }
 
-/// Gives all work of a picture to a stream, or to its recording.
+/// Gives all work of pictures that are searched together to a stream, or to its recording.
 pub(super) fn launch(
     model: &Model,
     prepared: &Prepared,
@@ -186,7 +198,7 @@ pub(super) fn launch(
     let norm = InputNorm::from(model.normalization());
     stage.upload(stream, upload)?;
     faces.read_settings_at(stage.settings_address());
-    faces.begin(stream)?;
+    faces.begin(stream, prepared.images)?;
     for part in &prepared.parts {
         let plan = &prepared.plans[part.plan].plan;
         let picture = usize::from(part.placement.mirrored.is_some());
@@ -195,6 +207,10 @@ pub(super) fn launch(
         faces.decode(stream, arena, &part.levels, &part.placement)?;
     }
     faces.finish(stream)?;
-    let first = result.len().min(faces.result().len());
-    faces.result().read(stream, 0..first, result, 0)
+    let first = first_bytes(faces.limit());
+    for image in 0..prepared.images {
+        let at = faces.result_at(image);
+        faces.result().read(stream, at..at + first, result, image * first)?;
+    }
+    Ok(())
 }
