@@ -1,8 +1,10 @@
 //! Pictures of a batch: those of one size are searched together, and every picture has the faces that it has alone.
 
+use crate::common::capi::{self, Picture};
 use crate::emulator::{device, driver, Driver};
 use crate::failures::alone;
 use crate::sessions::{difference, noise, options, small};
+use farface::capi::{detect::*, image::*, options::*, status::*};
 use farface::detect::device::Source;
 use farface::detect::nms::Suppression;
 use farface::detect::options::{Pyramid, Scales};
@@ -76,6 +78,43 @@ fn a_batch_takes_pictures_on_the_device_too() {
         seen += 1;
     });
     assert_eq!(seen, 2);
+}
+
+#[test]
+fn a_batch_by_the_c_interface_has_every_pictures_own_status() {
+    if device().is_none() {
+        return;
+    }
+    let model = capi::model(1);
+    let o = farface_session_options {
+        score_threshold: 0.3,
+        device_policy: FARFACE_DEVICE_POLICY_REQUIRE_CUDA,
+        ..capi::options(&model)
+    };
+    let session = capi::session(&model, &o);
+    let pictures = [Picture::rgb(40, 32, 1), Picture::rgb(40, 32, 2), Picture::nv12(40, 32, 3)];
+    let mut views: Vec<farface_image> = pictures.iter().map(Picture::view).collect();
+    views[1].rotation = 45;
+    const ROOM: usize = 40;
+    let mut faces = vec![farface_face::default(); 3 * ROOM];
+    let (mut counts, mut statuses) = ([9; 3], [9; 3]);
+    // SAFETY: live handles and places here and below.
+    let status = unsafe {
+        let (f, c, s) = (faces.as_mut_ptr(), counts.as_mut_ptr(), statuses.as_mut_ptr());
+        farface_detect_batch(session.0, views.as_ptr(), 3, f, ROOM, c, s)
+    };
+    assert_eq!((status, counts[1]), (FARFACE_ERROR_INVALID_IMAGE, 0));
+    assert_eq!(statuses, [FARFACE_OK, FARFACE_ERROR_INVALID_IMAGE, FARFACE_OK]);
+    for i in [0, 2] {
+        let (mut alone, mut count) = (vec![farface_face::default(); ROOM], 0);
+        // SAFETY: as above.
+        let status = unsafe { farface_detect(session.0, &views[i], alone.as_mut_ptr(), ROOM, &mut count) };
+        assert_eq!((status, counts[i]), (FARFACE_OK, count), "picture {i}");
+        assert!(count > 0, "picture {i} shows nothing");
+        for (a, b) in alone[..count].iter().zip(&faces[i * ROOM..]) {
+            assert!((a.x - b.x).abs() < 0.1 && (a.score - b.score).abs() < 1e-3, "picture {i}: {a:?}, {b:?}");
+        }
+    }
 }
 
 #[test]

@@ -4,6 +4,8 @@
 //! search for libraries to the download of faces, runs on the CPU. With `FARFACE_TEST_CUDA=device` the machine's own driver is used.
 
 mod batch;
+#[path = "../common/mod.rs"]
+mod common;
 #[cfg(feature = "train")]
 #[path = "../common/faces.rs"]
 mod drawing;
