@@ -25,6 +25,7 @@ pub mod face;
 pub mod group_sampling;
 pub mod hambox;
 pub mod heads;
+mod host;
 pub mod hr;
 mod input;
 pub mod model;
