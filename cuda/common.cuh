@@ -304,3 +304,112 @@ DEVICE void split(float v, int cells, int *low, int *high, float *weight)
     *high = *low == cells - 1 ? *low : *low + 1;
     *weight = *low == cells - 1 ? 0.0f : v - (float)*low;
 }
+
+// Of a training's objective: a box by its corners.
+struct Rect {
+    float x1, y1, x2, y2;
+};
+
+// Bits of `Face::flags`.
+const u32 FACE_IGNORED = 1; // neither face nor background
+const u32 FACE_WHOLE = 2;   // its corners are numbers and in order: others overlap nothing
+
+// A face of the annotation, in pixels of the network's input.
+struct Face {
+    Rect box;
+    u32 flags;
+    u32 picture;
+};
+
+// Anchors of one size on the cells of a map, and where the outputs have what the network says of them.
+struct AnchorGroup {
+    u32 first; // of its anchors among a picture's
+    u32 cells, columns;
+    float stride, width, height;
+    // From a cell to the next; from an offset to the next.
+    u32 logit_cell, box_cell, box_step;
+    u32 unused;
+    // The first value of the first picture's first cell, and from a picture to the next.
+    i64 logits, logit_picture, boxes, box_picture;
+};
+
+// All anchors of a picture, in order of their numbers; every picture of a batch has them.
+struct Anchors {
+    const AnchorGroup *groups;
+    u32 group_count;
+    u32 count;
+};
+
+// Centre and size of an anchor, pixels.
+struct AnchorBox {
+    float x, y, w, h;
+};
+
+// The last group that does not begin behind anchor `i`; groups without cells begin where the next one does.
+DEVICE u32 group_of(const Anchors &a, u32 i)
+{
+    u32 low = 0, high = a.group_count - 1;
+    while (low < high) {
+        u32 middle = (low + high + 1) / 2;
+        if (a.groups[middle].first <= i)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+DEVICE AnchorBox anchor_on(const AnchorGroup &g, u32 cell)
+{
+    u32 y = cell / g.columns, x = cell - y * g.columns;
+    AnchorBox p = {__fmul_rn((float)x + 0.5f, g.stride), __fmul_rn((float)y + 0.5f, g.stride), g.width, g.height};
+    return p;
+}
+
+DEVICE Rect corners(float x, float y, float half_w, float half_h)
+{
+    Rect r = {__fsub_rn(x, half_w), __fsub_rn(y, half_h), __fadd_rn(x, half_w), __fadd_rn(y, half_h)};
+    return r;
+}
+DEVICE Rect corners(const AnchorBox &p) { return corners(p.x, p.y, p.w * 0.5f, p.h * 0.5f); }
+
+// Areas and IoU as `BBox` has them, operation by operation: thresholds decide by their last bit.
+DEVICE float rect_area(const Rect &r)
+{
+    return __fmul_rn(fmaxf(__fsub_rn(r.x2, r.x1), 0.0f), fmaxf(__fsub_rn(r.y2, r.y1), 0.0f));
+}
+DEVICE float rect_shared(const Rect &a, const Rect &b)
+{
+    float w = fmaxf(__fsub_rn(fminf(a.x2, b.x2), fmaxf(a.x1, b.x1)), 0.0f);
+    float h = fmaxf(__fsub_rn(fminf(a.y2, b.y2), fmaxf(a.y1, b.y1)), 0.0f);
+    return __fmul_rn(w, h);
+}
+DEVICE float rect_iou(const Rect &a, const Rect &b)
+{
+    float shared = rect_shared(a, b);
+    float all = __fsub_rn(__fadd_rn(rect_area(a), rect_area(b)), shared);
+    return all > 0.0f ? __fdiv_rn(shared, all) : 0.0f;
+}
+
+// The offsets of the anchor on a cell of picture `n`.
+DEVICE void offsets_on(const float *values, const AnchorGroup &g, u32 n, u32 cell, float t[4])
+{
+    const float *from = values + g.boxes + n * g.box_picture + (i64)cell * g.box_cell;
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        t[k] = from[k * g.box_step];
+}
+
+// The box that offsets mean on an anchor (`Anchor::decode`).
+DEVICE Rect decode_on(const AnchorBox &p, const float t[4], float center, float size)
+{
+    float x = __fadd_rn(p.x, __fmul_rn(__fmul_rn(t[0], center), p.w));
+    float y = __fadd_rn(p.y, __fmul_rn(__fmul_rn(t[1], center), p.h));
+    float w = __fmul_rn(p.w, expf(__fmul_rn(t[2], size))), h = __fmul_rn(p.h, expf(__fmul_rn(t[3], size)));
+    return corners(x, y, w * 0.5f, h * 0.5f);
+}
+
+// An IoU above 0 and a number, so that a higher key is a higher IoU or, of equal ones, the lower number. Never 0.
+DEVICE u64 key_of(float iou, u32 number) { return (u64)__float_as_uint(iou) << 32 | (u32)~number; }
+DEVICE u32 number_of(u64 key) { return ~(u32)key; }
+DEVICE float iou_of(u64 key) { return __uint_as_float((u32)(key >> 32)); }

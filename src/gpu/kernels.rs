@@ -38,6 +38,15 @@ pub enum Source {
     /// Of a training: the optimiser's step.
     #[cfg(feature = "train")]
     TrainStep,
+    /// Of a training: which anchor learns which face.
+    #[cfg(feature = "train")]
+    TrainMatch,
+    /// Of a training: which anchors enter the loss.
+    #[cfg(feature = "train")]
+    TrainSample,
+    /// Of a training: losses and the outputs' gradients.
+    #[cfg(feature = "train")]
+    TrainLoss,
 }
 
 impl Source {
@@ -55,6 +64,12 @@ impl Source {
         Source::TrainNorm,
         #[cfg(feature = "train")]
         Source::TrainStep,
+        #[cfg(feature = "train")]
+        Source::TrainMatch,
+        #[cfg(feature = "train")]
+        Source::TrainSample,
+        #[cfg(feature = "train")]
+        Source::TrainLoss,
     ];
 
     /// The file's name and its text.
@@ -72,6 +87,12 @@ impl Source {
             Source::TrainNorm => ("train_norm.cu", include_str!("../../cuda/train_norm.cu")),
             #[cfg(feature = "train")]
             Source::TrainStep => ("train_step.cu", include_str!("../../cuda/train_step.cu")),
+            #[cfg(feature = "train")]
+            Source::TrainMatch => ("train_match.cu", include_str!("../../cuda/train_match.cu")),
+            #[cfg(feature = "train")]
+            Source::TrainSample => ("train_sample.cu", include_str!("../../cuda/train_sample.cu")),
+            #[cfg(feature = "train")]
+            Source::TrainLoss => ("train_loss.cu", include_str!("../../cuda/train_loss.cu")),
         }
     }
 }

@@ -13,3 +13,5 @@ pub mod pixels;
 pub mod probe;
 pub mod program;
 pub mod stage;
+#[cfg(feature = "train")]
+pub mod upload;

@@ -16,6 +16,8 @@ mod failures;
 mod fusion;
 #[path = "../parity/kernels.rs"]
 mod kernels;
+#[cfg(feature = "train")]
+mod objective;
 #[path = "../common/pictures.rs"]
 mod pictures;
 mod pixels;

@@ -30,7 +30,11 @@ pub(super) struct Batch {
 }
 
 /// Makes `slot` hold so many bytes.
-fn room<'a>(slot: &'a mut Option<DeviceBuffer>, ops: &TrainOps, bytes: usize) -> Result<&'a DeviceBuffer> {
+pub(super) fn room<'a>(
+    slot: &'a mut Option<DeviceBuffer>,
+    ops: &TrainOps,
+    bytes: usize,
+) -> Result<&'a DeviceBuffer> {
     if slot.as_ref().is_none_or(|b| b.len() < bytes) {
         *slot = None;
         *slot = Some(DeviceBuffer::new(ops.device().context(), bytes)?);

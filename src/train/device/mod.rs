@@ -6,28 +6,32 @@
 //! than the memory that the CPU saves by applying the normalisation where a map is read. The gradient that a unit's readers left is
 //! pulled back in its place.
 //!
-//! Judging outputs is still the CPU's: they are downloaded and their gradients uploaded, through pinned memory. Everything between is
-//! `run` and `run_back`, which know nothing of it, so that losses can move to the device later. The optimiser's
+//! What is judged by one look is judged here (`objective.rs`): faces come up, sums of losses go down. For other objectives the outputs
+//! are downloaded and their gradients uploaded, through pinned memory. `run` and `run_back` know nothing of either. The optimiser's
 //! buffers and the averages are on the device from the first step on (`update.rs`); all of it is brought to the host when somebody asks.
 
 mod backward;
 mod batch;
 mod forward;
+pub mod objective;
 mod store;
 mod update;
 
 use crate::error::{Error, Result};
 use crate::gpu::map::{DeviceView, Element};
 use crate::gpu::memory::DeviceBuffer;
+use crate::gpu::ops::train::objective::Judge;
 use crate::gpu::ops::train::{MapIn, Taken, TrainOps};
 use crate::gpu::ops::{Device, DeviceOp};
+use crate::gpu::upload::Upload;
 use crate::graph::{Graph, Weights};
 use crate::shape::{Shape, Tensor};
-use crate::train::network::{Engine, Frozen, InputTable, ParamsAndGrads, Update, Updated};
+use crate::train::network::{Engine, Frozen, InputTable, Judgement, ParamsAndGrads, Update, Updated};
+use crate::train::objective::Losses;
 use crate::train::optim::{Ema, Optimizer};
 use crate::train::units::Op;
 use crate::train::walk::Walk;
-use batch::{Batch, Staging};
+use batch::{room, Batch, Staging};
 use std::sync::Arc;
 use store::Store;
 use update::Moments;
@@ -45,9 +49,14 @@ pub struct DeviceEngine {
     plain: Vec<Option<DeviceOp>>,
     /// What the input's values are, once a batch has told, and `[3][256]` of them on the device.
     table: Option<(InputTable, DeviceBuffer)>,
-    /// Pixels and boxes on their way to the device; outputs and their gradients between it and the host.
-    pixels: Staging,
+    /// Pixels on their way to the device; outputs and their gradients between it and the host.
+    pixels: Upload,
     outside: Staging,
+    /// None until outputs are judged here.
+    judge: Option<Judge>,
+    /// Gradients of the outputs that were judged here, as they lie in `outside`; whether they are those of this batch.
+    slopes: Option<DeviceBuffer>,
+    judged: bool,
     /// Where the boxes of the second phase are, in a buffer for each of the network's inputs of boxes; empty before.
     boxes: Vec<DeviceBuffer>,
     threads: usize,
@@ -79,15 +88,18 @@ impl DeviceEngine {
             batch,
             plain,
             table: None,
-            pixels: Staging::default(),
+            pixels: Upload::default(),
             outside: Staging::default(),
+            judge: None,
+            slopes: None,
+            judged: false,
             boxes: Vec::new(),
             threads,
         })
     }
 
-    /// Outputs `range` of the graph, as f32 on the host.
-    fn download(&mut self, range: std::ops::Range<usize>) -> Result<Vec<Tensor>> {
+    /// Outputs `range` of the graph, as f32 one behind the other in `outside`; their shapes and bytes.
+    fn gather(&mut self, range: std::ops::Range<usize>) -> Result<(Vec<Shape>, usize)> {
         let units: Vec<usize> =
             self.graph.outputs[range].iter().map(|(_, node)| self.shown(node.0)).collect();
         let shapes: Vec<Shape> = units.iter().map(|&u| self.batch.shapes[u]).collect();
@@ -97,7 +109,13 @@ impl DeviceEngine {
         for (&u, &view) in units.iter().zip(&views) {
             ops.taken_back(Taken::From([0; 2]), self.batch.seen(u)?, MapIn { buffer, view }, false)?;
         }
-        let values = self.outside.download(ops, bytes)?;
+        Ok((shapes, bytes))
+    }
+
+    /// Outputs `range` of the graph, as f32 on the host.
+    fn download(&mut self, range: std::ops::Range<usize>) -> Result<Vec<Tensor>> {
+        let (shapes, bytes) = self.gather(range)?;
+        let values = self.outside.download(&self.ops, bytes)?;
         let mut values = bytemuck::cast_slice::<u8, f32>(values);
         let mut take = |shape: Shape| {
             let (own, rest) = values.split_at(shape.len());
@@ -107,9 +125,74 @@ impl DeviceEngine {
         Ok(shapes.into_iter().map(&mut take).collect())
     }
 
+    /// Brings a batch's pixels to the device and runs the units of the first phase.
+    fn run_first(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<()> {
+        let inputs = self.walk.units.iter().filter(|u| matches!(u.op, Op::Input(_))).count();
+        if inputs != 1 || shape.c != 3 || pixels.len() != shape.len() {
+            return Err(Error::InvalidArgument(format!(
+                "a batch of {shape} from {} pixel values, for a network of {inputs} inputs",
+                pixels.len()
+            )));
+        }
+        // How many boxes there are is not known yet; nothing of the first phase depends on it.
+        let boxes = self.walk.units.iter().filter(|u| matches!(u.op, Op::Boxes(_))).count();
+        let all: Vec<Shape> = [shape].into_iter().chain(vec![Shape::new(1, 5, 1, 1); boxes]).collect();
+        self.batch.begin(&self.graph.shapes(&all)?, &self.walk.units);
+        self.boxes.clear();
+        self.judged = false;
+        if self.table.as_ref().is_none_or(|(known, _)| known != table) {
+            let values = table.value.concat();
+            if values.len() != 3 * 256 {
+                return Err(Error::Internal("a table of other than 256 values a channel".into()));
+            }
+            self.table = Some((table.clone(), DeviceBuffer::of(self.ops.stream(), &values)?));
+        }
+        self.store.upload(&self.ops)?;
+        self.pixels.upload(self.ops.stream(), pixels.len(), |to| to.copy_from_slice(pixels))?;
+        self.run(0..self.walk.second_phase)
+    }
+
+    /// Forgets the gradients of an earlier batch. The units that the outputs are of, and how their gradients lie one behind the other.
+    fn begin_back(&mut self) -> Result<(Vec<usize>, Vec<Shape>)> {
+        if self.boxes.is_empty() && self.walk.second_phase < self.walk.units.len() {
+            return Err(Error::Internal("a backward pass before the second phase".into()));
+        }
+        self.batch.drop_gradients();
+        self.store.clear_gradients(&self.ops)?;
+        let units: Vec<usize> = self.graph.outputs.iter().map(|(_, node)| self.shown(node.0)).collect();
+        let shapes = units.iter().map(|&u| self.batch.shapes[u]).collect();
+        Ok((units, shapes))
+    }
+
+    /// Takes gradients of the outputs, one behind the other in `from`, back through the network.
+    fn back_from(&mut self, from: From, units: &[usize], views: &[DeviceView]) -> Result<()> {
+        let Self { outside, slopes, batch, ops, walk, .. } = self;
+        let buffer = match from {
+            From::Host => outside.there()?,
+            From::Judge => slopes.as_ref().ok_or_else(|| Error::Internal("nothing was judged".into()))?,
+        };
+        for (&u, &view) in units.iter().zip(views) {
+            if walk.wanted[u] {
+                let (dy, add) = batch.take_gradient(u, ops)?;
+                let to = MapIn { buffer: &dy, view: batch.view(u) };
+                ops.taken_back(Taken::From([0; 2]), MapIn { buffer, view }, to, add)?;
+                batch.put_gradient(u, dy);
+            }
+        }
+        self.store.upload(&self.ops)?;
+        self.run_back()?;
+        self.store.clear_untrained(&self.graph, &self.walk.trainable, &self.ops)
+    }
+
     fn shown(&self, node: usize) -> usize {
         self.walk.shown_by[node].expect("an output is shown")
     }
+}
+
+/// Where the gradients of the outputs come from.
+enum From {
+    Host,
+    Judge,
 }
 
 /// Maps of f32 one behind the other, and their bytes.
@@ -153,29 +236,40 @@ impl Engine for DeviceEngine {
     }
 
     fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>> {
-        let inputs = self.walk.units.iter().filter(|u| matches!(u.op, Op::Input(_))).count();
-        if inputs != 1 || shape.c != 3 || pixels.len() != shape.len() {
-            return Err(Error::InvalidArgument(format!(
-                "a batch of {shape} from {} pixel values, for a network of {inputs} inputs",
-                pixels.len()
-            )));
-        }
-        // How many boxes there are is not known yet; nothing of the first phase depends on it.
-        let boxes = self.walk.units.iter().filter(|u| matches!(u.op, Op::Boxes(_))).count();
-        let all: Vec<Shape> = [shape].into_iter().chain(vec![Shape::new(1, 5, 1, 1); boxes]).collect();
-        self.batch.begin(&self.graph.shapes(&all)?, &self.walk.units);
-        self.boxes.clear();
-        if self.table.as_ref().is_none_or(|(known, _)| known != table) {
-            let values = table.value.concat();
-            if values.len() != 3 * 256 {
-                return Err(Error::Internal("a table of other than 256 values a channel".into()));
-            }
-            self.table = Some((table.clone(), DeviceBuffer::of(self.ops.stream(), &values)?));
-        }
-        self.store.upload(&self.ops)?;
-        self.pixels.upload(&self.ops, pixels.len(), |to| to.copy_from_slice(pixels))?;
-        self.run(0..self.walk.second_phase)?;
+        self.run_first(pixels, shape, table)?;
         self.download(0..self.walk.first_outputs(&self.graph))
+    }
+
+    fn forward_judged(
+        &mut self,
+        pixels: &[u8],
+        shape: Shape,
+        table: &InputTable,
+        judgements: &[Judgement<'_>],
+    ) -> Result<Option<Vec<Losses>>> {
+        // Boxes of a second phase are chosen by the host.
+        if self.walk.second_phase < self.walk.units.len() {
+            return Ok(None);
+        }
+        self.run_first(pixels, shape, table)?;
+        let (shapes, bytes) = self.gather(0..self.graph.outputs.len())?;
+        if self.judge.is_none() {
+            self.judge = Some(Judge::new(self.ops.device())?);
+        }
+        let outputs = self.outside.device(&self.ops, bytes)?;
+        let slopes = room(&mut self.slopes, &self.ops, bytes)?;
+        let judge = self.judge.as_mut().ok_or_else(|| Error::Internal("no judge".into()))?;
+        let losses = objective::judge(judge, self.ops.stream(), [outputs, slopes], &shapes, judgements)?;
+        self.judged = true;
+        Ok(Some(losses))
+    }
+
+    fn backward_judged(&mut self) -> Result<()> {
+        if !self.judged {
+            return Err(Error::Internal("nothing was judged here".into()));
+        }
+        let (units, shapes) = self.begin_back()?;
+        self.back_from(From::Judge, &units, &side_by_side(&shapes).0)
     }
 
     fn forward_boxes(&mut self, boxes: Vec<Tensor>) -> Result<Vec<Tensor>> {
@@ -198,18 +292,12 @@ impl Engine for DeviceEngine {
     }
 
     fn backward(&mut self, d_outputs: &[Tensor]) -> Result<()> {
-        if self.boxes.is_empty() && self.walk.second_phase < self.walk.units.len() {
-            return Err(Error::Internal("a backward pass before the second phase".into()));
-        }
-        self.batch.drop_gradients();
-        self.store.clear_gradients(&self.ops)?;
-        let units: Vec<usize> = self.graph.outputs.iter().map(|(_, node)| self.shown(node.0)).collect();
-        let shapes: Vec<Shape> = units.iter().map(|&u| self.batch.shapes[u]).collect();
+        let (units, shapes) = self.begin_back()?;
         if let Some(i) = (0..units.len()).find(|&i| d_outputs.get(i).map(|d| d.shape) != Some(shapes[i])) {
             return Err(Error::Internal(format!("gradient of output {i} is not of shape {}", shapes[i])));
         }
         let (views, bytes) = side_by_side(&shapes);
-        let buffer = self.outside.upload(&self.ops, bytes, |to| {
+        self.outside.upload(&self.ops, bytes, |to| {
             let mut to = bytemuck::cast_slice_mut::<u8, f32>(to);
             for d in d_outputs {
                 let (own, rest) = to.split_at_mut(d.data.len());
@@ -217,17 +305,7 @@ impl Engine for DeviceEngine {
                 to = rest;
             }
         })?;
-        for (&u, &view) in units.iter().zip(&views) {
-            if self.walk.wanted[u] {
-                let (dy, add) = self.batch.take_gradient(u, &self.ops)?;
-                let to = MapIn { buffer: &dy, view: self.batch.view(u) };
-                self.ops.taken_back(Taken::From([0; 2]), MapIn { buffer, view }, to, add)?;
-                self.batch.put_gradient(u, dy);
-            }
-        }
-        self.store.upload(&self.ops)?;
-        self.run_back()?;
-        self.store.clear_untrained(&self.graph, &self.walk.trainable, &self.ops)
+        self.back_from(From::Host, &units, &views)
     }
 
     fn threads(&self) -> usize {

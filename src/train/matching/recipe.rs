@@ -82,7 +82,7 @@ impl Default for MatchingRecipe {
 
 impl MatchingRecipe {
     /// Background below the first, a face from the second on.
-    pub(super) fn thresholds(&self) -> [f32; 2] {
+    pub(in crate::train) fn thresholds(&self) -> [f32; 2] {
         match *self {
             Self::TwoPassScan { lambda1, lambda2, .. } => [lambda2, lambda1],
             Self::Thresholds { negative, positive, .. } => [negative, positive],

@@ -2,9 +2,12 @@
 
 use super::Network;
 use crate::cpu::dense::Element;
-use crate::error::Result;
+use crate::detect::BBox;
+use crate::error::{Error, Result};
 use crate::graph::Graph;
 use crate::shape::{Shape, Tensor};
+use crate::train::data::Annotated;
+use crate::train::objective::{Losses, Objective};
 use crate::train::optim::{clip_global_norm, first_non_finite, global_norm, Ema, Optimizer};
 
 /// Parameters and their gradients.
@@ -23,6 +26,22 @@ pub trait Engine: Send {
     /// Outputs for a batch of `shape`, of pixels N x H x W x 3 in RGB; those behind boxes are not among them. `table` gives the
     /// network's value of each pixel value by input channel, and which channel of the pixel each is.
     fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>>;
+    /// As [`Engine::forward`], where the engine can judge the outputs itself: the losses of each of the judgements, which take the
+    /// outputs in their order, all of them. The gradients stay where they are, for [`Engine::backward_judged`]. None, with nothing done,
+    /// where the caller has to judge.
+    fn forward_judged(
+        &mut self,
+        _pixels: &[u8],
+        _shape: Shape,
+        _table: &InputTable,
+        _judgements: &[Judgement<'_>],
+    ) -> Result<Option<Vec<Losses>>> {
+        Ok(None)
+    }
+    /// As [`Engine::backward`], by the gradients that [`Engine::forward_judged`] left.
+    fn backward_judged(&mut self) -> Result<()> {
+        Err(Error::Internal("nothing was judged here".into()))
+    }
     /// The other outputs, for `boxes` on that batch, R x 5 x 1 x 1 for each of the network's inputs of boxes.
     fn forward_boxes(&mut self, boxes: Vec<Tensor>) -> Result<Vec<Tensor>>;
     /// Clears the gradients and sets them from those of the outputs.
@@ -59,6 +78,20 @@ pub trait Engine: Send {
     fn precision(&self) -> &'static str;
     /// Whose kernels it runs on: with others the last bits differ.
     fn machine(&self) -> String;
+}
+
+/// What some of a batch's outputs are judged by.
+pub struct Judgement<'a> {
+    /// How.
+    pub objective: &'a Objective,
+    /// Faces of each picture.
+    pub faces: &'a [Vec<Annotated>],
+    /// What each picture fills of its example, pixels; may be empty where the sampler does not ask.
+    pub inside: &'a [BBox],
+    /// Of each picture's generator.
+    pub seeds: Vec<u64>,
+    /// Of these losses among the others.
+    pub weight: f32,
 }
 
 /// How the parameters are changed by their gradients.

@@ -62,10 +62,10 @@ impl Level {
 
 /// Where an anchor group's channels are: of a cell's `per_cell` in an output, those from `first` on.
 #[derive(Clone, Copy)]
-pub(super) struct Channels {
-    pub(super) output: usize,
-    pub(super) per_cell: usize,
-    pub(super) first: usize,
+pub(in crate::train) struct Channels {
+    pub(in crate::train) output: usize,
+    pub(in crate::train) per_cell: usize,
+    pub(in crate::train) first: usize,
 }
 
 impl Channels {
@@ -77,11 +77,11 @@ impl Channels {
 
 /// Where the logits and the offsets of an anchor group are.
 #[derive(Clone, Copy)]
-pub(super) struct GroupChannels {
-    class: Channels,
-    boxes: Channels,
+pub(in crate::train) struct GroupChannels {
+    pub(in crate::train) class: Channels,
+    pub(in crate::train) boxes: Channels,
     /// From an offset to the next.
-    step: usize,
+    pub(in crate::train) step: usize,
 }
 
 impl GroupChannels {

@@ -22,8 +22,11 @@ use crate::detect::BBox;
 use crate::error::{Error, Result};
 use crate::graph::init::Rng;
 use crate::shape::{Shape, Tensor};
-use head::{box_loss, GroupChannels, Head, Place};
+pub(super) use head::GroupChannels;
+use head::{box_loss, Head, Place};
 pub use head::{Layout, Level};
+#[cfg(feature = "cuda")]
+use pictures::check_shapes;
 pub use pictures::Losses;
 use pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted};
 pub use pyramid_anchors::PyramidAnchors;
@@ -154,6 +157,22 @@ impl Objective {
         (grid, groups)
     }
 
+    /// As [`Self::grid`], for the outputs of so many pictures, which must be those of the levels.
+    #[cfg(feature = "cuda")]
+    pub(super) fn placed(
+        &self,
+        outputs: &[Shape],
+        images: usize,
+    ) -> Result<(AnchorGrid, Vec<GroupChannels>)> {
+        check_shapes(outputs, &self.channels(), images)?;
+        Ok(self.grid(outputs))
+    }
+
+    /// Channels of every output.
+    fn channels(&self) -> Vec<usize> {
+        self.levels.iter().flat_map(Level::channels).collect()
+    }
+
     /// Losses of a batch, and their gradients with respect to `outputs` (N x H x W x C, C as the levels' layouts say), on `threads` threads. `rng`
     /// gives a generator for each picture. The result does not depend on the number of threads.
     pub fn judge(
@@ -180,8 +199,7 @@ impl Objective {
         if within && inside.len() != faces.len() {
             return Err(Error::Internal("a sampler within the pictures wants their borders".into()));
         }
-        let channels: Vec<usize> = self.levels.iter().flat_map(Level::channels).collect();
-        let shapes = check_outputs(outputs, &channels, faces.len())?;
+        let shapes = check_outputs(outputs, &self.channels(), faces.len())?;
         let (grid, groups) = self.grid(&shapes);
         let head = Head { grid: &grid, groups: &groups };
         let images = faces.len();

@@ -52,11 +52,16 @@ pub(super) fn face_boxes(faces: &[Annotated]) -> Vec<FaceBox> {
 /// The shapes of a batch's outputs, which must have these channels.
 pub(super) fn check_outputs(outputs: &[Tensor], channels: &[usize], images: usize) -> Result<Vec<Shape>> {
     let shapes: Vec<Shape> = outputs.iter().map(|o| o.shape).collect();
+    check_shapes(&shapes, channels, images).map(|()| shapes)
+}
+
+/// Errors unless a batch's outputs have these channels.
+pub(super) fn check_shapes(shapes: &[Shape], channels: &[usize], images: usize) -> Result<()> {
     let fits = shapes.iter().zip(channels).all(|(s, &c)| s.c == c && s.n == images);
     if shapes.len() != channels.len() || !fits {
         return Err(Error::Internal("outputs are not the objective's levels".into()));
     }
-    Ok(shapes)
+    Ok(())
 }
 
 /// Picture `n`'s part of every output.

@@ -35,13 +35,17 @@ impl PyramidAnchors {
         rng: impl Fn(usize) -> Rng + Sync,
         threads: usize,
     ) -> Result<(Losses, Vec<Tensor>)> {
-        let around: Vec<Vec<Annotated>> =
-            faces.iter().map(|faces| faces.iter().map(|f| self.around(f)).collect()).collect();
+        let around = self.all_around(faces);
         let (mut losses, mut gradients) = self.objective.judge(outputs, &around, rng, threads)?;
         losses.class *= f64::from(self.weight);
         losses.boxes *= f64::from(self.weight);
         gradients.iter_mut().flat_map(|g| &mut g.data).for_each(|v| *v *= self.weight);
         Ok((losses, gradients))
+    }
+
+    /// What is looked for of a batch's faces.
+    pub fn all_around(&self, faces: &[Vec<Annotated>]) -> Vec<Vec<Annotated>> {
+        faces.iter().map(|faces| faces.iter().map(|f| self.around(f)).collect()).collect()
     }
 
     fn around(&self, face: &Annotated) -> Annotated {

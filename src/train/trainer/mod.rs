@@ -2,6 +2,7 @@
 
 mod build;
 mod engine;
+mod judge;
 mod resume;
 
 use super::data::Dataset;
@@ -16,7 +17,6 @@ use crate::detect::config::METADATA_KEY;
 use crate::detect::{Model, ModelConfig};
 use crate::error::{Error, Result};
 use crate::files::write_durably;
-use crate::graph::init::Rng;
 use crate::graph::Weights;
 use crate::shape::Shape;
 use std::collections::HashSet;
@@ -172,32 +172,11 @@ impl Trainer {
 
     fn learn(&mut self, batch: &Batch, lr: f32) -> Result<(Losses, f64)> {
         let shape = Shape::new(batch.faces.len(), 3, batch.side, batch.side);
-        let outputs = self.engine.forward(&batch.pixels, shape, &self.table)?;
-        let (seed, step) = (self.recipe.run.seed, self.step);
-        let rng = |n: usize| Rng::new(Rng::new(seed ^ step.rotate_left(32)).bits() ^ n as u64);
-        let (own, mut around) = outputs.split_at(self.objective.outputs());
-        let threads = self.engine.threads();
-        let (mut losses, mut d) = self.objective.judge(own, &batch.faces, &batch.inside, rng, threads)?;
-        for (k, anchors) in (1..).zip(&self.pyramid_anchors) {
-            let (outputs, rest) = around.split_at(anchors.objective.outputs());
-            around = rest;
-            // Draws of its own, under numbers past the batch's.
-            let rng = |n: usize| rng(n + (1 << k) * batch.faces.len());
-            let (more, gradients) = anchors.judge(outputs, &batch.faces, rng, threads)?;
-            losses.class += more.class;
-            losses.boxes += more.boxes;
-            d.extend(gradients);
-        }
-        if let Some(second) = &self.second_look {
-            // As with pyramid anchors: numbers past the batch's.
-            let rng = |n: usize| rng(n + batch.faces.len());
-            let looks = second.choose(own, &batch.faces, rng, threads);
-            let outputs = self.engine.forward_boxes(looks.boxes())?;
-            let (more, gradients) = second.judge(&looks, &outputs)?;
-            losses.class += more.class;
-            losses.boxes += more.boxes;
-            d.extend(gradients);
-        }
+        let (losses, d) = match self.judge_on_device(batch, shape)? {
+            Some(losses) => (losses, None),
+            None => self.judge_on_host(batch, shape).map(|(losses, d)| (losses, Some(d)))?,
+        };
+        let step = self.step;
         let stop = |what: &str| {
             Err(Error::InvalidData(format!(
                 "training stopped at step {step}: {what}. Checkpoints made before it are sound. The batch's pictures: {}",
@@ -207,7 +186,10 @@ impl Trainer {
         if !(losses.class.is_finite() && losses.boxes.is_finite()) {
             return stop("the loss is not a finite number (a lower learning rate or clip may help)");
         }
-        self.engine.backward(&d)?;
+        match d {
+            Some(d) => self.engine.backward(&d)?,
+            None => self.engine.backward_judged()?,
+        }
         let update = Update {
             optimizer: &mut self.optimizer,
             average: self.ema.as_mut(),

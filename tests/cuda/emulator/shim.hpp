@@ -87,6 +87,10 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fsqrt_rn(float v) { return std::sqrt(v); }
 inline float __expf(float v) { return std::exp(v); }
+inline std::uint64_t __umul64hi(std::uint64_t a, std::uint64_t b)
+{
+    return (std::uint64_t)((unsigned __int128)a * b >> 64);
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(unsigned v) { return __builtin_ffs((int)v); }
 inline int __clz(unsigned v) { return v ? __builtin_clz(v) : 32; }

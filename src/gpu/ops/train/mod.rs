@@ -7,6 +7,7 @@
 mod conv;
 mod maps;
 mod norm;
+pub mod objective;
 mod phase;
 mod step;
 mod weights;
