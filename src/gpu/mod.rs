@@ -2,8 +2,11 @@
 //!
 //! Nothing here is linked: where a library or a device is missing, that is an error that names it, and the CPU runs on.
 
+mod cublaslt;
+mod cudnn;
 pub mod driver;
 pub mod faces;
+mod fused;
 pub mod kernels;
 pub mod map;
 pub mod memory;

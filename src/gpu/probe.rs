@@ -17,8 +17,6 @@ pub enum Library {
     Driver,
     /// Run-time compiler of kernels.
     Nvrtc,
-    /// Matrix products.
-    Cublas,
     /// Matrix products with fused epilogues.
     CublasLt,
     /// Convolutions.
@@ -27,15 +25,13 @@ pub enum Library {
 
 impl Library {
     /// All of them, in the order they are needed.
-    pub const ALL: [Library; 5] =
-        [Library::Driver, Library::Nvrtc, Library::Cublas, Library::CublasLt, Library::Cudnn];
+    pub const ALL: [Library; 4] = [Library::Driver, Library::Nvrtc, Library::CublasLt, Library::Cudnn];
 
     /// File names, newest first.
     fn names(self) -> &'static [&'static str] {
         match self {
             Library::Driver => &["libcuda.so.1", "libcuda.so"],
             Library::Nvrtc => &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2", "libnvrtc.so"],
-            Library::Cublas => &["libcublas.so.13", "libcublas.so.12", "libcublas.so.11", "libcublas.so"],
             Library::CublasLt => {
                 &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so.11", "libcublasLt.so"]
             }
@@ -48,7 +44,7 @@ impl Library {
         match self {
             Library::Driver => "the NVIDIA driver",
             Library::Nvrtc => "the CUDA toolkit or pip's nvidia-cuda-nvrtc",
-            Library::Cublas | Library::CublasLt => "the CUDA toolkit or pip's nvidia-cublas",
+            Library::CublasLt => "the CUDA toolkit or pip's nvidia-cublas",
             Library::Cudnn => "cuDNN 9 or pip's nvidia-cudnn",
         }
     }
@@ -69,6 +65,18 @@ impl Library {
             let names = self.names();
             Error::Unsupported(format!("{} was not found; install {}", names[0], self.source()))
         })
+    }
+
+    /// A function of the library, of the type that its header gives it.
+    ///
+    /// # Safety
+    /// `T` is that type, as a pointer to a function.
+    pub(super) unsafe fn function<T: Copy>(self, name: &str) -> Result<T> {
+        // SAFETY: the caller's contract; what was opened stays open, so that the pointer may outlive the symbol.
+        let found = unsafe { self.handle()?.get::<T>(name.as_bytes()) };
+        found
+            .map(|symbol| *symbol)
+            .map_err(|e| Error::Unsupported(format!("{} lacks {name}: {e}", self.names()[0])))
     }
 
     fn open(self) -> Option<&'static Handle> {
@@ -124,6 +132,27 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
     paths.sort();
     paths
 }
+
+/// A struct of the functions that are called of a library, all found before any is called: cudarc, whose types are used, asks for each
+/// when it is first called, under names that newer libraries do not have, and panics where it finds none. What they return is a
+/// number here, since a newer library may return one that no enumeration of an older header has.
+macro_rules! functions {
+    ($(#[$doc:meta])* $name:ident of $library:expr; $($function:ident($($argument:ty),* $(,)?) -> $result:ty;)*) => {
+        $(#[$doc])*
+        #[allow(non_snake_case)] // NVIDIA's names
+        struct $name {
+            $($function: unsafe extern "C" fn($($argument),*) -> $result,)*
+        }
+
+        impl $name {
+            fn open() -> Result<Self> {
+                // SAFETY: the types are those of the library's header.
+                unsafe { Ok(Self { $($function: $library.function(stringify!($function))?,)* }) }
+            }
+        }
+    };
+}
+pub(super) use functions;
 
 #[cfg(test)]
 mod tests {

@@ -3,7 +3,7 @@
 use super::driver::{Event, Stream};
 use super::map::DeviceView;
 use super::memory::DeviceBuffer;
-use super::ops::DeviceOp;
+use super::ops::{Bench, Device, DeviceOp, Route};
 use crate::error::{Error, Result};
 use std::sync::Arc;
 
@@ -20,8 +20,15 @@ pub struct DeviceStep {
 /// Operations in their order on views of one arena.
 pub struct DeviceProgram {
     steps: Vec<DeviceStep>,
+    /// Of every step, who computes it, where that was measured.
+    routes: Vec<Option<Arc<Route>>>,
+    /// Bytes of maps; the workspace begins behind them.
+    maps: usize,
     bytes: usize,
 }
+
+/// What a workspace begins at a multiple of.
+const ALIGN: usize = 256;
 
 impl DeviceProgram {
     /// Checks that all views lie in an arena of `bytes` bytes and that no output overlaps an input. That sizes are those of the
@@ -59,7 +66,30 @@ impl DeviceProgram {
                 return bad("the output overlaps an input");
             }
         }
-        Ok(Self { steps, bytes })
+        let routes = steps.iter().map(|_| None).collect();
+        Ok(Self { steps, routes, maps: bytes, bytes })
+    }
+
+    /// Measures who is fastest at each convolution, as the device's [`ConvLibraries`](super::ops::ConvLibraries) says, unless that is known
+    /// already. The arena grows by the largest workspace. Not while a stream is recorded.
+    pub(crate) fn choose(&mut self, device: &Device) -> Result<()> {
+        let mut bench = Bench::new(device);
+        for (step, route) in self.steps.iter().zip(&mut self.routes) {
+            if let DeviceOp::Conv(op) = &*step.op {
+                *route = bench.choose(op, &step.inputs, &step.output)?;
+            }
+        }
+        let workspace = self.routes.iter().flatten().map(|r| r.workspace()).max().unwrap_or(0);
+        if workspace > 0 {
+            let end = self.maps.checked_next_multiple_of(ALIGN).and_then(|at| at.checked_add(workspace));
+            self.bytes = end.ok_or_else(|| Error::LimitExceeded("the arena is too large".into()))?;
+        }
+        Ok(())
+    }
+
+    /// What computes each step: a kernel's name, or a library's and its algorithm's.
+    pub fn kernels(&self) -> impl Iterator<Item = &'static str> + '_ {
+        self.steps.iter().zip(&self.routes).map(|(step, route)| step.op.name_by(route.as_deref()))
     }
 
     /// Bytes of arena.
@@ -74,28 +104,30 @@ impl DeviceProgram {
 
     /// Gives all steps to the stream.
     pub fn launch(&self, stream: &Stream, arena: &DeviceBuffer) -> Result<()> {
-        self.steps.iter().try_for_each(|step| self.launch_step(step, stream, arena))
+        (0..self.steps.len()).try_for_each(|i| self.launch_step(i, stream, arena))
     }
 
     /// As [`DeviceProgram::launch`], waiting for each step. Returns their milliseconds.
     pub fn launch_timed(&self, stream: &Stream, arena: &DeviceBuffer) -> Result<Vec<f32>> {
         let [before, after] = [Event::new(stream.context())?, Event::new(stream.context())?];
-        let timed = |step| {
+        let timed = |i| {
             before.record(stream)?;
-            self.launch_step(step, stream, arena)?;
+            self.launch_step(i, stream, arena)?;
             after.record(stream)?;
             after.synchronize()?;
             after.since(&before)
         };
-        self.steps.iter().map(timed).collect()
+        (0..self.steps.len()).map(timed).collect()
     }
 
-    fn launch_step(&self, step: &DeviceStep, stream: &Stream, arena: &DeviceBuffer) -> Result<()> {
+    fn launch_step(&self, i: usize, stream: &Stream, arena: &DeviceBuffer) -> Result<()> {
         if arena.len() < self.bytes {
             return Err(Error::Internal("a device arena smaller than the program needs".into()));
         }
-        // SAFETY: checked when the program was made, and the arena is as large.
-        unsafe { step.op.launch(stream, arena.address(), &step.inputs, &step.output) }
+        let (step, workspace) = (&self.steps[i], arena.address() + self.maps.next_multiple_of(ALIGN) as u64);
+        let route = self.routes[i].as_deref().map(|route| (route, workspace));
+        // SAFETY: checked when the program was made, and the arena is as large, with the workspace of the routes.
+        unsafe { step.op.launch_by(route, stream, arena.address(), &step.inputs, &step.output) }
     }
 }
 

@@ -278,6 +278,21 @@ impl DevicePlan {
         Ok(Self { program, inputs, outputs })
     }
 
+    /// Measures who computes each convolution fastest at this size, our kernels or NVIDIA's libraries, as the device of `network`
+    /// is set ([`ConvLibraries`](crate::gpu::ops::ConvLibraries)); what was measured in this process before is not measured again. Without it
+    /// our kernels compute all, by their rule. [`DevicePlan::bytes`] grows by the workspace that libraries take; memory for the
+    /// largest layer and 32 MiB are held for the moment. Not while a stream is recorded.
+    ///
+    /// Errors: of the driver; of a library where the setting forces it.
+    pub fn choose(&mut self, network: &DeviceNetwork) -> Result<()> {
+        self.program.choose(&network.device)
+    }
+
+    /// What computes each step: a kernel's name, or a library's and its algorithm's.
+    pub fn kernels(&self) -> impl Iterator<Item = &'static str> + '_ {
+        self.program.kernels()
+    }
+
     /// Where the inputs are written, in the arena.
     pub fn inputs(&self) -> &[DeviceView] {
         &self.inputs

@@ -111,7 +111,8 @@ fn main() -> Result<()> {
     let device = Device::new(0)?;
     let stream = Stream::new(device.context())?;
     let network = DeviceNetwork::new(&graph, &weights, &device, element)?;
-    let plan = DevicePlan::new(&network, &[shape])?;
+    let mut plan = DevicePlan::new(&network, &[shape])?;
+    plan.choose(&network)?;
     let arena = DeviceBuffer::new(device.context(), plan.bytes())?;
     let outputs = plan.run_tensors(&stream, &arena, &[pictures(shape)])?;
     let prints: Vec<String> = outputs.iter().flat_map(prints).map(|p| format!("{p:e}")).collect();
@@ -149,11 +150,11 @@ fn print_layers(
     let runs: Vec<Vec<f32>> =
         (0..30).map(|_| plan.launch_timed(stream, arena)).collect::<std::result::Result<_, _>>()?;
     let mut total = 0.0;
-    for (i, (layer, kernel)) in network.listing().enumerate() {
+    for (i, ((layer, _), kernel)) in network.listing().zip(plan.kernels()).enumerate() {
         let mut times: Vec<f32> = runs.iter().map(|run| run[i]).collect();
         times.sort_by(f32::total_cmp);
         total += times[times.len() / 2];
-        println!("{layer:28} {kernel:18} {:9.4} ms", times[times.len() / 2]);
+        println!("{layer:28} {kernel:28} {:9.4} ms", times[times.len() / 2]);
     }
     println!("total {total:.4} ms");
     Ok(())

@@ -55,6 +55,9 @@ impl Emulator {
     }
 }
 
+/// Tells a process that it is to find neither cuDNN nor cuBLASLt.
+pub const WITHOUT_LIBRARIES: &str = "FARFACE_TEST_WITHOUT_LIBRARIES";
+
 /// What the tests run on; None (said on standard error) where there is neither a device nor a C++ compiler.
 pub fn driver() -> Option<&'static Driver> {
     static DRIVER: OnceLock<Option<Driver>> = OnceLock::new();
@@ -64,6 +67,10 @@ pub fn driver() -> Option<&'static Driver> {
         }
         // Nothing of the emulator's is kept for a real device.
         std::env::set_var("FARFACE_CUDA_CACHE", "off");
+        // Our kernels, unless a test asks for others: an emulated measurement says nothing.
+        if std::env::var_os("FARFACE_CUDA_CONV").is_none() {
+            std::env::set_var("FARFACE_CUDA_CONV", "own");
+        }
         let folder = build()?;
         let open = |name: &str| {
             // SAFETY: libraries of ours, whose initialisers list the kernels.
@@ -72,7 +79,14 @@ pub fn driver() -> Option<&'static Driver> {
         };
         // Whoever asks for these names now gets these.
         std::mem::forget(open("libnvrtc.so.12"));
-        Some(Driver::Emulated(Emulator { driver: open("libcuda.so.1") }))
+        let driver = open("libcuda.so.1");
+        // They find the driver's functions among what is open.
+        for (name, _) in LIBRARIES {
+            if std::env::var_os(WITHOUT_LIBRARIES).is_none() {
+                std::mem::forget(open(name));
+            }
+        }
+        Some(Driver::Emulated(Emulator { driver }))
     });
     if driver.is_none() {
         // Not by eprintln, which the test runner keeps to itself where a test passes.
@@ -87,7 +101,10 @@ pub fn device() -> Option<Arc<Device>> {
     Some(Device::new(0).expect("a driver and a device"))
 }
 
-/// Builds both libraries, where their sources have changed; None where there is no compiler.
+/// NVIDIA's libraries beside the driver and the compiler, and their sources.
+const LIBRARIES: [(&str, &str); 2] = [("libcudnn.so.9", "cudnn.cpp"), ("libcublasLt.so.13", "cublaslt.cpp")];
+
+/// Builds the libraries, where their sources have changed; None where there is no compiler.
 fn build() -> Option<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let emulator = root.join("tests/cuda/emulator");
@@ -100,9 +117,11 @@ fn build() -> Option<PathBuf> {
     let sanitize = std::env::var_os("FARFACE_TEST_SANITIZE").is_some();
     let mut hash = std::hash::DefaultHasher::new();
     sanitize.hash(&mut hash);
-    let parts = ["driver.cpp", "fibers.cpp", "fibers.hpp", "nvrtc.cpp", "shim.hpp"].map(|f| emulator.join(f));
+    let parts = ["driver.cpp", "fibers.cpp", "fibers.hpp", "library.hpp", "nvrtc.cpp", "shim.hpp"];
+    let parts = parts.map(|f| emulator.join(f));
+    let libraries = LIBRARIES.map(|(name, source)| (name, emulator.join(source)));
     let header = root.join("cuda/common.cuh");
-    for file in kernels.iter().chain(&parts).chain([&header]) {
+    for file in kernels.iter().chain(&parts).chain(libraries.iter().map(|(_, f)| f)).chain([&header]) {
         std::fs::read(file).unwrap_or_else(|e| panic!("{}: {e}", file.display())).hash(&mut hash);
     }
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda-emulator-{:016x}", hash.finish()));
@@ -137,6 +156,11 @@ fn build() -> Option<PathBuf> {
     let mut sources: Vec<&Path> = kernels.iter().map(PathBuf::as_path).collect();
     sources.extend(parts[..2].iter().map(PathBuf::as_path));
     compile("libcuda.so.1", &sources, &more);
+    let checked: &[&str] =
+        if sanitize { &["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] } else { &[] };
+    for (name, source) in &libraries {
+        compile(name, &[source], checked);
+    }
     std::fs::write(folder.join("done"), "").unwrap();
     Some(folder)
 }

@@ -49,7 +49,8 @@ pub fn fail_at_each<T>(emulator: &Emulator, what: &str, run: impl Fn() -> Result
             Err(e) => {
                 let error = e.to_string();
                 assert!(n <= calls, "{what}: call {n}: {error}");
-                assert!(error.contains("cu") && error.contains("CUDA_ERROR"), "{what}: call {n}: {error}");
+                let named = ["CUDA_ERROR", "CUDNN_STATUS", "CUBLAS_STATUS"].iter().any(|s| error.contains(s));
+                assert!(error.contains("cu") && named, "{what}: call {n}: {error}");
             }
         }
         emulator.fail_at(0);

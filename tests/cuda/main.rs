@@ -16,6 +16,7 @@ mod failures;
 mod fusion;
 #[path = "../parity/kernels.rs"]
 mod kernels;
+mod libraries;
 #[cfg(feature = "train")]
 mod objective;
 #[path = "../common/pictures.rs"]

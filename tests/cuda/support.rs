@@ -48,6 +48,8 @@ fn error(element: Element, got: &Tensor, expected: &Tensor) -> f64 {
 pub struct Parity {
     device: Option<(Arc<Device>, Stream)>,
     worst: [f64; ELEMENTS.len()],
+    /// Steps of all networks, and those that a library of NVIDIA's computes.
+    steps: [usize; 2],
 }
 
 impl Parity {
@@ -56,7 +58,7 @@ impl Parity {
             let stream = Stream::new(d.context()).unwrap();
             (d, stream)
         });
-        Self { device, worst: [0.0; ELEMENTS.len()] }
+        Self { device, worst: [0.0; ELEMENTS.len()], steps: [0; 2] }
     }
 
     /// Holds the network to `expected` in every type: within its error, bit for bit the same whatever the arena held before, whatever
@@ -75,7 +77,14 @@ impl Parity {
             let context = || format!("{what} in {element:?}");
             let network = DeviceNetwork::new(graph, weights, device, element)
                 .unwrap_or_else(|e| panic!("{}: {e}", context()));
-            let plan = DevicePlan::new(&network, &shapes).unwrap_or_else(|e| panic!("{}: {e}", context()));
+            let planned = DevicePlan::new(&network, &shapes).and_then(|mut plan| {
+                plan.choose(&network)?;
+                Ok(plan)
+            });
+            let plan = planned.unwrap_or_else(|e| panic!("{}: {e}", context()));
+            let by_library = plan.kernels().filter(|k| k.starts_with("cudnn") || k.starts_with("cublasLt"));
+            self.steps[0] += plan.steps();
+            self.steps[1] += by_library.count();
             let arena = DeviceBuffer::new(device.context(), plan.bytes() + 256).unwrap();
             let run = |fill: u8| {
                 arena.fill(stream, 0..arena.len(), fill).unwrap();
@@ -117,8 +126,9 @@ impl Parity {
         self.check(what, graph, &weights, &inputs, &expected);
     }
 
-    /// Prints the largest error of every type.
+    /// Prints the largest error of every type, and how much libraries have computed.
     pub fn report(&self, what: &str) {
+        println!("{what}: {} of {} steps by libraries", self.steps[1], self.steps[0]);
         for ((element, _), worst) in ELEMENTS.iter().zip(self.worst) {
             println!("{what}: {element:?}: largest error {worst:.1e}");
         }

@@ -83,7 +83,8 @@ impl Prepared {
                     Some(plan) => plan,
                     None => {
                         let input = Shape { n: images, ..input_shape(size_of_tile) };
-                        let plan = DevicePlan::for_wants(network, &[input], &pass.wants)?;
+                        let mut plan = DevicePlan::for_wants(network, &[input], &pass.wants)?;
+                        plan.choose(network)?;
                         plans.push(Planned { window: size_of_tile, wants: pass.wants.clone(), plan });
                         plans.len() - 1
                     }

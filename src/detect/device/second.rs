@@ -43,7 +43,8 @@ impl Second {
     pub fn new(model: &Model, device: &Arc<Device>, element: Element) -> Result<Option<Self>> {
         let Some(second) = model.second_stage() else { return Ok(None) };
         let network = model.second_device_network(device, element)?;
-        let plan = DevicePlan::new(&network, &[second.stage().input(TOGETHER)])?;
+        let mut plan = DevicePlan::new(&network, &[second.stage().input(TOGETHER)])?;
+        plan.choose(&network)?;
         let align = &second.stage().align;
         Ok(Some(Self {
             arena: DeviceBuffer::new(device.context(), plan.bytes())?,

@@ -8,7 +8,7 @@ use crate::gpu::map::{DeviceView, Element, Map};
 use crate::gpu::memory::DeviceBuffer;
 
 /// Geometry of a window.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ConvWindow {
     /// Rows and columns.
     pub kernel: [usize; 2],
@@ -21,7 +21,7 @@ pub struct ConvWindow {
 }
 
 /// Where a second input is added, if at all.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(i32)]
 pub enum Joined {
     /// Nowhere.
@@ -121,6 +121,11 @@ impl ConvKernels {
         })
     }
 
+    /// Type of the inputs and weights.
+    pub(super) fn element(&self) -> Element {
+        self.element
+    }
+
     fn name(&self, groups: usize) -> &'static str {
         if self.tiles.is_empty() || groups != 1 {
             self.any.name()
@@ -145,24 +150,53 @@ impl ConvKernels {
         best
     }
 
+    /// Number of tiles that may be asked for, on a map like `input` in so many groups: none where there is but one kernel.
+    pub(super) fn choices(&self, input: &DeviceView, groups: usize) -> usize {
+        let aligned = input.is_whole_vectors() && input.element == self.element;
+        if groups == 1 && aligned {
+            self.tiles.len()
+        } else {
+            0
+        }
+    }
+
+    /// Name of the kernel of a tile, or of the only one.
+    pub(super) fn tile_name(&self, tile: Option<usize>) -> &'static str {
+        tile.map_or(&self.any, |i| &self.tiles[i].kernel).name()
+    }
+
     /// Launches the kernel for these arguments, whose input is the map of `input`.
     ///
     /// # Safety
     /// As [`Kernel::launch`]; weights and bias are as long as the arguments' sizes say.
     pub(super) unsafe fn launch(&self, stream: &Stream, input: &DeviceView, args: &ConvArgs) -> Result<()> {
+        // SAFETY: the caller's contract.
+        unsafe { self.launch_tile(stream, input, args, None) }
+    }
+
+    /// As [`Self::launch`], by the tile of this number (below [`Self::choices`]) rather than that of the rule.
+    ///
+    /// # Safety
+    /// As [`Self::launch`].
+    pub(super) unsafe fn launch_tile(
+        &self,
+        stream: &Stream,
+        input: &DeviceView,
+        args: &ConvArgs,
+        tile: Option<usize>,
+    ) -> Result<()> {
         let [n, h, w, c, tail] =
             [args.output.n, args.output.h, args.output.w, args.output.c, args.output.tail]
                 .map(|v| v as usize);
         let (pixels, groups) = (n * h * w, args.groups as usize);
-        let aligned = input.is_whole_vectors() && input.element == self.element;
         // SAFETY: the caller's contract; the args are the kernels' struct.
         unsafe {
-            if self.tiles.is_empty() || groups != 1 || !aligned {
+            if self.choices(input, groups) == 0 {
                 let columns = (c / groups + tail).div_ceil(ANY_SIDE);
                 let grid = [(pixels.div_ceil(ANY_SIDE) * columns) as u32, groups as u32, 1];
                 return self.any.launch(stream, grid, THREADS, ANY_SHARED, args);
             }
-            let t = self.tile(pixels, c + tail);
+            let t = tile.map_or_else(|| self.tile(pixels, c + tail), |i| &self.tiles[i]);
             let grid = [(pixels.div_ceil(t.pixels) * (c + tail).div_ceil(t.channels)) as u32, 1, 1];
             t.kernel.launch(stream, grid, t.threads, Tile::shared(t.pixels, t.channels), args)
         }
@@ -171,15 +205,18 @@ impl ConvKernels {
 
 /// A convolution with bias, residual sum and activation.
 pub struct ConvOp {
-    window: ConvWindow,
-    groups: usize,
+    pub(super) window: ConvWindow,
+    pub(super) groups: usize,
     /// Channels of a tap, padded.
-    channels: usize,
-    weights: DeviceBuffer,
-    bias: DeviceBuffer,
-    slope: f32,
-    joined: Joined,
-    kernels: ConvKernels,
+    pub(super) channels: usize,
+    /// With rows of zeros up to a multiple of eight output channels, as biases: libraries write a map's tail by them.
+    pub(super) weights: DeviceBuffer,
+    pub(super) bias: DeviceBuffer,
+    /// The bias in the inputs' type, for libraries, which want it in the output's; none where no library is used.
+    pub(super) low_bias: Option<DeviceBuffer>,
+    pub(super) slope: f32,
+    pub(super) joined: Joined,
+    pub(super) kernels: ConvKernels,
 }
 
 impl ConvOp {
@@ -196,18 +233,25 @@ impl ConvOp {
         let taps = window.kernel[0] * window.kernel[1];
         let inputs = weight.len() / (bias.len() * taps).max(1);
         let channels = inputs.next_multiple_of(element.channel_step());
-        let packed = (0..bias.len()).flat_map(|o| {
+        let rows = bias.len().next_multiple_of(element.channel_step());
+        let packed = (0..rows).flat_map(|o| {
             (0..taps).flat_map(move |tap| {
+                let inside = move |c| o < bias.len() && c < inputs;
                 (0..channels)
-                    .map(move |c| if c < inputs { weight[(o * inputs + c) * taps + tap] } else { 0.0 })
+                    .map(move |c| if inside(c) { weight[(o * inputs + c) * taps + tap] } else { 0.0 })
             })
         });
+        let mut biases = bias.to_vec();
+        biases.resize(rows, 0.0);
+        let low = (device.choices().uses_libraries() && element != Element::F32)
+            .then(|| DeviceBuffer::of(device.uploads(), &element.encode(biases.iter().copied())));
         Ok(Self {
             window,
             groups,
             channels,
             weights: DeviceBuffer::of(device.uploads(), &element.encode(packed))?,
-            bias: DeviceBuffer::of(device.uploads(), bias)?,
+            bias: DeviceBuffer::of(device.uploads(), &biases)?,
+            low_bias: low.transpose()?,
             slope,
             joined,
             kernels: ConvKernels::new(device, element)?,
@@ -221,6 +265,19 @@ impl ConvOp {
     /// # Safety
     /// As [`super::DeviceOp::launch`].
     pub(super) unsafe fn launch(&self, task: &Task) -> Result<()> {
+        match task.route {
+            // SAFETY: the caller's contract; the route was made for these views.
+            Some((route, workspace)) => unsafe { route.launch(self, task, workspace) },
+            // SAFETY: the caller's contract.
+            None => unsafe { self.launch_tile(task, None) },
+        }
+    }
+
+    /// Launches the kernel of the tile of this number, or of the rule's.
+    ///
+    /// # Safety
+    /// As [`super::DeviceOp::launch`].
+    pub(super) unsafe fn launch_tile(&self, task: &Task, tile: Option<usize>) -> Result<()> {
         let add = task.second();
         if add.is_none() != (self.joined == Joined::No) {
             return Err(Error::Internal("a convolution and its residual".into()));
@@ -241,7 +298,7 @@ impl ConvOp {
             slope: self.slope,
         };
         // SAFETY: the caller's contract.
-        unsafe { self.kernels.launch(task.stream, &task.inputs[0], &args) }
+        unsafe { self.kernels.launch_tile(task.stream, &task.inputs[0], &args, tile) }
     }
 }
 

@@ -1,17 +1,23 @@
 //! The operations of a network on a device: each has its weights there and launches its kernel on views of an arena.
 
+mod choice;
 mod conv;
 mod maps;
+mod route;
 #[cfg(feature = "train")]
 pub mod train;
 
+pub(super) use choice::Bench;
+pub use choice::ConvLibraries;
 pub use conv::{ConvOp, ConvTransposeOp, ConvWindow, DepthwiseOp, Joined};
 pub use maps::{AddOp, AverageOp, MapOp, PoolOp, RoiAlignOp, SoftmaxOp};
+pub(super) use route::Route;
 
 use super::driver::{Context, Stream};
 use super::kernels::{Kernel, Kernels, Source};
 use super::map::{DeviceView, Element, Map};
 use crate::error::Result;
+use choice::Choices;
 use std::sync::{Arc, Mutex, Weak};
 
 /// A device with its kernels, and a stream for what is brought there once.
@@ -19,17 +25,25 @@ pub struct Device {
     context: Arc<Context>,
     kernels: Kernels,
     uploads: Stream,
+    choices: Choices,
 }
 
 impl Device {
-    /// The device of this number.
+    /// The device of this number, with the convolutions that `FARFACE_CUDA_CONV` names ([`ConvLibraries::from_env`]).
     ///
-    /// Errors: [`Error::Unsupported`](crate::Error::Unsupported) naming the library or device that is missing.
+    /// Errors: [`Error::Unsupported`](crate::Error::Unsupported) naming the library or device that is missing,
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) where the variable names none.
     pub fn new(ordinal: u32) -> Result<Arc<Self>> {
+        Self::with_convolutions(ordinal, ConvLibraries::from_env()?)
+    }
+
+    /// As [`Device::new`], with these convolutions.
+    pub fn with_convolutions(ordinal: u32, libraries: ConvLibraries) -> Result<Arc<Self>> {
+        libraries.require()?;
         let context = Context::new(ordinal)?;
         let kernels = Kernels::new(&context)?;
         let uploads = Stream::new(&context)?;
-        Ok(Arc::new(Self { context, kernels, uploads }))
+        Ok(Arc::new(Self { context, kernels, uploads, choices: Choices::new(libraries) }))
     }
 
     /// The device of this number, the same for all who hold it meanwhile: kernels are compiled and loaded once.
@@ -56,6 +70,11 @@ impl Device {
     /// Its kernels.
     pub fn kernels(&self) -> &Kernels {
         &self.kernels
+    }
+
+    /// Who computes its convolutions.
+    pub(super) fn choices(&self) -> &Choices {
+        &self.choices
     }
 
     /// For what is brought there once.
@@ -112,6 +131,14 @@ impl DeviceOp {
         }
     }
 
+    /// What computes it by the route that was chosen, if one was.
+    pub(super) fn name_by(&self, route: Option<&Route>) -> &'static str {
+        match (self, route) {
+            (DeviceOp::Conv(op), Some(route)) => route.name(op),
+            _ => self.name(),
+        }
+    }
+
     /// Gives its work to the stream, on views of an arena at this address.
     ///
     /// # Safety
@@ -123,7 +150,23 @@ impl DeviceOp {
         inputs: &[DeviceView],
         output: &DeviceView,
     ) -> Result<()> {
-        let task = Task { stream, arena, inputs, output };
+        // SAFETY: the caller's contract.
+        unsafe { self.launch_by(None, stream, arena, inputs, output) }
+    }
+
+    /// As [`DeviceOp::launch`], a convolution by the route that was chosen for these views, with its workspace's address.
+    ///
+    /// # Safety
+    /// As [`DeviceOp::launch`]; the workspace is as large as the route says.
+    pub(super) unsafe fn launch_by(
+        &self,
+        route: Option<(&Route, u64)>,
+        stream: &Stream,
+        arena: u64,
+        inputs: &[DeviceView],
+        output: &DeviceView,
+    ) -> Result<()> {
+        let task = Task { stream, arena, inputs, output, route };
         // SAFETY: the caller's contract is each callee's.
         unsafe {
             match self {
@@ -147,6 +190,8 @@ struct Task<'a> {
     arena: u64,
     inputs: &'a [DeviceView],
     output: &'a DeviceView,
+    /// Who computes a convolution, and the address of its workspace; none for our kernels by their rule.
+    route: Option<(&'a Route, u64)>,
 }
 
 impl Task<'_> {

@@ -5,6 +5,7 @@
 // given back is counted (farface_emulator_live).
 
 #include "fibers.hpp"
+#include "library.hpp"
 
 #include <chrono>
 #include <functional>
@@ -133,6 +134,27 @@ long farface_emulator_live() { return live; }
 // Kernels do nothing, and memory is zeros: for what does not ask for results.
 void farface_emulator_idle(int on) { idle = on != 0; }
 void farface_emulator_backwards(int on) { emulator::run_backwards(on != 0); }
+// What the emulated libraries ask for: library.hpp.
+int farface_emulator_begin(int needs_context)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    return begin(needs_context != 0);
+}
+void farface_emulator_made(int count)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    live += count;
+}
+int farface_emulator_inside(unsigned long long address, std::size_t bytes)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    return inside(address, bytes);
+}
+int farface_emulator_run(void *stream, const std::function<int()> *work)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    return run(stream, [work = *work] { return idle ? SUCCESS : work(); });
+}
 int cuInit(unsigned)
 {
     std::lock_guard<std::recursive_mutex> guard(lock);
