@@ -136,9 +136,13 @@ fn feature_supervision_teaches_the_pyramid_and_the_backbone() {
     let weights = Weights::random(&graph, 3);
     let mut bench = Bench::new(graph, &weights, &loss);
     let outputs = bench.first();
-    let looks = second.choose(&outputs, &bench.faces, rng, 1);
+    let looks = second.choose(&outputs, &bench.faces, rng, 1, Whole::at_hand(bench.faces.len())).unwrap();
     for threads in [2, 3] {
-        assert_eq!(second.choose(&outputs, &bench.faces, rng, threads), looks, "{threads} threads");
+        assert_eq!(
+            second.choose(&outputs, &bench.faces, rng, threads, Whole::at_hand(bench.faces.len())).unwrap(),
+            looks,
+            "{threads} threads"
+        );
     }
     let used = |looks: &[_]| {
         looks.iter().any(|l: &farface::train::objective::second_look::Look| l.class_weight > 0.0)
@@ -173,9 +177,13 @@ fn both_stages_of_grouped_fast_rcnn_learn_from_the_second() {
     let second = SecondLook::FastRcnn(GroupedFastRcnn { detector: config, recipe, loss });
     let mut bench = Bench::new(graph, &weights, &loss);
     let outputs = bench.first();
-    let looks = second.choose(&outputs, &bench.faces, rng, 1);
+    let looks = second.choose(&outputs, &bench.faces, rng, 1, Whole::at_hand(bench.faces.len())).unwrap();
     for threads in [2, 3] {
-        assert_eq!(second.choose(&outputs, &bench.faces, rng, threads), looks, "{threads} threads");
+        assert_eq!(
+            second.choose(&outputs, &bench.faces, rng, threads, Whole::at_hand(bench.faces.len())).unwrap(),
+            looks,
+            "{threads} threads"
+        );
     }
     let [looked] = looks.inputs() else { panic!("one input") };
     assert!(looked.iter().any(|l| l.face.is_some()) && looked.len() > 40, "{} looks", looked.len());

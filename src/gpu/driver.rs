@@ -233,6 +233,25 @@ impl Stream {
         unsafe { cuda!(cuStreamSynchronize(self.raw)) }
     }
 
+    /// Whether all of its work is done.
+    #[cfg(feature = "train")]
+    pub(super) fn is_idle(&self) -> Result<bool> {
+        let _current = self.context.bind()?;
+        // SAFETY: the stream lives.
+        match unsafe { sys::cuStreamQuery(self.raw) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => check("cuStreamQuery", result).map(|()| true),
+        }
+    }
+
+    /// Lets work that is given from now on wait until the stream of `event` has come there.
+    #[cfg(feature = "train")]
+    pub fn wait_for(&self, event: &Event) -> Result<()> {
+        let _current = self.context.bind()?;
+        // SAFETY: stream and event live.
+        unsafe { cuda!(cuStreamWaitEvent(self.raw, event.raw, 0)) }
+    }
+
     /// What `record` asks of this stream, as a graph, to be launched as often as wanted. Nothing of it is done yet.
     pub fn capture(&self, record: impl FnOnce() -> Result<()>) -> Result<Graph> {
         let _current = self.context.bind()?;

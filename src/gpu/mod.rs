@@ -10,6 +10,8 @@ mod fused;
 pub mod kernels;
 pub mod map;
 pub mod memory;
+#[cfg(feature = "train")]
+pub mod nccl;
 mod nvrtc;
 pub mod ops;
 pub mod pixels;

@@ -21,11 +21,14 @@ pub enum Library {
     CublasLt,
     /// Convolutions.
     Cudnn,
+    /// Sums over several devices' processes.
+    Nccl,
 }
 
 impl Library {
     /// All of them, in the order they are needed.
-    pub const ALL: [Library; 4] = [Library::Driver, Library::Nvrtc, Library::CublasLt, Library::Cudnn];
+    pub const ALL: [Library; 5] =
+        [Library::Driver, Library::Nvrtc, Library::CublasLt, Library::Cudnn, Library::Nccl];
 
     /// File names, newest first.
     fn names(self) -> &'static [&'static str] {
@@ -36,6 +39,7 @@ impl Library {
                 &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so.11", "libcublasLt.so"]
             }
             Library::Cudnn => &["libcudnn.so.9", "libcudnn.so"],
+            Library::Nccl => &["libnccl.so.2", "libnccl.so"],
         }
     }
 
@@ -46,6 +50,7 @@ impl Library {
             Library::Nvrtc => "the CUDA toolkit or pip's nvidia-cuda-nvrtc",
             Library::CublasLt => "the CUDA toolkit or pip's nvidia-cublas",
             Library::Cudnn => "cuDNN 9 or pip's nvidia-cudnn",
+            Library::Nccl => "NCCL 2 (libnccl2) or pip's nvidia-nccl",
         }
     }
 

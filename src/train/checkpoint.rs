@@ -63,6 +63,11 @@ impl Checkpoint {
     /// Writes the checkpoint: temporary file, fsync, rename, fsync of the folder. A kill at any moment leaves the old one or
     /// the new one.
     pub fn save(&self, graph: &Graph, path: &Path) -> Result<()> {
+        write_durably(path, &self.to_bytes(graph)?)
+    }
+
+    /// What [`Checkpoint::save`] writes.
+    pub fn to_bytes(&self, graph: &Graph) -> Result<Vec<u8>> {
         let mut file = Weights::default();
         for (i, p) in graph.params.iter().enumerate() {
             file.insert(&format!("{PARAM}{}", p.name), &p.shape, self.params[i].clone());
@@ -84,13 +89,21 @@ impl Checkpoint {
         };
         let json = serde_json::to_string(&header).map_err(|e| Error::Internal(e.to_string()))?;
         file.metadata = HashMap::from([(CHECKPOINT_KEY.to_string(), json)]);
-        write_durably(path, &file.to_bytes()?)
+        file.to_bytes()
     }
 
     /// Reads a checkpoint of a training of `graph`.
     pub fn load(graph: &Graph, path: &Path) -> Result<Self> {
-        let mut file = Weights::load(path)?;
-        let bad = |what: String| Error::InvalidData(format!("{}: {what}", path.display()));
+        Self::read(graph, Weights::load(path)?, &path.display().to_string())
+    }
+
+    /// That of [`Checkpoint::to_bytes`]; `name` is what errors call it.
+    pub fn from_bytes(graph: &Graph, bytes: &[u8], name: &str) -> Result<Self> {
+        Self::read(graph, Weights::from_bytes(bytes)?, name)
+    }
+
+    fn read(graph: &Graph, mut file: Weights, name: &str) -> Result<Self> {
+        let bad = |what: String| Error::InvalidData(format!("{name}: {what}"));
         let json =
             file.metadata.get(CHECKPOINT_KEY).ok_or_else(|| bad("not a checkpoint of a training".into()))?;
         #[derive(serde::Deserialize)]

@@ -12,6 +12,7 @@ mod queue;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -48,6 +49,8 @@ pub struct LoaderConfig {
     pub seed: u64,
     /// Examples a batch.
     pub batch: usize,
+    /// Those of every batch that are made, by their number in it: all, or the part of one of several processes.
+    pub part: Range<usize>,
     /// Side of the examples.
     pub side: Sides,
     /// Threads that decode and augment.
@@ -105,6 +108,10 @@ impl Loader {
             if count == 0 {
                 return Err(Error::InvalidArgument(format!("{name} is 0; the loader needs at least 1")));
             }
+        }
+        if config.part.is_empty() || config.part.end > config.batch {
+            let (part, batch) = (&config.part, config.batch);
+            return Err(Error::InvalidArgument(format!("part {part:?} is none of a batch of {batch}")));
         }
         let order = Order::new(config.seed, dataset.samples.len());
         let cache = Cache::new(dataset.clone(), config.cache_bytes);
@@ -182,16 +189,16 @@ impl Shared {
 
     /// The batch of a step, in the memory of an old one; None where the loader is stopping.
     fn make(&self, step: u64, mut batch: Batch, scratch: &mut Scratch) -> Result<Option<Batch>> {
-        let (side, n) = ((self.config.side.0)(step), self.config.batch);
+        let (side, n, part) = ((self.config.side.0)(step), self.config.batch, &self.config.part);
         if side == 0 {
             return Err(Error::InvalidArgument(format!("the side of step {step} is 0")));
         }
         (batch.step, batch.side) = (step, side);
-        batch.pixels.resize(n * side * side * 3, 0);
+        batch.pixels.resize(part.len() * side * side * 3, 0);
         batch.faces.clear();
         batch.inside.clear();
         batch.names.clear();
-        for (i, pixels) in batch.pixels.chunks_exact_mut(side * side * 3).enumerate() {
+        for (i, pixels) in part.clone().zip(batch.pixels.chunks_exact_mut(side * side * 3)) {
             if self.queue.is_stopped() {
                 return Ok(None);
             }

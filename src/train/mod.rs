@@ -15,6 +15,7 @@ pub mod matching;
 pub mod network;
 pub mod objective;
 pub mod optim;
+pub mod ranks;
 pub mod recipe;
 pub mod sampler;
 pub mod trainer;

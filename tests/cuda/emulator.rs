@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
+/// How the emulator is built where FARFACE_TEST_SANITIZE is set.
+const SANITIZE: [&str; 2] = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
+
 /// What the tests run on.
 pub enum Driver {
     /// The machine's.
@@ -19,6 +22,8 @@ pub enum Driver {
 /// Functions of the emulated driver beside CUDA's.
 pub struct Emulator {
     driver: Library,
+    nccl: Library,
+    folder: PathBuf,
 }
 
 impl Emulator {
@@ -44,6 +49,29 @@ impl Emulator {
     pub fn idle(&self, on: bool) {
         // SAFETY: as above.
         unsafe { self.driver.get::<unsafe extern "C" fn(i32)>(b"farface_emulator_idle").unwrap()(on.into()) }
+    }
+
+    /// Whether work is done as late as may be, rather than at once.
+    pub fn late(&self, on: bool) {
+        // SAFETY: as above.
+        unsafe { self.driver.get::<unsafe extern "C" fn(i32)>(b"farface_emulator_late").unwrap()(on.into()) }
+    }
+
+    /// Makes the call of NCCL of this number, counted from 1, fail; 0 for none.
+    pub fn nccl_fail_at(&self, n: i64) {
+        // SAFETY: the function of nccl.cpp, with its type.
+        unsafe { self.nccl.get::<unsafe extern "C" fn(i64)>(b"farface_emulated_nccl_fail_at").unwrap()(n) }
+    }
+
+    /// Calls of NCCL since `nccl_fail_at`.
+    pub fn nccl_calls(&self) -> i64 {
+        // SAFETY: as above.
+        unsafe { self.nccl.get::<unsafe extern "C" fn() -> i64>(b"farface_emulated_nccl_calls").unwrap()() }
+    }
+
+    /// Where its libraries are, for other processes.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// The order in which the threads of a block run.
@@ -86,7 +114,7 @@ pub fn driver() -> Option<&'static Driver> {
                 std::mem::forget(open(name));
             }
         }
-        Some(Driver::Emulated(Emulator { driver }))
+        Some(Driver::Emulated(Emulator { driver, nccl: open("libnccl.so.2"), folder }))
     });
     if driver.is_none() {
         // Not by eprintln, which the test runner keeps to itself where a test passes.
@@ -117,7 +145,8 @@ fn build() -> Option<PathBuf> {
     let sanitize = std::env::var_os("FARFACE_TEST_SANITIZE").is_some();
     let mut hash = std::hash::DefaultHasher::new();
     sanitize.hash(&mut hash);
-    let parts = ["driver.cpp", "fibers.cpp", "fibers.hpp", "library.hpp", "nvrtc.cpp", "shim.hpp"];
+    let parts =
+        ["driver.cpp", "fibers.cpp", "fibers.hpp", "library.hpp", "nccl.cpp", "nvrtc.cpp", "shim.hpp"];
     let parts = parts.map(|f| emulator.join(f));
     let libraries = LIBRARIES.map(|(name, source)| (name, emulator.join(source)));
     let header = root.join("cuda/common.cuh");
@@ -143,6 +172,7 @@ fn build() -> Option<PathBuf> {
         std::fs::rename(part, folder.join(name)).unwrap();
     };
     compile("libnvrtc.so.12", &[&emulator.join("nvrtc.cpp")], &[]);
+    compile("libnccl.so.2", &[&emulator.join("nccl.cpp")], if sanitize { &SANITIZE } else { &[] });
     let shim = emulator.join("shim.hpp");
     let mut more = vec![
         "-include",
@@ -151,7 +181,7 @@ fn build() -> Option<PathBuf> {
         "-Wno-unknown-pragmas",
     ];
     if sanitize {
-        more.extend(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]);
+        more.extend(SANITIZE);
     }
     let mut sources: Vec<&Path> = kernels.iter().map(PathBuf::as_path).collect();
     sources.extend(parts[..2].iter().map(PathBuf::as_path));

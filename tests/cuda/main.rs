@@ -27,6 +27,8 @@ mod pixels;
 mod plain_step;
 #[path = "../parity/random.rs"]
 mod random;
+#[cfg(feature = "train")]
+mod ranks;
 mod sessions;
 mod support;
 #[cfg(feature = "train")]

@@ -1,17 +1,20 @@
 //! `farface train`.
 
 mod log;
+mod several;
 
 use crate::Outcome;
 use anyhow::{bail, Context, Result};
 use farface::files;
 use farface::train::dev::Dev;
+use farface::train::ranks::Ranks;
 use farface::train::trainer::{Resources, StepReport, Trainer};
 use indicatif::{ProgressBar, ProgressStyle};
 use log::{Line, Log, Means};
 use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Train a detector by a recipe
@@ -26,6 +29,8 @@ use std::time::{Duration, Instant};
       trains, or goes on where it was stopped; results in runs/farface-nano
   farface train my.toml --device cuda
       on the first CUDA device; a run goes on there or on the CPU as wanted
+  torchrun --no-python --nproc-per-node 4 farface train my.toml --device cuda
+      on four CUDA devices, a process each (mpirun -n 4, or srun, do as well); the recipe's batch is that of all together
   farface train my.toml --out runs/try2 --minutes 60
       stops after an hour with a checkpoint; the same command goes on
   farface plot runs/farface-nano
@@ -37,10 +42,10 @@ pub struct Args {
     /// Folder of the run [default: runs/<name of the recipe>]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Where the network is: cpu, cuda or cuda:N, the CUDA device of that number
+    /// Where the network is: cpu, cuda or cuda:N, the CUDA device of that number; of several processes, cuda gives each its own
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
     device: Place,
-    /// Threads of the network [default: all cores]
+    /// Threads of the network [default: all cores, shared by the processes that train together]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Threads that decode and augment pictures
@@ -54,15 +59,21 @@ pub struct Args {
     restart: bool,
 }
 
-/// The number of a CUDA device; none for the CPU.
+/// Where the network is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place(Option<u32>);
+enum Place {
+    Cpu,
+    /// The first, or that of this process among several.
+    Cuda,
+    /// That of this number.
+    CudaNumber(u32),
+}
 
 fn device(text: &str) -> Result<Place, String> {
     match text.split_once(':') {
-        None if text == "cpu" => Ok(Place(None)),
-        None if text == "cuda" => Ok(Place(Some(0))),
-        Some(("cuda", number)) => number.parse().map(|n| Place(Some(n))).map_err(|e| format!("cuda:N: {e}")),
+        None if text == "cpu" => Ok(Place::Cpu),
+        None if text == "cuda" => Ok(Place::Cuda),
+        Some(("cuda", number)) => number.parse().map(Place::CudaNumber).map_err(|e| format!("cuda:N: {e}")),
         _ => Err("takes cpu, cuda or cuda:N".into()),
     }
 }
@@ -75,7 +86,11 @@ const BEST: &str = "best.safetensors";
 const FINAL: &str = "final.safetensors";
 
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
-    let mut run = Run::open(args)?;
+    let ranks = several::meet(args)?;
+    if let Some(ranks) = ranks.as_ref().filter(|r| r.rank() != 0) {
+        return several::follow(args, ranks).with_context(|| format!("rank {}", ranks.rank()));
+    }
+    let mut run = Run::open(args, ranks)?;
     run.announce(out)?;
     // None where it lies beyond what a clock can count.
     let deadline = args
@@ -86,6 +101,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     } else {
         say(out, &format!("stopped at step {}; the same command goes on", run.trainer.step_count()));
     }
+    run.trainer.part()?;
     Ok(Outcome::Complete)
 }
 
@@ -105,16 +121,16 @@ struct Run {
 
 impl Run {
     /// Goes on with the run in its folder, or begins one.
-    fn open(args: &Args) -> Result<Self> {
-        let text = std::fs::read_to_string(&args.recipe).map_err(|e| farface::Error::io(&args.recipe, e))?;
+    fn open(args: &Args, ranks: Option<Arc<Ranks>>) -> Result<Self> {
+        let text = recipe(args)?;
         let stem = args.recipe.file_stem().unwrap_or_default();
         let dir = args.out.clone().unwrap_or_else(|| Path::new("runs").join(stem));
-        let base = args.recipe.parent().unwrap_or(Path::new("."));
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let resources = Resources {
-            device: args.device.0,
-            threads: args.threads.map_or(cores, usize::from),
-            workers: usize::from(args.workers),
+        let base = base(args);
+        let resources = several::resources(args, ranks.as_deref())?;
+        let begin = |checkpoint: Option<&Path>| match (&ranks, checkpoint) {
+            (Some(ranks), path) => Trainer::of_rank(&text, base, resources.clone(), ranks.clone(), path),
+            (None, Some(path)) => Trainer::from_checkpoint(&text, base, resources.clone(), path),
+            (None, None) => Trainer::new(&text, base, resources.clone()),
         };
         files::make_dir(&dir)?;
         let lock = lock(&dir)?;
@@ -123,7 +139,7 @@ impl Run {
         let in_recipe = || format!("recipe {}", args.recipe.display());
         let going_on = checkpoint.exists() && !args.restart;
         let mut trainer = if going_on {
-            Trainer::from_checkpoint(&text, base, resources.clone(), &checkpoint)
+            begin(Some(&checkpoint))
                 .with_context(in_recipe)
                 .context("--restart starts anew, --out takes another folder")?
         } else {
@@ -133,7 +149,7 @@ impl Run {
                     dir.display()
                 );
             }
-            Trainer::new(&text, base, resources.clone()).with_context(in_recipe)?
+            begin(None).with_context(in_recipe)?
         };
         let dev = trainer.dev().context("dev pictures")?;
         // Nothing is removed before all that the recipe names was read.
@@ -192,7 +208,7 @@ impl Run {
         let mut warned = self.trainer.dataset().warnings.total();
         let mut means = Means::new();
         let late = || deadline.is_some_and(|d| Instant::now() >= d);
-        while self.trainer.step_count() < total && !late() {
+        while self.trainer.agree(self.trainer.step_count() < total && !late())? {
             let report = self.trainer.step()?;
             means.add(&report);
             let (step, last) = (report.step, report.step == total);
@@ -306,6 +322,16 @@ impl Run {
         }
         Ok(())
     }
+}
+
+/// The recipe's text.
+fn recipe(args: &Args) -> Result<String> {
+    Ok(std::fs::read_to_string(&args.recipe).map_err(|e| farface::Error::io(&args.recipe, e))?)
+}
+
+/// Where the recipe's paths start.
+fn base(args: &Args) -> &Path {
+    args.recipe.parent().unwrap_or(Path::new("."))
 }
 
 /// A line for whoever reads along. A closed pipe must not end hours of training.

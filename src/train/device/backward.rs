@@ -17,6 +17,7 @@ impl DeviceEngine {
                 self.backward_unit(u, &dy)?;
                 self.batch.give_spare(dy);
             }
+            self.reduce_after(u)?;
         }
         Ok(())
     }

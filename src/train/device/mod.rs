@@ -14,6 +14,7 @@ mod backward;
 mod batch;
 mod forward;
 pub mod objective;
+mod reduce;
 mod store;
 mod update;
 
@@ -32,6 +33,7 @@ use crate::train::optim::{Ema, Optimizer};
 use crate::train::units::Op;
 use crate::train::walk::Walk;
 use batch::{room, Batch, Staging};
+use reduce::Reduction;
 use std::sync::Arc;
 use store::Store;
 use update::Moments;
@@ -59,6 +61,8 @@ pub struct DeviceEngine {
     judged: bool,
     /// Where the boxes of the second phase are, in a buffer for each of the network's inputs of boxes; empty before.
     boxes: Vec<DeviceBuffer>,
+    /// Where several processes train together.
+    reduction: Option<Reduction>,
     threads: usize,
 }
 
@@ -94,6 +98,7 @@ impl DeviceEngine {
             slopes: None,
             judged: false,
             boxes: Vec::new(),
+            reduction: None,
             threads,
         })
     }
@@ -140,6 +145,7 @@ impl DeviceEngine {
         self.batch.begin(&self.graph.shapes(&all)?, &self.walk.units);
         self.boxes.clear();
         self.judged = false;
+        self.finish_reduction()?;
         if self.table.as_ref().is_none_or(|(known, _)| known != table) {
             let values = table.value.concat();
             if values.len() != 3 * 256 {
@@ -157,6 +163,7 @@ impl DeviceEngine {
         if self.boxes.is_empty() && self.walk.second_phase < self.walk.units.len() {
             return Err(Error::Internal("a backward pass before the second phase".into()));
         }
+        self.finish_reduction()?;
         self.batch.drop_gradients();
         self.store.clear_gradients(&self.ops)?;
         let units: Vec<usize> = self.graph.outputs.iter().map(|(_, node)| self.shown(node.0)).collect();
@@ -180,7 +187,12 @@ impl DeviceEngine {
             }
         }
         self.store.upload(&self.ops)?;
+        self.begin_reduction()?;
         self.run_back()?;
+        if self.reduction.is_some() {
+            // What stands still is cleared when the sums are there.
+            return Ok(());
+        }
         self.store.clear_untrained(&self.graph, &self.walk.trainable, &self.ops)
     }
 
@@ -216,10 +228,12 @@ impl Engine for DeviceEngine {
     }
 
     fn params(&mut self) -> Result<&mut [Vec<f32>]> {
+        self.finish_reduction()?;
         self.store.params_mut(&self.ops)
     }
 
     fn params_and_grads(&mut self) -> Result<ParamsAndGrads<'_>> {
+        self.finish_reduction()?;
         self.store.params_and_grads_mut(&self.ops)
     }
 
@@ -308,6 +322,10 @@ impl Engine for DeviceEngine {
         self.back_from(From::Host, &units, &views)
     }
 
+    fn part(&mut self) -> Result<()> {
+        self.leave()
+    }
+
     fn threads(&self) -> usize {
         self.threads
     }
@@ -323,6 +341,10 @@ impl Engine for DeviceEngine {
     fn machine(&self) -> String {
         let context = self.ops.device().context();
         let [major, minor] = context.capability();
-        format!("{} (sm_{major}{minor})", context.name())
+        let together = match self.world() {
+            1 => String::new(),
+            world => format!(", one of {world} processes"),
+        };
+        format!("{} (sm_{major}{minor}){together}", context.name())
     }
 }

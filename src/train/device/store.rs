@@ -9,9 +9,6 @@ use crate::train::network::ParamsAndGrads;
 use crate::train::units::Norm as UnitNorm;
 use crate::train::walk::Walk;
 
-/// Bytes at whose multiples parameters begin.
-const ALIGN: usize = 16;
-
 /// Parameters and their gradients.
 pub(super) struct Store {
     /// In the order of the graph's.
@@ -56,6 +53,9 @@ fn copy_out<'a>(to: impl IntoIterator<Item = &'a mut Vec<f32>>, places: &[usize]
 }
 
 impl Store {
+    /// Bytes at whose multiples parameters begin.
+    pub const ALIGN: usize = 16;
+
     /// With the values of `weights`.
     pub fn new(graph: &Graph, walk: &Walk, weights: &Weights, ops: &TrainOps) -> Result<Self> {
         let named = |p: &crate::graph::build::Param| Ok(weights.get(&p.name, &p.shape)?.to_vec());
@@ -66,7 +66,7 @@ impl Store {
             for (i, p) in graph.params.iter().enumerate().filter(|(_, p)| is_statistic(p.role) == statistics)
             {
                 places[i] = bytes;
-                bytes += (p.len() * 4).next_multiple_of(ALIGN);
+                bytes += (p.len() * 4).next_multiple_of(Self::ALIGN);
             }
             if !statistics {
                 learnt_bytes = bytes;
@@ -77,7 +77,7 @@ impl Store {
         let terms_at = walk.units.iter().map(|u| {
             let at = terms_bytes;
             let c = u.norm.map_or(0, |n| params[n.scale.0].len());
-            terms_bytes += (4 * c * 4).next_multiple_of(ALIGN);
+            terms_bytes += (4 * c * 4).next_multiple_of(Self::ALIGN);
             most = most.max(c);
             at
         });
@@ -159,6 +159,11 @@ impl Store {
             self.gradients.fill(ops.stream(), *at..*at + p.len() * 4, 0)?;
         }
         Ok(())
+    }
+
+    /// Where a parameter lies among all; its gradient too.
+    pub fn bytes(&self, p: ParamId) -> std::ops::Range<usize> {
+        self.places[p.0]..self.places[p.0] + self.params[p.0].len() * 4
     }
 
     /// A parameter on the device.

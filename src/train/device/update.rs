@@ -28,6 +28,7 @@ impl DeviceEngine {
         if !fits.eq(own) {
             return Err(Error::InvalidArgument("an optimizer of other parameters than the network's".into()));
         }
+        self.finish_reduction()?;
         let norm = self.ops.norm(self.store.gradients())?;
         if !norm.is_finite() {
             let found = first_non_finite(self.store.params_and_grads_mut(&self.ops)?.1);

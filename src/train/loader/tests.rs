@@ -23,6 +23,7 @@ fn config() -> LoaderConfig {
     LoaderConfig {
         seed: 5,
         batch: 3,
+        part: 0..3,
         side: Sides::by_step(|step| if step % 2 == 0 { 32 } else { 24 }),
         workers: 1,
         queue: 3,
@@ -53,6 +54,26 @@ fn batches_are_the_same_at_any_number_of_workers_queue_and_cache() {
         batches(&data, LoaderConfig { queue: 1, cache_bytes: 0, workers: 2, ..config() }, 9) == reference
     );
     assert!(batches(&data, LoaderConfig { seed: 6, ..config() }, 9) != reference);
+}
+
+#[test]
+fn the_parts_of_a_batch_are_the_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), 7);
+    let whole = batches(&data, config(), 5);
+    for part in [0..1, 1..3] {
+        let own = batches(&data, LoaderConfig { part: part.clone(), workers: 2, ..config() }, 5);
+        for (own, whole) in own.iter().zip(&whole) {
+            let image = whole.side * whole.side * 3;
+            assert_eq!((own.step, own.side), (whole.step, whole.side));
+            assert!(own.pixels == whole.pixels[image * part.start..image * part.end]);
+            assert_eq!(
+                (&own.faces[..], &own.names[..]),
+                (&whole.faces[part.clone()], &whole.names[part.clone()])
+            );
+            assert_eq!(own.inside, whole.inside[part.clone()]);
+        }
+    }
 }
 
 #[test]
@@ -176,7 +197,8 @@ fn the_cache_stays_within_its_bytes() {
 fn dropping_the_loader_stops_workers_within_an_example() {
     let dir = tempfile::tempdir().unwrap();
     let data = dataset(dir.path(), 4);
-    let config = LoaderConfig { batch: 100_000, side: 16.into(), workers: 2, queue: 4, ..config() };
+    let config =
+        LoaderConfig { batch: 100_000, part: 0..100_000, side: 16.into(), workers: 2, queue: 4, ..config() };
     let loader = Loader::new(data.clone(), Augment::default(), config).unwrap();
     std::thread::sleep(Duration::from_millis(20));
     let start = Instant::now();
@@ -196,6 +218,8 @@ fn counts_of_zero_and_empty_data_are_refused_by_name() {
     assert!(fails(&data, Augment::default(), LoaderConfig { batch: 0, ..config() }).contains("batch"));
     assert!(fails(&data, Augment::default(), LoaderConfig { workers: 0, ..config() }).contains("workers"));
     assert!(fails(&data, Augment::default(), LoaderConfig { queue: 0, ..config() }).contains("queue"));
+    assert!(fails(&data, Augment::default(), LoaderConfig { part: 2..4, ..config() }).contains("part 2..4"));
+    assert!(fails(&data, Augment::default(), LoaderConfig { part: 1..1, ..config() }).contains("part"));
     assert!(fails(&data, Augment { flip: 2.0, ..Augment::default() }, config()).contains("flip"));
     assert!(fails(&Arc::default(), Augment::default(), config()).contains("no pictures"));
     let loader = Loader::new(data, Augment::default(), LoaderConfig { side: 0.into(), ..config() }).unwrap();

@@ -72,6 +72,10 @@ pub trait Engine: Send {
     }
     /// To be called where the optimiser's buffers or the averages were changed otherwise than by [`Engine::update`].
     fn replaced(&mut self) {}
+    /// To be called by every process of a training of several in the end, when all have come there.
+    fn part(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Threads it runs on.
     fn threads(&self) -> usize;
     /// How maps are stored.

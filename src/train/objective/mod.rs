@@ -27,8 +27,8 @@ use head::{box_loss, Head, Place};
 pub use head::{Layout, Level};
 #[cfg(feature = "cuda")]
 use pictures::check_shapes;
-pub use pictures::Losses;
 use pictures::{check_outputs, face_boxes, gathered, parallel, picture_maps, wanted};
+pub use pictures::{Losses, Sum, Whole};
 pub use pyramid_anchors::PyramidAnchors;
 use sampled::Sampled;
 pub use second_look::SecondLook;
@@ -90,7 +90,7 @@ impl DetectorObjective {
         }
     }
 
-    /// As [`Objective::judge_within`].
+    /// As [`Objective::judge_part`].
     pub fn judge(
         &self,
         outputs: &[Tensor],
@@ -98,10 +98,11 @@ impl DetectorObjective {
         inside: &[BBox],
         rng: impl Fn(usize) -> Rng + Sync,
         threads: usize,
+        whole: Whole<'_>,
     ) -> Result<(Losses, Vec<Tensor>)> {
         match self {
-            DetectorObjective::OneStep(o) => o.judge_within(outputs, faces, inside, rng, threads),
-            DetectorObjective::TwoStep(o) => o.judge(outputs, faces, rng, threads),
+            DetectorObjective::OneStep(o) => o.judge_part(outputs, faces, inside, rng, threads, whole),
+            DetectorObjective::TwoStep(o) => o.judge_part(outputs, faces, rng, threads, whole),
         }
     }
 }
@@ -195,6 +196,19 @@ impl Objective {
         rng: impl Fn(usize) -> Rng + Sync,
         threads: usize,
     ) -> Result<(Losses, Vec<Tensor>)> {
+        self.judge_part(outputs, faces, inside, rng, threads, Whole::at_hand(faces.len()))
+    }
+
+    /// As [`Objective::judge_within`], of pictures that may be a part of a batch: losses and gradients are shares of the whole one's.
+    pub fn judge_part(
+        &self,
+        outputs: &[Tensor],
+        faces: &[Vec<Annotated>],
+        inside: &[BBox],
+        rng: impl Fn(usize) -> Rng + Sync,
+        threads: usize,
+        whole: Whole<'_>,
+    ) -> Result<(Losses, Vec<Tensor>)> {
         let within = self.sampler.as_ref().is_some_and(|s| s.within_picture);
         if within && inside.len() != faces.len() {
             return Err(Error::Internal("a sampler within the pictures wants their borders".into()));
@@ -212,14 +226,19 @@ impl Objective {
             counts.matched += a.matches.label.iter().filter(|&&l| l >= 0).count();
             counts.compensated += a.mined.as_ref().map_or(0, |m| m.compensated.len());
         }
+        let sampler = self.sampler.as_ref().filter(|_| !self.loss.classification.takes_all());
+        if sampler.is_none() {
+            let [matched, compensated, _] = whole.counts([counts.matched, counts.compensated, 0])?;
+            counts = BatchCounts { matched, compensated };
+        }
         let judged = parallel(images, threads, |n| {
             let maps = picture_maps(outputs, n);
             let mut gradient: Vec<Vec<f32>> = maps.iter().map(|m| vec![0.0; m.len()]).collect();
-            let losses = match &self.sampler {
-                Some(sampler) if !self.loss.classification.takes_all() => {
-                    self.sampled(sampler, &head, &maps, &assigned[n], rng(n), images, &mut gradient)
+            let losses = match sampler {
+                Some(sampler) => {
+                    self.sampled(sampler, &head, &maps, &assigned[n], rng(n), whole.images(), &mut gradient)
                 }
-                _ => self.every_anchor(&head, &maps, &assigned[n], counts, &mut gradient),
+                None => self.every_anchor(&head, &maps, &assigned[n], counts, &mut gradient),
             };
             (losses, gradient)
         });

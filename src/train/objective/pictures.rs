@@ -6,6 +6,38 @@ use crate::shape::{Shape, Tensor};
 use crate::train::data::Annotated;
 use crate::train::matching::FaceBox;
 
+/// The batch of which the pictures at hand are all or, where several processes train together, a part. Losses are shares of it.
+#[derive(Clone, Copy)]
+pub struct Whole<'a> {
+    /// Its pictures.
+    images: usize,
+    /// Makes counts of the pictures at hand those of the batch; the pictures at hand are all without one.
+    sum: Option<Sum<'a>>,
+}
+
+/// Adds up counts over all parts of a batch. Every part asks for the same ones in the same order.
+pub type Sum<'a> = &'a (dyn Fn([usize; 3]) -> Result<[usize; 3]> + Sync);
+
+impl<'a> Whole<'a> {
+    /// A batch of so many pictures, all of them at hand.
+    pub fn at_hand(images: usize) -> Self {
+        Self { images, sum: None }
+    }
+
+    /// A batch of so many pictures, of which others have some.
+    pub fn shared(images: usize, sum: Sum<'a>) -> Self {
+        Self { images, sum: Some(sum) }
+    }
+
+    pub(super) fn images(&self) -> usize {
+        self.images
+    }
+
+    pub(super) fn counts(&self, own: [usize; 3]) -> Result<[usize; 3]> {
+        self.sum.map_or(Ok(own), |sum| sum(own))
+    }
+}
+
 /// Losses of a batch, and how many anchors they come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Losses {
@@ -24,6 +56,18 @@ pub struct Losses {
 }
 
 impl Losses {
+    /// Of a batch from those of its parts.
+    pub fn of_parts(parts: &[Self]) -> Self {
+        let mut total = Self::default();
+        for part in parts {
+            // The sum that its mean is of.
+            let iou = part.iou * (part.matched + part.mined) as f64;
+            total.add(&Self { iou, ..*part });
+        }
+        total.iou /= (total.matched + total.mined).max(1) as f64;
+        total
+    }
+
     pub(super) fn add(&mut self, other: &Self) {
         self.class += other.class;
         self.boxes += other.boxes;

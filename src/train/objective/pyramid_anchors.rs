@@ -1,6 +1,6 @@
 //! What is around the faces, looked for while training only.
 
-use super::{Losses, Objective};
+use super::{Losses, Objective, Whole};
 use crate::detect::BBox;
 use crate::error::Result;
 use crate::graph::init::Rng;
@@ -35,8 +35,21 @@ impl PyramidAnchors {
         rng: impl Fn(usize) -> Rng + Sync,
         threads: usize,
     ) -> Result<(Losses, Vec<Tensor>)> {
+        self.judge_part(outputs, faces, rng, threads, Whole::at_hand(faces.len()))
+    }
+
+    /// As [`Objective::judge_part`], weighted.
+    pub fn judge_part(
+        &self,
+        outputs: &[Tensor],
+        faces: &[Vec<Annotated>],
+        rng: impl Fn(usize) -> Rng + Sync,
+        threads: usize,
+        whole: Whole<'_>,
+    ) -> Result<(Losses, Vec<Tensor>)> {
         let around = self.all_around(faces);
-        let (mut losses, mut gradients) = self.objective.judge(outputs, &around, rng, threads)?;
+        let (mut losses, mut gradients) =
+            self.objective.judge_part(outputs, &around, &[], rng, threads, whole)?;
         losses.class *= f64::from(self.weight);
         losses.boxes *= f64::from(self.weight);
         gradients.iter_mut().flat_map(|g| &mut g.data).for_each(|v| *v *= self.weight);

@@ -2,7 +2,7 @@
 
 use super::head::{box_loss, Channels, GroupChannels, Head, Layout, Level, Place};
 use super::pictures::{
-    check_outputs, face_boxes, gathered, parallel, picture_maps, wanted, Losses, Proposal,
+    check_outputs, face_boxes, gathered, parallel, picture_maps, wanted, Losses, Proposal, Whole,
 };
 use super::sampled::Sampled;
 use crate::detect::anchors::Anchor;
@@ -175,6 +175,18 @@ impl TwoStep {
         rng: impl Fn(usize) -> Rng + Sync,
         threads: usize,
     ) -> Result<(Losses, Vec<Tensor>)> {
+        self.judge_part(outputs, faces, rng, threads, Whole::at_hand(faces.len()))
+    }
+
+    /// As [`Objective::judge_part`](super::Objective::judge_part).
+    pub fn judge_part(
+        &self,
+        outputs: &[Tensor],
+        faces: &[Vec<Annotated>],
+        rng: impl Fn(usize) -> Rng + Sync,
+        threads: usize,
+        whole: Whole<'_>,
+    ) -> Result<(Losses, Vec<Tensor>)> {
         let shapes = check_outputs(outputs, &self.channels(), faces.len())?;
         let (grid, first, second) = self.grid(&shapes);
         let heads = Heads { first: &first, second: Head { grid: &grid, groups: &second } };
@@ -187,6 +199,9 @@ impl TwoStep {
             positives.first_boxes += a.positives.first_boxes;
             positives.second += a.positives.second;
         }
+        let Positives { first_class, first_boxes, second } = positives;
+        let [first_class, first_boxes, second] = whole.counts([first_class, first_boxes, second])?;
+        let positives = Positives { first_class, first_boxes, second };
         let judged = parallel(images, threads, |n| {
             let maps = picture_maps(outputs, n);
             let mut gradient: Vec<Vec<f32>> = maps.iter().map(|m| vec![0.0; m.len()]).collect();
@@ -205,7 +220,7 @@ impl TwoStep {
                         is_matched: &|i| mined.binary_search(&i).is_err(),
                         anchor: &|i| anchors[i],
                     };
-                    sampled.losses(&mut rng(n), images, &mut gradient)
+                    sampled.losses(&mut rng(n), whole.images(), &mut gradient)
                 }
                 None => self.second_losses(&heads.second, &maps, &assigned[n], positives, &mut gradient),
             };

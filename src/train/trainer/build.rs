@@ -25,6 +25,7 @@ use crate::train::objective::{
     DetectorObjective, Layout, Level, Objective, PyramidAnchors, SecondLook, TwoStep,
 };
 use crate::train::optim::{Ema, Optimizer, ParamOptions};
+use crate::train::ranks::Ranks;
 use crate::train::recipe::{ModelRecipe, Recipe};
 use crate::train::sampler::SamplerRecipe;
 use std::path::Path;
@@ -34,9 +35,17 @@ use std::sync::Arc;
 const PRIOR: f32 = 0.01;
 
 impl Trainer {
-    /// A training of `text` before its first step; from the recipe's start where `from_start`, else from random weights.
-    pub(super) fn build(text: &str, base: &Path, resources: Resources, from_start: bool) -> Result<Self> {
+    /// A training of `text` before its first step; from the recipe's start where `from_start`, else from random weights. `ranks`: the
+    /// processes that train together.
+    pub(super) fn build(
+        text: &str,
+        base: &Path,
+        resources: Resources,
+        from_start: bool,
+        ranks: Option<Arc<Ranks>>,
+    ) -> Result<Self> {
         let recipe = Recipe::parse(text)?;
+        let part = ranks.as_ref().map_or(Ok(0..recipe.batch.size), |r| r.part(recipe.batch.size))?;
         let mut config = ModelConfig::named(&recipe.model.detector).ok_or_else(|| {
             Error::InvalidArgument(format!(
                 "model.detector {:?} is not one of {}",
@@ -69,7 +78,7 @@ impl Trainer {
             DetectorConfig::Hr(detector) => detector.start_new(&mut weights, is_new),
             DetectorConfig::Retinaface(detector) => detector.start_new(&mut weights, is_new),
         }
-        let mut engine = engine(&recipe, graph, &weights, &resources)?;
+        let mut engine = engine(&recipe, graph, &weights, &resources, ranks.as_ref())?;
         let optimizer = Optimizer::new(recipe.optimizer, options(&recipe, &*engine)?)?;
         let dataset = Arc::new(Dataset::load(&recipe.data.train, base)?);
         let schedule = recipe.schedule.schedule(dataset.samples.len() as f64 / recipe.batch.size as f64)?;
@@ -89,6 +98,8 @@ impl Trainer {
             table,
             dataset,
             resources,
+            ranks,
+            part,
             loader: None,
             step: 0,
             best: None,

@@ -6,8 +6,10 @@ use crate::error::{Error, Result};
 use crate::graph::{Graph, Weights};
 use crate::nets::hr::enlarges;
 use crate::train::network::{Engine, Frozen, Network};
+use crate::train::ranks::Ranks;
 use crate::train::recipe::{Precision, Recipe};
 use half::bf16;
+use std::sync::Arc;
 
 /// The network in the precision that the recipe asks for, on the device or the CPU.
 pub(super) fn engine(
@@ -15,6 +17,7 @@ pub(super) fn engine(
     graph: Graph,
     weights: &Weights,
     resources: &Resources,
+    ranks: Option<&Arc<Ranks>>,
 ) -> Result<Box<dyn Engine>> {
     // HR's enlarging kernels are what they are.
     let fixed = graph.params.iter().map(|p| &p.name).filter(|name| enlarges(name)).cloned();
@@ -24,7 +27,13 @@ pub(super) fn engine(
     };
     let (precision, threads) = (recipe.run.precision, resources.threads.max(1));
     if let Some(ordinal) = resources.device {
-        return on_device(graph, weights, &frozen, ordinal, precision, threads);
+        return on_device(graph, weights, &frozen, ordinal, precision, threads, ranks);
+    }
+    if let Some(ranks) = ranks {
+        return Err(Error::Unsupported(format!(
+            "{} processes that train together, on the CPU: they do so on CUDA devices alone (--device cuda)",
+            ranks.world()
+        )));
     }
     let why = "this CPU has no AMX; take f32 or auto";
     Ok(if is_half(precision, bf16_supported(), || why.into())? {
@@ -52,6 +61,7 @@ fn on_device(
     ordinal: u32,
     precision: Precision,
     threads: usize,
+    ranks: Option<&Arc<Ranks>>,
 ) -> Result<Box<dyn Engine>> {
     use crate::gpu::map::Element;
     use crate::gpu::ops::Device;
@@ -66,7 +76,11 @@ fn on_device(
     };
     let half = is_half(precision, device.multiplies(Element::Bf16), why)?;
     let element = if half { Element::Bf16 } else { Element::F32 };
-    Ok(Box::new(DeviceEngine::new(graph, weights, frozen, &device, element, threads)?))
+    let mut engine = DeviceEngine::new(graph, weights, frozen, &device, element, threads)?;
+    if let Some(ranks) = ranks {
+        engine.join(ranks, DeviceEngine::BUCKET)?;
+    }
+    Ok(Box::new(engine))
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -77,6 +91,7 @@ fn on_device(
     ordinal: u32,
     _: Precision,
     _: usize,
+    _: Option<&Arc<Ranks>>,
 ) -> Result<Box<dyn Engine>> {
     Err(Error::Unsupported(format!(
         "CUDA device {ordinal}: this build has no CUDA backend; build with the feature cuda"

@@ -7,7 +7,7 @@ use crate::shape::{Shape, Tensor};
 use crate::train::data::Annotated;
 use crate::train::loader::Batch;
 use crate::train::network::Judgement;
-use crate::train::objective::{DetectorObjective, Losses};
+use crate::train::objective::{DetectorObjective, Losses, Whole};
 
 impl Trainer {
     /// The seed of what is drawn under number `n` in this step. Pictures of the batch have the first; what has draws of its own, numbers
@@ -18,10 +18,11 @@ impl Trainer {
     }
 
     /// Runs the network on a batch and judges its outputs where they are, so that they need not come down; None where that cannot be, and
-    /// nothing is done then.
+    /// nothing is done then: where boxes are chosen by the outputs, and where other processes have a part of the batch, whose counts
+    /// losses are divided by.
     pub(super) fn judge_on_device(&mut self, batch: &Batch, shape: Shape) -> Result<Option<Losses>> {
         let DetectorObjective::OneStep(objective) = &self.objective else { return Ok(None) };
-        if self.second_look.is_some() {
+        if self.second_look.is_some() || self.ranks.is_some() {
             return Ok(None);
         }
         let (draws, images) = (self.draws(), batch.faces.len());
@@ -46,25 +47,29 @@ impl Trainer {
     pub(super) fn judge_on_host(&mut self, batch: &Batch, shape: Shape) -> Result<(Losses, Vec<Tensor>)> {
         let outputs = self.engine.forward(&batch.pixels, shape, &self.table)?;
         let draws = self.draws();
-        let rng = |n: usize| Rng::new(draws(n));
+        // Pictures are counted in the whole batch, of which the ones here may be a part.
+        let (images, first, ranks) = (self.recipe.batch.size, self.part.start, self.ranks.clone());
+        let rng = |n: usize| Rng::new(draws(first + n));
+        let sum = |counts| ranks.as_ref().map_or(Ok(counts), |r| r.sum(counts));
+        let whole = Whole::shared(images, &sum);
         let (own, mut around) = outputs.split_at(self.objective.outputs());
         let threads = self.engine.threads();
-        let (mut losses, mut d) = self.objective.judge(own, &batch.faces, &batch.inside, rng, threads)?;
+        let (mut losses, mut d) =
+            self.objective.judge(own, &batch.faces, &batch.inside, rng, threads, whole)?;
         for (k, anchors) in (1..).zip(&self.pyramid_anchors) {
             let (outputs, rest) = around.split_at(anchors.objective.outputs());
             around = rest;
-            let rng = |n: usize| rng(n + (1 << k) * batch.faces.len());
-            let (more, gradients) = anchors.judge(outputs, &batch.faces, rng, threads)?;
+            let rng = |n: usize| rng(n + (1 << k) * images);
+            let (more, gradients) = anchors.judge_part(outputs, &batch.faces, rng, threads, whole)?;
             losses = with(losses, more);
             d.extend(gradients);
         }
         if let Some(second) = &self.second_look {
-            let rng = |n: usize| rng(n + batch.faces.len());
-            let looks = second.choose(own, &batch.faces, rng, threads);
+            let rng = |n: usize| rng(n + images);
+            let looks = second.choose(own, &batch.faces, rng, threads, whole)?;
             let outputs = self.engine.forward_boxes(looks.boxes())?;
             let (more, gradients) = second.judge(&looks, &outputs)?;
-            losses.class += more.class;
-            losses.boxes += more.boxes;
+            losses = with(losses, more);
             d.extend(gradients);
         }
         Ok((losses, d))

@@ -3,6 +3,7 @@
 mod build;
 mod engine;
 mod judge;
+mod ranks;
 mod resume;
 
 use super::data::Dataset;
@@ -12,6 +13,7 @@ use super::losses::ClassLoss;
 use super::network::{Engine, InputTable, Update, Updated};
 use super::objective::{DetectorObjective, Losses, PyramidAnchors, SecondLook};
 use super::optim::{Ema, Optimizer, Schedule};
+use super::ranks::Ranks;
 use super::recipe::Recipe;
 use crate::detect::config::METADATA_KEY;
 use crate::detect::{Model, ModelConfig};
@@ -20,6 +22,7 @@ use crate::files::write_durably;
 use crate::graph::Weights;
 use crate::shape::Shape;
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -50,6 +53,10 @@ pub struct Trainer {
     table: InputTable,
     dataset: Arc<Dataset>,
     resources: Resources,
+    /// The processes that train together, where this is one of several.
+    ranks: Option<Arc<Ranks>>,
+    /// This one's examples of every batch.
+    part: Range<usize>,
     loader: Option<Loader>,
     step: u64,
     best: Option<(f64, u64)>,
@@ -78,12 +85,12 @@ pub struct StepReport {
 impl Trainer {
     /// A training of the recipe `text`, whose relative paths start at `base`.
     pub fn new(text: &str, base: &Path, resources: Resources) -> Result<Self> {
-        Self::build(text, base, resources, true)
+        Self::build(text, base, resources, true, None)
     }
 
     /// A training of the recipe `text` that goes on from a checkpoint. The recipe's start is not read.
     pub fn from_checkpoint(text: &str, base: &Path, resources: Resources, path: &Path) -> Result<Self> {
-        let mut trainer = Self::build(text, base, resources, false)?;
+        let mut trainer = Self::build(text, base, resources, false, None)?;
         trainer.resume(path)?;
         Ok(trainer)
     }
@@ -142,6 +149,9 @@ impl Trainer {
             loader.recycle(batch);
         }
         self.step += 1;
+        if self.step.is_multiple_of(self.recipe.run.checkpoint_every) || self.step == self.total_steps() {
+            self.compare()?;
+        }
         Ok(StepReport {
             step: self.step,
             epoch: self.step as f64 / self.steps_per_epoch(),
@@ -159,10 +169,11 @@ impl Trainer {
             let config = LoaderConfig {
                 seed: self.recipe.run.seed,
                 batch: self.recipe.batch.size,
+                part: self.part.clone(),
                 side: Sides::by_step(move |step| recipe.side(step, total)),
                 workers: self.resources.workers.max(1),
                 queue: 2 + self.resources.workers,
-                cache_bytes: (self.recipe.data.cache_gb * 1e9) as usize,
+                cache_bytes: (self.recipe.data.cache_gb * 1e9) as usize / self.sharers(),
                 start_step: self.step,
             };
             self.loader = Some(Loader::new(self.dataset.clone(), self.recipe.augment.clone(), config)?);
@@ -176,6 +187,7 @@ impl Trainer {
             Some(losses) => (losses, None),
             None => self.judge_on_host(batch, shape).map(|(losses, d)| (losses, Some(d)))?,
         };
+        let losses = self.of_all_ranks(losses)?;
         let step = self.step;
         let stop = |what: &str| {
             Err(Error::InvalidData(format!(

@@ -29,15 +29,19 @@ impl Trainer {
     /// Goes on from a checkpoint of the same recipe, on the same pictures and in the same precision. On another
     /// ISA the last bits differ, which [`Trainer::notes`] then tells. An error leaves the training as it was.
     pub fn resume(&mut self, path: &Path) -> Result<()> {
-        let c = Checkpoint::load(self.engine.graph(), path)?;
+        let checkpoint = Checkpoint::load(self.engine.graph(), path)?;
+        self.take_up(checkpoint, &path.display().to_string())
+    }
+
+    /// Goes on from a checkpoint, which errors call `name`.
+    pub(super) fn take_up(&mut self, c: Checkpoint, name: &str) -> Result<()> {
         if c.recipe != self.text {
             return Err(Error::InvalidArgument(format!(
-                "{}: belongs to another recipe; recipe.toml beside it is a copy of its own, whose text the given one must have",
-                path.display()
+                "{name}: belongs to another recipe; recipe.toml beside it is a copy of its own, whose text the given one must have"
             )));
         }
         let (was, is) = (&c.setting, self.setting());
-        let differs = |what: String| Err(Error::InvalidArgument(format!("{}: {what}", path.display())));
+        let differs = |what: String| Err(Error::InvalidArgument(format!("{name}: {what}")));
         if was.precision != is.precision {
             return differs(format!(
                 "trained in {}, this machine would go on in {}",
@@ -51,7 +55,7 @@ impl Trainer {
             ));
         }
         if self.ema.is_some() != c.average.is_some() {
-            return Err(Error::InvalidData(format!("{}: its averages do not fit", path.display())));
+            return Err(Error::InvalidData(format!("{name}: its averages do not fit")));
         }
         // The last that may fail; it changes nothing where it does.
         self.optimizer.load(&c.optimizer)?;
@@ -72,8 +76,13 @@ impl Trainer {
 
     /// Writes a checkpoint.
     pub fn save(&mut self, path: &Path) -> Result<()> {
+        self.state()?.save(self.engine.graph(), path)
+    }
+
+    /// All that it goes on from.
+    pub(super) fn state(&mut self) -> Result<Checkpoint> {
         self.check_finite()?;
-        let checkpoint = Checkpoint {
+        Ok(Checkpoint {
             setting: self.setting(),
             step: self.step,
             params: self.engine.params()?.to_vec(),
@@ -81,8 +90,7 @@ impl Trainer {
             optimizer: self.optimizer.save(),
             best: self.best,
             recipe: self.text.clone(),
-        };
-        checkpoint.save(self.engine.graph(), path)
+        })
     }
 
     /// Errors where a parameter, an average or the optimiser's state is no finite number: such a checkpoint or model could

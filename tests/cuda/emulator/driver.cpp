@@ -1,4 +1,5 @@
-// A libcuda.so.1 that runs the kernels of cuda/ on the CPU: what src/gpu calls of the driver, done at once and in order.
+// A libcuda.so.1 that runs the kernels of cuda/ on the CPU: what src/gpu calls of the driver, done in order and at once, but for what
+// waits for other ranks (nccl.cpp) or for an event behind that; or, if wanted, as late as may be (farface_emulator_late).
 //
 // It is stricter than the driver where that finds faults: memory must be inside one allocation, a context current on the thread that
 // calls, an argument as large as the kernel's. Any call can be made to fail (farface_emulator_fail_at), and what was made and not
@@ -8,11 +9,15 @@
 #include "library.hpp"
 
 #include <chrono>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
+#include <unistd.h>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -26,6 +31,7 @@ enum Result {
     INVALID_CONTEXT = 201,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
+    NOT_READY = 600,
     CAPTURE_UNSUPPORTED = 900,
     UNKNOWN = 999,
 };
@@ -35,11 +41,21 @@ using Pointer = unsigned long long;
 struct Graph {
     std::vector<std::function<int()>> work;
 };
+// What work returns that has to wait.
+constexpr int WAITS = -1;
+
 struct Stream {
     std::unique_ptr<Graph> capture;
+    // Given and not yet done.
+    std::deque<std::function<int()>> work;
+    int failed = SUCCESS;
+};
+struct Passing {
+    long marked = 0, passed = 0;
+    std::chrono::steady_clock::time_point at;
 };
 struct Event {
-    std::chrono::steady_clock::time_point at;
+    std::shared_ptr<Passing> passing = std::make_shared<Passing>();
 };
 struct Module {
     int loaded = 1;
@@ -53,9 +69,10 @@ struct Function {
 std::recursive_mutex lock;
 std::map<Pointer, std::size_t> allocations; // device and pinned memory by its first byte
 long calls, fail_at, live;
-bool initialized, idle;
+bool initialized, idle, late;
 int retained;
 Stream default_stream;
+std::set<Stream *> streams{&default_stream};
 thread_local std::vector<void *> contexts; // the last is current
 char context;
 
@@ -81,6 +98,34 @@ bool inside(Pointer p, std::size_t bytes)
     return p - first <= size && bytes <= size - (p - first);
 }
 
+// Does what a stream has until something waits; whether anything was done.
+bool advance(Stream &s)
+{
+    bool any = false;
+    while (!s.work.empty()) {
+        int done = s.work.front()();
+        if (done == WAITS)
+            break;
+        if (done && !s.failed)
+            s.failed = done;
+        s.work.pop_front();
+        any = true;
+    }
+    return any;
+}
+
+// Likewise, and of the other streams as much as it waits for.
+void advance_for(Stream &s)
+{
+    advance(s);
+    bool any = true;
+    while (any && !s.work.empty()) {
+        any = false;
+        for (Stream *other : streams)
+            any = advance(*other) || any;
+    }
+}
+
 int run(void *stream, std::function<int()> work)
 {
     Stream *s = stream ? (Stream *)stream : &default_stream;
@@ -88,7 +133,27 @@ int run(void *stream, std::function<int()> work)
         s->capture->work.push_back(std::move(work));
         return SUCCESS;
     }
-    return work();
+    s->work.push_back(std::move(work));
+    if (late)
+        return SUCCESS;
+    advance(*s);
+    return std::exchange(s->failed, SUCCESS);
+}
+
+// Waits until a stream has done what it has; others may give in the meantime what it waits for.
+int drain(Stream *s)
+{
+    for (;;) {
+        {
+            std::lock_guard<std::recursive_mutex> guard(lock);
+            if (!s)
+                s = &default_stream;
+            advance_for(*s);
+            if (s->work.empty())
+                return std::exchange(s->failed, SUCCESS);
+        }
+        usleep(100);
+    }
 }
 
 int allocate(void **p, std::size_t bytes)
@@ -106,6 +171,9 @@ int allocate(void **p, std::size_t bytes)
 
 int release(void *p)
 {
+    // As the driver, which waits for the device.
+    for (Stream *s : streams)
+        advance_for(*s);
     if (!allocations.erase((Pointer)p))
         return INVALID_VALUE;
     std::free(p);
@@ -133,6 +201,21 @@ long farface_emulator_calls() { return calls; }
 long farface_emulator_live() { return live; }
 // Kernels do nothing, and memory is zeros: for what does not ask for results.
 void farface_emulator_idle(int on) { idle = on != 0; }
+// Work is done when somebody waits for it, or asks after what waits for it: what is not ordered by an event shows.
+void farface_emulator_late(int on) { late = on != 0; }
+// Of nccl.cpp: counts what it has made, and gives work to a stream that writes so many bytes at `to`.
+void farface_emulator_count(int by)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    live += by;
+}
+int farface_emulator_give(void *stream, Pointer to, std::size_t bytes, std::function<int()> *work)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    if (!inside(to, bytes))
+        return INVALID_VALUE;
+    return run(stream, *work);
+}
 void farface_emulator_backwards(int on) { emulator::run_backwards(on != 0); }
 // What the emulated libraries ask for: library.hpp.
 int farface_emulator_begin(int needs_context)
@@ -285,21 +368,44 @@ int cuMemsetD8Async(Pointer to, unsigned char value, std::size_t bytes, void *st
 int cuStreamCreate(void **stream, unsigned)
 {
     ENTRY(true);
-    *stream = new Stream;
+    Stream *s = new Stream;
+    streams.insert(s);
+    *stream = s;
     live++;
     return SUCCESS;
 }
 int cuStreamDestroy_v2(void *stream)
 {
     std::lock_guard<std::recursive_mutex> guard(lock);
+    // Its work is done all the same, by the driver; here what can be.
+    advance_for(*(Stream *)stream);
+    streams.erase((Stream *)stream);
     delete (Stream *)stream;
     live--;
     return SUCCESS;
 }
-int cuStreamSynchronize(void *)
+int cuStreamSynchronize(void *stream)
+{
+    {
+        ENTRY(true);
+    }
+    return drain((Stream *)stream);
+}
+int cuStreamQuery(void *stream)
 {
     ENTRY(true);
-    return SUCCESS;
+    Stream *s = stream ? (Stream *)stream : &default_stream;
+    advance_for(*s);
+    if (!s->work.empty())
+        return NOT_READY;
+    return std::exchange(s->failed, SUCCESS);
+}
+int cuStreamWaitEvent(void *stream, void *event, unsigned)
+{
+    ENTRY(true);
+    auto passing = ((Event *)event)->passing;
+    long marked = passing->marked;
+    return run(stream, [=] { return passing->passed >= marked ? SUCCESS : WAITS; });
 }
 int cuStreamBeginCapture_v2(void *stream, int)
 {
@@ -332,11 +438,11 @@ int cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long)
     live++;
     return SUCCESS;
 }
-int cuGraphLaunch(void *exec, void *)
+int cuGraphLaunch(void *exec, void *stream)
 {
     ENTRY(true);
     for (auto &work : ((Graph *)exec)->work)
-        if (int failed = work())
+        if (int failed = run(stream, work))
             return failed;
     return SUCCESS;
 }
@@ -368,21 +474,38 @@ int cuEventDestroy_v2(void *event)
     live--;
     return SUCCESS;
 }
-int cuEventRecord(void *event, void *)
+int cuEventRecord(void *event, void *stream)
 {
     ENTRY(true);
-    ((Event *)event)->at = std::chrono::steady_clock::now();
-    return SUCCESS;
+    auto passing = ((Event *)event)->passing;
+    long mark = ++passing->marked;
+    return run(stream, [=] {
+        passing->passed = mark;
+        passing->at = std::chrono::steady_clock::now();
+        return SUCCESS;
+    });
 }
-int cuEventSynchronize(void *)
+int cuEventSynchronize(void *event)
 {
-    ENTRY(true);
-    return SUCCESS;
+    auto passing = ((Event *)event)->passing;
+    {
+        ENTRY(true);
+    }
+    for (;;) {
+        {
+            std::lock_guard<std::recursive_mutex> guard(lock);
+            for (Stream *s : streams)
+                advance_for(*s);
+            if (passing->passed == passing->marked)
+                return SUCCESS;
+        }
+        usleep(100);
+    }
 }
 int cuEventElapsedTime(float *ms, void *start, void *end)
 {
     ENTRY(true);
-    *ms = std::chrono::duration<float, std::milli>(((Event *)end)->at - ((Event *)start)->at).count();
+    *ms = std::chrono::duration<float, std::milli>(((Event *)end)->passing->at - ((Event *)start)->passing->at).count();
     return SUCCESS;
 }
 int cuModuleLoadData(void **module, const void *image)

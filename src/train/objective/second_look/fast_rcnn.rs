@@ -12,7 +12,7 @@ use crate::shape::{Shape, Tensor};
 use crate::train::data::Annotated;
 use crate::train::losses::LossRecipe;
 use crate::train::matching::{match_boxes, reference_scale, FaceBox, MatchingRecipe, SecondPass};
-use crate::train::objective::pictures::{face_boxes, parallel, picture_maps};
+use crate::train::objective::pictures::{face_boxes, parallel, picture_maps, Whole};
 use crate::train::sampler::SamplerRecipe;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -85,12 +85,13 @@ impl GroupedFastRcnn {
         faces: &[Vec<Annotated>],
         rng: impl Fn(usize) -> Rng + Sync,
         threads: usize,
+        whole: Whole<'_>,
     ) -> Looks {
         let images = faces.len();
         let chosen = parallel(images, threads, |n| {
             self.of_picture(self.proposed(outputs, n), &face_boxes(&faces[n]), &mut rng(n))
         });
-        let share = 1.0 / images as f32;
+        let share = 1.0 / whole.images() as f32;
         let look = |image: usize, look: Look| Look {
             image,
             class_weight: look.class_weight * share,

@@ -8,7 +8,7 @@ use crate::shape::Tensor;
 use crate::train::data::Annotated;
 use crate::train::losses::{ClassLoss, Focal, LossRecipe};
 use crate::train::matching::{match_boxes, reference_scale, FaceBox, MatchingRecipe, IGNORED};
-use crate::train::objective::pictures::{face_boxes, parallel};
+use crate::train::objective::pictures::{face_boxes, parallel, Whole};
 use crate::train::objective::TwoStep;
 use serde::{Deserialize, Serialize};
 
@@ -67,11 +67,18 @@ impl FeatureSupervision {
         LossRecipe { classification: ClassLoss::Focal { alpha, gamma }, margin: 0.0, ..self.detector.loss }
     }
 
-    pub(super) fn choose(&self, outputs: &[Tensor], faces: &[Vec<Annotated>], threads: usize) -> Looks {
+    pub(super) fn choose(
+        &self,
+        outputs: &[Tensor],
+        faces: &[Vec<Annotated>],
+        threads: usize,
+        whole: Whole<'_>,
+    ) -> Result<Looks> {
         let chosen = parallel(faces.len(), threads, |n| {
             self.of_picture(self.detector.found(outputs, n), &face_boxes(&faces[n]))
         });
         let positives = chosen.iter().flatten().filter(|(_, face)| face.is_some()).count();
+        let [positives, ..] = whole.counts([positives, 0, 0])?;
         let class_weight = self.recipe.weight / positives.max(1) as f32;
         let mut inputs = vec![Vec::new(); self.detector.levels.len()];
         for (image, chosen) in chosen.into_iter().enumerate() {
@@ -79,7 +86,7 @@ impl FeatureSupervision {
                 inputs[level].push(Look { image, bbox, face, class_weight, box_weight: 0.0 });
             }
         }
-        Looks::new(inputs)
+        Ok(Looks::new(inputs))
     }
 
     /// Faces first, then detections as suppression leaves them: those that are matched with a face, and background. A face comes

@@ -10,7 +10,7 @@ pub use fast_rcnn::{FastRcnnRecipe, GroupedFastRcnn};
 pub use feature_supervision::{FeatureSupervision, FeatureSupervisionRecipe};
 
 use super::head::box_loss;
-use super::pictures::{Losses, Proposal};
+use super::pictures::{Losses, Proposal, Whole};
 use crate::detect::anchors::Anchor;
 use crate::detect::boxes::Convention;
 use crate::detect::group_sampling::SECOND_STAGE_VARIANCES;
@@ -81,7 +81,7 @@ pub enum SecondLook {
 }
 
 impl SecondLook {
-    /// The boxes of a batch whose network puts out `outputs` (those of the detector, N x H x W x C); `rng` gives a
+    /// The boxes of a batch, or of a part of the batch `whole`, whose network puts out `outputs` (those of the detector, N x H x W x C); `rng` gives a
     /// generator for each picture. The result does not depend on the number of threads.
     pub fn choose(
         &self,
@@ -89,10 +89,11 @@ impl SecondLook {
         faces: &[Vec<Annotated>],
         rng: impl Fn(usize) -> Rng + Sync,
         threads: usize,
-    ) -> Looks {
+        whole: Whole<'_>,
+    ) -> Result<Looks> {
         match self {
-            SecondLook::FeatureSupervision(s) => s.choose(outputs, faces, threads),
-            SecondLook::FastRcnn(s) => s.choose(outputs, faces, rng, threads),
+            SecondLook::FeatureSupervision(s) => s.choose(outputs, faces, threads, whole),
+            SecondLook::FastRcnn(s) => Ok(s.choose(outputs, faces, rng, threads, whole)),
         }
     }
 

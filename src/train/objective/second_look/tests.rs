@@ -116,7 +116,7 @@ fn feature_supervisions_loss_is_the_focal_loss_over_the_batchs_positives() {
     let faces =
         [vec![face(0.0, 0.0, 16.0, 16.0), face(8.0, 8.0, 16.0, 18.0)], vec![face(2.0, 2.0, 9.0, 9.0)]]
             .map(|faces| faces.into_iter().map(annotated).collect::<Vec<_>>());
-    let looks = s.choose(&outputs, &faces, 2);
+    let looks = s.choose(&outputs, &faces, 2, Whole::at_hand(2)).unwrap();
     let weights =
         |l: &[Look]| l.iter().map(|l| (l.image, l.face.is_some(), l.class_weight)).collect::<Vec<_>>();
     let share = 0.5 / 3.0;
