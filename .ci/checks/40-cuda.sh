@@ -15,4 +15,4 @@ tests=$(cargo test --locked --test cuda --no-run 2>&1 | sed -n 's/.*(\(.*\/cuda-
 preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 env FARFACE_TEST_SANITIZE=1 LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 "$tests" --test-threads 2 \
     stem_convolution depthwise pooling resizing roi_align pixels:: every_detectors_maps recorded_launches \
-    candidates_without_room threads_share a_picture_on_the_device
+    candidates_without_room threads_share a_picture_on_the_device objective::an_objective objective::ties

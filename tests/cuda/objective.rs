@@ -205,6 +205,11 @@ fn levels(strides: &[usize], anchors: usize, layouts: impl Fn(usize) -> Layout) 
     strides.iter().enumerate().map(level).collect()
 }
 
+/// Under sanitizers a case takes twenty times as long.
+fn sanitized() -> bool {
+    std::env::var_os("FARFACE_TEST_SANITIZE").is_some()
+}
+
 fn matching() -> impl Strategy<Value = MatchingRecipe> {
     (0..5, 0.05f32..0.5, 0.0f32..0.4).prop_map(|(kind, low, more)| {
         let scan =
@@ -259,7 +264,7 @@ fn boxes() -> impl Strategy<Value = BoxLoss> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(250))]
+    #![proptest_config(ProptestConfig::with_cases(if sanitized() { 60 } else { 250 }))]
 
     #[test]
     fn an_objective_on_a_device_is_the_cpus(
@@ -333,13 +338,46 @@ fn large_choices_are_the_cpus() {
                 }),
                 ..plain(LAYOUTS[i % 3], ClassLoss::Sigmoid {})
             };
-            let losses = check(&device, &Case::new(objective, 200, 2, 150, 1.0, i as u64));
+            let pictures = if sanitized() { 1 } else { 2 };
+            let losses = check(&device, &Case::new(objective, 200, pictures, 150, 1.0, i as u64));
             mined += losses.mined;
             matched += losses.matched;
         }
     }
     println!("{matched} anchors matched, {mined} mined");
     assert!(mined > 1000 && matched > 1000, "{matched} matched, {mined} mined");
+}
+
+/// Two faces that overlap one anchor equally, one that overlaps two anchors equally, and two anchors whose boxes fit a face equally.
+#[test]
+fn ties_go_to_the_first() {
+    let Some(device) = device() else { return };
+    let face = |x1, y1, x2, y2| Annotated { bbox: BBox::new(x1, y1, x2, y2), ignore: false };
+    let faces = [face(9.0, 9.0, 11.0, 11.0), face(13.0, 13.0, 15.0, 15.0), face(12.0, 16.0, 20.0, 24.0)];
+    let thresholds = |force_best| MatchingRecipe::Thresholds { negative: 0.4, positive: 0.5, force_best };
+    let best = MatchingRecipe::TwoPassScan { lambda1: 0.6, lambda2: 0.05, second_pass: SecondPass::Best };
+    // Matched anchors and mined ones.
+    for (matching, mining, found) in [
+        (MatchingRecipe::FirstStep { positive: 0.06 }, None, (3, 0)),
+        (thresholds(true), None, (2, 0)),
+        (best, None, (2, 0)),
+        (thresholds(false), Some(AnchorMining { anchors: 1, overlap: 0.3 }), (0, 1)),
+    ] {
+        let objective = Objective {
+            levels: vec![Level { stride: 8, anchors: vec![[8.0; 2]], layout: Layout::Joint }],
+            matching,
+            mining,
+            sampler: Some(SamplerRecipe { miner: Miner::All {}, ..SamplerRecipe::default() }),
+            ..plain(Layout::Joint, ClassLoss::Sigmoid {})
+        };
+        let mut case = Case::new(objective, 32, 1, 0, 1.0, 3);
+        // Every anchor's box is the anchor; the offsets' losses tell the faces apart.
+        case.outputs[0].data.chunks_exact_mut(5).for_each(|cell| cell[1..].fill(0.0));
+        case.objective.loss.boxes = BoxLoss::SmoothL1 { beta: 1.0 };
+        case.faces = vec![faces.to_vec()];
+        let losses = check(&device, &case);
+        assert_eq!((losses.matched, losses.mined), found, "{matching:?}");
+    }
 }
 
 #[test]

@@ -346,7 +346,7 @@ fn checked(batch: &Batch<'_>, rules: &Rules) -> Result<u32> {
         if g.cells == 0 {
             continue;
         }
-        if g.columns == 0 || !g.cells.is_multiple_of(g.columns) || !(g.stride > 0.0) {
+        if g.columns == 0 || !g.cells.is_multiple_of(g.columns) {
             return bad("a group's cells are no rows");
         }
         let last = |first: i64, picture: i64, cell: u32, more: u32| {
