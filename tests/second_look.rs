@@ -16,7 +16,7 @@ use farface::train::network::{Engine, Frozen, InputTable, Network};
 use farface::train::objective::second_look::{
     FastRcnnRecipe, FeatureSupervision, FeatureSupervisionRecipe, GroupedFastRcnn, Looks,
 };
-use farface::train::objective::{Layout, Level, SecondLook, TwoStep};
+use farface::train::objective::{Layout, Level, SecondLook, TwoStep, Whole};
 use farface::train::sampler::SamplerRecipe;
 
 const SIDE: usize = 96;

@@ -8,8 +8,10 @@ use farface::shape::{Shape, Tensor};
 use farface::train::data::Annotated;
 use farface::train::losses::{BoxLoss, ClassLoss, LossRecipe, NoOverlap};
 use farface::train::matching::{AnchorMining, MatchingRecipe};
-use farface::train::objective::{Layout, Level, Losses, Objective, PyramidAnchors, TwoStep};
+use farface::train::objective::{Layout, Level, Losses, Objective, PyramidAnchors, TwoStep, Whole};
 use farface::train::sampler::{Miner, Reduction, SamplerRecipe};
+use std::ops::Range;
+use std::sync::{Barrier, Mutex};
 
 /// Two levels on pictures of 64 x 64 pixels.
 fn objective(
@@ -107,6 +109,66 @@ fn cases() -> Vec<(&'static str, Objective)> {
         ("quality focal", objective(quality, ln, None, SamplerRecipe::default())),
         ("quality focal with mined anchors", objective(quality, ln, mining, SamplerRecipe::default())),
     ]
+}
+
+/// Holds what two judges make of the first picture and of the others, counting together, to what one makes of all.
+fn check_parts(
+    what: &str,
+    (outputs, faces): &(Vec<Tensor>, Vec<Vec<Annotated>>),
+    (losses, gradients): (Losses, Vec<Tensor>),
+    judge: impl Fn(&[Tensor], &[Vec<Annotated>], usize, Whole<'_>) -> (Losses, Vec<Tensor>) + Sync,
+) {
+    let (counts, all) = (Mutex::new([0; 3]), Barrier::new(2));
+    let sum = |own: [usize; 3]| {
+        let add = |counts: &mut [usize; 3]| counts.iter_mut().zip(own).for_each(|(to, own)| *to += own);
+        add(&mut counts.lock().unwrap());
+        all.wait();
+        Ok(*counts.lock().unwrap())
+    };
+    let part = |range: Range<usize>| {
+        let cut = |t: &Tensor| {
+            let image = t.data.len() / t.shape.n;
+            let shape = Shape { n: range.len(), ..t.shape };
+            Tensor { shape, data: t.data[image * range.start..image * range.end].to_vec() }
+        };
+        let outputs: Vec<Tensor> = outputs.iter().map(cut).collect();
+        judge(&outputs, &faces[range.clone()], range.start, Whole::shared(faces.len(), &sum))
+    };
+    let parts = std::thread::scope(|scope| {
+        let first = scope.spawn(|| part(0..1));
+        let second = part(1..faces.len());
+        [first.join().unwrap(), second]
+    });
+    for (i, gradient) in gradients.iter().enumerate() {
+        let got = [&parts[0].1[i].data[..], &parts[1].1[i].data].concat();
+        assert!(got == gradient.data, "{what}: gradient of output {i}");
+    }
+    let got = Losses::of_parts(&[parts[0].0, parts[1].0]);
+    let off = [(got.class, losses.class), (got.boxes, losses.boxes), (got.iou, losses.iou)];
+    assert!(off.iter().all(|(got, e)| (got - e).abs() <= 1e-12 * e.abs()), "{what}: {got:?}, {losses:?}");
+    let counts = |l: Losses| [l.matched, l.mined, l.faces];
+    assert_eq!(counts(got), counts(losses), "{what}");
+}
+
+#[test]
+fn parts_of_a_batch_that_count_together_are_the_batch() {
+    for (what, o) in cases() {
+        let (outputs, faces) = batch(&o, 3, &mut Rng::new(5));
+        let whole = o.judge(&outputs, &faces, generator, 1).unwrap();
+        check_parts(what, &(outputs, faces), whole, |outputs, faces, first, whole| {
+            o.judge_part(outputs, faces, &[], |n| generator(first + n), 1, whole).unwrap()
+        });
+    }
+    let thresholds = MatchingRecipe::Thresholds { negative: 0.3, positive: 0.35, force_best: false };
+    let sampler = SamplerRecipe { miner: Miner::All {}, ..SamplerRecipe::default() };
+    for sampler in [None, Some(sampler)] {
+        let o = TwoStep { sampler, ..two_step(thresholds) };
+        let (outputs, faces) = two_step_batch(&mut Rng::new(9));
+        let whole = o.judge(&outputs, &faces, generator, 1).unwrap();
+        check_parts("two steps", &(outputs, faces), whole, |outputs, faces, first, whole| {
+            o.judge_part(outputs, faces, |n| generator(first + n), 1, whole).unwrap()
+        });
+    }
 }
 
 /// The loss of classification and the weighted one of the boxes.
