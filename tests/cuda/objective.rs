@@ -205,7 +205,7 @@ fn levels(strides: &[usize], anchors: usize, layouts: impl Fn(usize) -> Layout) 
     strides.iter().enumerate().map(level).collect()
 }
 
-/// Under sanitizers a case takes twenty times as long.
+/// Cases take longer under sanitizers.
 fn sanitized() -> bool {
     std::env::var_os("FARFACE_TEST_SANITIZE").is_some()
 }
