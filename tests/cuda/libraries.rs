@@ -1,7 +1,7 @@
 //! Convolutions by cuDNN and cuBLASLt, and who is chosen.
 
 use crate::emulator::{driver, Driver, WITHOUT_LIBRARIES};
-use crate::failures::{alone, fail_at_each};
+use crate::failures::{alone, fail_at_each_but};
 use crate::support::random_tensor;
 use farface::gpu::driver::Stream;
 use farface::gpu::map::Element;
@@ -151,23 +151,24 @@ fn a_library_that_fails_at_any_call_is_an_error_where_it_is_forced() {
     }
     let mut b = Builder::new();
     let x = b.input("x", 8);
-    let first = b.conv("first", x, Conv2d::new(8, 8, 1).bias());
-    let y = b.conv("second", first, Conv2d::new(8, 8, 1).bias());
-    let y = b.add(y, x);
+    let added = b.input("added", 8);
+    let y = b.conv("conv", x, Conv2d::new(8, 8, 1).bias());
+    let y = b.add(y, added);
     let y = b.relu(y);
-    let z = b.conv("third", y, Conv2d::new(8, 16, 1).bias());
-    b.output("z", z);
+    b.output("y", y);
     let graph = b.finish();
     let weights = Weights::random(&graph, 1);
     // What was measured is not measured again: another size every time.
     let width = AtomicUsize::new(1);
     for (libraries, what) in [(ConvLibraries::Cudnn, "cuDNN"), (ConvLibraries::CublasLt, "cuBLASLt")] {
-        fail_at_each(emulator, what, || {
-            let input = [Tensor::zeros(Shape::new(1, 8, 2, 32 * width.fetch_add(1, Ordering::Relaxed)))];
+        // What it was measured with is given back before there is a plan: a stream, two events, memory that grew.
+        fail_at_each_but(emulator, what, 6, || {
+            let shape = Shape::new(1, 8, 1, width.fetch_add(1, Ordering::Relaxed));
+            let input = [Tensor::zeros(shape), Tensor::zeros(shape)];
             let device = Device::with_convolutions(0, libraries)?;
             let stream = Stream::new(device.context())?;
             let network = DeviceNetwork::new(&graph, &weights, &device, Element::F32)?;
-            let mut plan = DevicePlan::new(&network, &[input[0].shape])?;
+            let mut plan = DevicePlan::new(&network, &[shape; 2])?;
             plan.choose(&network)?;
             let arena = DeviceBuffer::new(device.context(), plan.bytes())?;
             plan.run_tensors(&stream, &arena, &input)?;
