@@ -26,9 +26,9 @@ const SOON: Duration = Duration::from_secs(20);
 /// `f` of every rank, each in a thread.
 fn together<R: Send>(world: u32, f: impl Fn(Ranks) -> R + Sync) -> Vec<R> {
     let launch = launch(world);
+    let meet = |rank: u32| f(Ranks::meet(&of_rank(&launch, rank), SOON).unwrap());
+    let meet = &meet;
     std::thread::scope(|scope| {
-        let meet = |rank: u32| f(Ranks::meet(&of_rank(&launch, rank), SOON).unwrap());
-        let meet = &meet;
         // The last comes first.
         let all: Vec<_> = (0..world).rev().map(|rank| scope.spawn(move || meet(rank))).collect();
         all.into_iter().rev().map(|t| t.join().unwrap()).collect()
