@@ -16,6 +16,10 @@ struct f16 {
 struct bf16 {
     u16 bits;
 };
+// An f32 that is multiplied with ten bits behind the point.
+struct tf32 {
+    u32 bits;
+};
 
 // Sixteen bytes, loaded and stored at once.
 struct __align__(16) Vec16 {
@@ -124,6 +128,28 @@ DEVICE void multiply(float c[4], const u32 a[4], u32 b0, u32 b1, bf16)
 #endif
 }
 
+// As above, 16x8 by 8x8, of factors that round_factors has rounded.
+DEVICE void multiply(float c[4], const u32 a[4], u32 b0, u32 b1, tf32)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// To the nearest TF32 value, ties away from zero: what a product of others gives is undefined.
+DEVICE u32 tf32_bits(float v)
+{
+#if __CUDA_ARCH__ >= 800
+    u32 bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+    return bits;
+#else
+    return __float_as_uint(v); // as load_matrices
+#endif
+}
+
 // The block's dynamic shared memory.
 DEVICE u8 *shared_bytes()
 {
@@ -135,8 +161,18 @@ DEVICE u8 *shared_bytes()
 
 DEVICE float to_float(f16 v);
 DEVICE u16 f16_bits(float v);
+DEVICE u32 tf32_bits(float v);
 
 #endif
+
+// Makes factors what `multiply` takes: f32 are rounded, halves are that already.
+template <class T> DEVICE void round_factors(u32[4], T) {}
+DEVICE void round_factors(u32 four[4], tf32)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        four[i] = tf32_bits(__uint_as_float(four[i]));
+}
 
 DEVICE float to_float(float v) { return v; }
 DEVICE float to_float(bf16 v) { return __uint_as_float((u32)v.bits << 16); }

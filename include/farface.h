@@ -321,6 +321,12 @@ typedef uint32_t farface_precision;
  */
 #define FARFACE_PRECISION_F16 4
 
+/**
+ * Single precision, the factors of convolutions rounded to TF32 (ten bits behind the point), sums in single: on CUDA
+ * devices of compute capability 8.0 or later alone, an error on others and on the CPU.
+ */
+#define FARFACE_PRECISION_TF32 5
+
 /** Where the network may run: one of the FARFACE_DEVICE_POLICY_ values. */
 typedef uint32_t farface_device_policy;
 

@@ -64,6 +64,9 @@ pub const FARFACE_PRECISION_INT8: farface_precision = 3;
 /// Half precision, sums in single precision or of a few products in half: half the memory, and faster on CPUs with
 /// FEAT_FP16 or AVX512-FP16 (slower on others). What is beyond 65504 becomes that.
 pub const FARFACE_PRECISION_F16: farface_precision = 4;
+/// Single precision, the factors of convolutions rounded to TF32 (ten bits behind the point), sums in single: on CUDA
+/// devices of compute capability 8.0 or later alone, an error on others and on the CPU.
+pub const FARFACE_PRECISION_TF32: farface_precision = 5;
 
 /// Where the network may run: one of the FARFACE_DEVICE_POLICY_ values.
 #[allow(non_camel_case_types)]
@@ -333,6 +336,7 @@ fn from_c(o: &farface_session_options) -> Result<Options> {
             FARFACE_PRECISION_BF16 => Precision::Bf16,
             FARFACE_PRECISION_INT8 => Precision::Int8,
             FARFACE_PRECISION_F16 => Precision::F16,
+            FARFACE_PRECISION_TF32 => Precision::Tf32,
             other => return bad(format!("precision {other} is no FARFACE_PRECISION_ value")),
         },
         device: match o.device_policy {
@@ -393,6 +397,7 @@ fn to_c(o: &Options) -> farface_session_options {
             Precision::Bf16 => FARFACE_PRECISION_BF16,
             Precision::Int8 => FARFACE_PRECISION_INT8,
             Precision::F16 => FARFACE_PRECISION_F16,
+            Precision::Tf32 => FARFACE_PRECISION_TF32,
         },
         device_policy,
         cuda_index,

@@ -7,7 +7,7 @@ use super::second_stage::CompiledSecondStage;
 use crate::cpu::isa;
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
-use crate::gpu::{map::Element, ops::Device};
+use crate::gpu::{map::Arithmetic, ops::Device};
 #[cfg(feature = "cuda")]
 use crate::graph::DeviceNetwork;
 use crate::graph::{Compiled, Graph, Numbers, Reach, Weights};
@@ -23,7 +23,7 @@ pub struct Model(Arc<Inner>);
 
 /// A device's number, the type of tensors there, and whether it is the second stage.
 #[cfg(feature = "cuda")]
-type Place = (u32, Element, bool);
+type Place = (u32, Arithmetic, bool);
 
 struct Inner {
     config: ModelConfig,
@@ -154,7 +154,7 @@ impl Model {
 
     /// The network in these numbers; made when it is first asked for, then shared. Of two stages the first.
     ///
-    /// Errors: [`Error::InvalidArgument`] for `Int8` where the model has not been quantized.
+    /// Errors: [`Error::InvalidArgument`] for `Int8` where the model has not been quantized, [`Error::Unsupported`] for `Tf32`.
     pub fn network(&self, precision: Precision) -> Result<Arc<Compiled>> {
         let Inner { config, graph, weights, networks, .. } = &*self.0;
         let (precision, numbers) = match (precision, &config.quantization) {
@@ -163,6 +163,11 @@ impl Model {
             (Precision::F16, _) => (precision, Numbers::F16),
             (Precision::Auto | Precision::Int8, Some(ranges)) => {
                 (Precision::Int8, Numbers::Int8(ranges.clone()))
+            }
+            (Precision::Tf32, _) => {
+                return Err(Error::Unsupported(
+                    "tf32 is computed on CUDA devices alone; on the CPU take auto, f32, bf16 or f16".into(),
+                ))
             }
             (Precision::Int8, None) => {
                 return Err(Error::InvalidArgument(
@@ -180,11 +185,11 @@ impl Model {
         Ok(network)
     }
 
-    /// The network on a device, with tensors of `element`; brought there when it is first asked for, then shared by those who hold
+    /// The network on a device, in this arithmetic; brought there when it is first asked for, then shared by those who hold
     /// it. Of two stages the first.
     #[cfg(feature = "cuda")]
-    pub fn device_network(&self, device: &Arc<Device>, element: Element) -> Result<Arc<DeviceNetwork>> {
-        self.on_device(&self.0.graph, false, device, element)
+    pub fn device_network(&self, device: &Arc<Device>, arithmetic: Arithmetic) -> Result<Arc<DeviceNetwork>> {
+        self.on_device(&self.0.graph, false, device, arithmetic)
     }
 
     /// As [`Model::device_network`], of the second stage.
@@ -192,10 +197,10 @@ impl Model {
     pub(super) fn second_device_network(
         &self,
         device: &Arc<Device>,
-        element: Element,
+        arithmetic: Arithmetic,
     ) -> Result<Arc<DeviceNetwork>> {
         let graph = self.second_graph().ok_or_else(|| Error::Internal("no second stage".into()))?;
-        self.on_device(graph, true, device, element)
+        self.on_device(graph, true, device, arithmetic)
     }
 
     #[cfg(feature = "cuda")]
@@ -204,9 +209,9 @@ impl Model {
         graph: &Graph,
         second: bool,
         device: &Arc<Device>,
-        element: Element,
+        arithmetic: Arithmetic,
     ) -> Result<Arc<DeviceNetwork>> {
-        let place = (device.context().ordinal(), element, second);
+        let place = (device.context().ordinal(), arithmetic, second);
         // Held while it is brought there, as in `network`.
         let mut all = self.0.on_devices.lock().unwrap_or_else(|e| e.into_inner());
         all.retain(|(_, network)| network.strong_count() > 0);
@@ -214,7 +219,7 @@ impl Model {
         if let Some(network) = held.find_map(|(_, network)| network.upgrade()) {
             return Ok(network);
         }
-        let network = Arc::new(DeviceNetwork::new(graph, &self.0.weights, device, element)?);
+        let network = Arc::new(DeviceNetwork::new(graph, &self.0.weights, device, arithmetic)?);
         all.push((place, Arc::downgrade(&network)));
         Ok(network)
     }

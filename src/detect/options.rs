@@ -37,6 +37,9 @@ pub enum Precision {
     F16,
     /// Tensors and weights in eight bits, sums of 32: for models that `farface quantize` has made.
     Int8,
+    /// On a CUDA device of compute capability 8.0 or later alone: tensors and weights in f32, convolutions' factors rounded to TF32
+    /// (the exponents of f32, the ten bits of f16), sums in f32. Faster than f32, with f16's error and without its limits.
+    Tf32,
 }
 
 /// Most scales of [`Scales`].

@@ -117,16 +117,16 @@ impl CublasLt {
         let (api, rows) = (&self.api, conv.output.channels);
         // Column by column, as cuBLASLt counts: weights are [depth, rows], transposed; the input [depth, columns].
         let side = |s: &Side| self.layout(s.element, [rows, columns], s.pixel);
+        // Sums and factors are f32; of f32, not TF32, unless that was asked for.
+        let compute = if conv.tf32 {
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32
+        } else {
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F
+        };
         let made = LtProduct {
             desc: Owned::new(api, api.cublasLtMatmulDescDestroy, "cublasLtMatmulDescCreate", |desc| {
-                // SAFETY: cuBLASLt writes the descriptor. Sums and factors are f32; of f32, not TF32.
-                unsafe {
-                    (api.cublasLtMatmulDescCreate)(
-                        desc,
-                        sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-                        sys::cudaDataType_t::CUDA_R_32F,
-                    )
-                }
+                // SAFETY: cuBLASLt writes the descriptor.
+                unsafe { (api.cublasLtMatmulDescCreate)(desc, compute, sys::cudaDataType_t::CUDA_R_32F) }
             })?,
             weights: self.layout(conv.input.element, [depth, rows], depth)?,
             input: self.layout(conv.input.element, [depth, columns], leading)?,
@@ -385,6 +385,7 @@ mod tests {
             add: None,
             adds_input: false,
             relu: false,
+            tf32: false,
         }
     }
 

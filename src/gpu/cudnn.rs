@@ -168,8 +168,8 @@ impl Cudnn {
             (sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION, sys::cudnnDataType_t::CUDNN_DATA_FLOAT);
         // The default would round f32 to TF32.
         let math = match conv.input.element {
-            Element::F32 => sys::cudnnMathType_t::CUDNN_FMA_MATH,
-            Element::F16 | Element::Bf16 => sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH,
+            Element::F32 if !conv.tf32 => sys::cudnnMathType_t::CUDNN_FMA_MATH,
+            _ => sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH,
         };
         let activation = if conv.relu {
             sys::cudnnActivationMode_t::CUDNN_ACTIVATION_RELU
@@ -415,6 +415,7 @@ mod tests {
             add: None,
             adds_input: false,
             relu: true,
+            tf32: false,
         }
     }
 

@@ -72,6 +72,8 @@ pub(super) struct FusedConv {
     pub adds_input: bool,
     /// Whether negative values become 0.
     pub relu: bool,
+    /// Whether factors of f32 may be rounded to TF32.
+    pub tf32: bool,
 }
 
 /// Addresses of what a call reads and writes.

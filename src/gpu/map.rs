@@ -23,12 +23,9 @@ impl Element {
         }
     }
 
-    /// Channels of a pixel are rounded up to a multiple of this, so that each begins at sixteen bytes; f32 is read one by one.
-    pub fn channel_step(self) -> usize {
-        match self {
-            Element::F32 => 1,
-            Element::F16 | Element::Bf16 => 8,
-        }
+    /// Elements of sixteen bytes.
+    pub fn vector(self) -> usize {
+        16 / self.bytes()
     }
 
     /// Bytes of `values` in this type, to the nearest; f16 ends at its largest number.
@@ -57,6 +54,41 @@ impl Element {
     }
 }
 
+/// How convolutions multiply, and with it the type of the maps between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Arithmetic {
+    /// Maps of f32, products of f32.
+    F32,
+    /// Maps of f32, factors rounded to TF32 (ten bits behind the point, as f16; the exponents of f32), sums of f32.
+    Tf32,
+    /// Maps of f16, sums of f32.
+    F16,
+    /// Maps of bf16, sums of f32.
+    Bf16,
+}
+
+impl Arithmetic {
+    /// Type of the maps between steps.
+    pub fn element(self) -> Element {
+        match self {
+            Arithmetic::F32 | Arithmetic::Tf32 => Element::F32,
+            Arithmetic::F16 => Element::F16,
+            Arithmetic::Bf16 => Element::Bf16,
+        }
+    }
+}
+
+impl From<Element> for Arithmetic {
+    /// Maps of this type, their elements multiplied as they are.
+    fn from(element: Element) -> Self {
+        match element {
+            Element::F32 => Arithmetic::F32,
+            Element::F16 => Arithmetic::F16,
+            Element::Bf16 => Arithmetic::Bf16,
+        }
+    }
+}
+
 /// A map in an arena, channels last. Strides are elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceView {
@@ -73,9 +105,18 @@ pub struct DeviceView {
 }
 
 impl DeviceView {
-    /// A map of its own at `offset`.
+    /// A map of its own at `offset`, whose pixels begin at multiples of sixteen bytes, but of f32 lie close together, as those read
+    /// them who are no convolutions.
     pub fn new(element: Element, shape: Shape, offset: usize) -> Self {
-        let pixel = shape.c.next_multiple_of(element.channel_step());
+        match element {
+            Element::F32 => Self { element, shape, offset, pixel: shape.c, tail: 0 },
+            Element::F16 | Element::Bf16 => Self::padded(element, shape, offset),
+        }
+    }
+
+    /// As [`DeviceView::new`], pixels of f32 too at multiples of sixteen bytes.
+    pub fn padded(element: Element, shape: Shape, offset: usize) -> Self {
+        let pixel = shape.c.next_multiple_of(element.vector());
         Self { element, shape, offset, pixel, tail: pixel - shape.c }
     }
 
@@ -114,10 +155,10 @@ impl DeviceView {
         }
     }
 
-    /// Whether every pixel begins at a multiple of sixteen bytes and its channels are whole vectors of eight with the tail: channels
+    /// Whether every pixel begins at a multiple of sixteen bytes and its channels with the tail are whole vectors: channels
     /// behind its own are read too, and another map's values must not meet the weights' zeros.
     pub fn is_whole_vectors(&self) -> bool {
-        self.is_aligned() && self.shape.c.next_multiple_of(8) == self.shape.c + self.tail
+        self.is_aligned() && self.shape.c.next_multiple_of(self.element.vector()) == self.shape.c + self.tail
     }
 
     /// Whether every pixel begins at a multiple of sixteen bytes.

@@ -5,6 +5,7 @@ use super::map::DeviceView;
 use super::memory::DeviceBuffer;
 use super::ops::{Bench, Device, DeviceOp, Route};
 use crate::error::{Error, Result};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// An operation on its views.
@@ -15,6 +16,8 @@ pub struct DeviceStep {
     pub inputs: Vec<DeviceView>,
     /// Output.
     pub output: DeviceView,
+    /// Bytes of the arena that are the operation's while it runs.
+    pub workspace: Range<usize>,
 }
 
 /// Operations in their order on views of one arena.
@@ -31,7 +34,8 @@ pub struct DeviceProgram {
 const ALIGN: usize = 256;
 
 impl DeviceProgram {
-    /// Checks that all views lie in an arena of `bytes` bytes and that no output overlaps an input. That sizes are those of the
+    /// Checks that all views lie in an arena of `bytes` bytes, that no output overlaps an input and that workspaces are large enough and
+    /// apart from both. That sizes are those of the
     /// layers is for the caller to know.
     pub(crate) fn new(bytes: usize, steps: Vec<DeviceStep>) -> Result<Self> {
         let range = |v: &DeviceView| {
@@ -64,6 +68,17 @@ impl DeviceProgram {
             };
             if step.inputs.iter().any(meets) {
                 return bad("the output overlaps an input");
+            }
+            let room = &step.workspace;
+            let wanted = step.op.workspace(&step.inputs, &step.output);
+            let mut views = step.inputs.iter().chain([&step.output]).map(range);
+            if wanted > 0
+                && (room.len() < wanted
+                    || room.end > bytes
+                    || !room.start.is_multiple_of(16)
+                    || views.any(|r| r.start < room.end && room.start < r.end))
+            {
+                return bad("its workspace is too small or not its own");
             }
         }
         let routes = steps.iter().map(|_| None).collect();
@@ -124,10 +139,16 @@ impl DeviceProgram {
         if arena.len() < self.bytes {
             return Err(Error::Internal("a device arena smaller than the program needs".into()));
         }
-        let (step, workspace) = (&self.steps[i], arena.address() + self.maps.next_multiple_of(ALIGN) as u64);
-        let route = self.routes[i].as_deref().map(|route| (route, workspace));
+        let step = &self.steps[i];
+        let route = self.routes[i].as_deref();
+        // A route was measured with a workspace of its own; without one the step's is that of our kernels' rule.
+        let workspace =
+            if route.is_some() { self.maps.next_multiple_of(ALIGN) } else { step.workspace.start };
         // SAFETY: checked when the program was made, and the arena is as large, with the workspace of the routes.
-        unsafe { step.op.launch_by(route, stream, arena.address(), &step.inputs, &step.output) }
+        unsafe {
+            let workspace = arena.address() + workspace as u64;
+            step.op.launch_by(route, stream, arena.address(), &step.inputs, &step.output, workspace)
+        }
     }
 }
 

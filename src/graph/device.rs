@@ -1,6 +1,6 @@
 //! A network on a CUDA device: the draft's steps with their weights there, and its plan for one input shape.
 //!
-//! Tensors between the steps are of one type; what a network gives out is f32. A pixel's channels are rounded up to sixteen bytes, the
+//! Tensors between the steps are of one type; what a network gives out is f32, its pixels close together. A pixel's channels are rounded up to sixteen bytes, the
 //! rest zeros, and there is no halo: kernels see where a map ends.
 
 use super::build::{Graph, NodeId, ParamId};
@@ -13,7 +13,7 @@ use super::weights::Weights;
 use crate::cpu::conv::Residual;
 use crate::error::{Error, Result};
 use crate::gpu::driver::Stream;
-use crate::gpu::map::{DeviceView, Element};
+use crate::gpu::map::{Arithmetic, DeviceView, Element};
 use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::ops::{Device, DeviceOp, Joined};
 use crate::gpu::program::{DeviceProgram, DeviceStep};
@@ -37,8 +37,10 @@ struct Step {
 pub struct DeviceNetwork {
     graph: Graph,
     values: Vec<Value>,
-    /// Of every value, its own type or its parent's.
-    elements: Vec<Element>,
+    /// Type of the tensors between the steps.
+    element: Element,
+    /// Of every value, whether it or its parent is what others than steps read or write: f32, its pixels close together.
+    outside: Vec<bool>,
     steps: Vec<Step>,
     inputs: Vec<ValueId>,
     outputs: Vec<ValueId>,
@@ -65,8 +67,17 @@ fn part_outputs(draft: &mut Draft) {
 }
 
 impl DeviceNetwork {
-    /// Folds, fuses and uploads `graph` with `weights`; tensors between its steps are of `element`.
-    pub fn new(graph: &Graph, weights: &Weights, device: &Arc<Device>, element: Element) -> Result<Self> {
+    /// Folds, fuses and uploads `graph` with `weights`, to be computed in this arithmetic (that of an [`Element`], or TF32).
+    ///
+    /// Errors: [`Error::Unsupported`] where the device does not compute it, beside those of the graph and of CUDA.
+    pub fn new(
+        graph: &Graph,
+        weights: &Weights,
+        device: &Arc<Device>,
+        arithmetic: impl Into<Arithmetic>,
+    ) -> Result<Self> {
+        let arithmetic = arithmetic.into();
+        device.require(arithmetic)?;
         weights.check(graph)?;
         let mut draft = Draft::new(graph);
         part_outputs(&mut draft);
@@ -77,7 +88,7 @@ impl DeviceNetwork {
             let DraftStep { work, inputs, output, node } = step;
             let op = match work {
                 Work::Siblings(chains) => {
-                    Arc::new(lower_siblings(&graph, weights, device, element, &chains)?)
+                    Arc::new(lower_siblings(&graph, weights, device, arithmetic, &chains)?)
                 }
                 Work::Copy => Arc::new(combine::cuda::copy(device)?),
                 Work::Widen => return Err(Error::Internal("inputs are widened for the CPU alone".into())),
@@ -87,7 +98,7 @@ impl DeviceNetwork {
                     match made.iter().find(|(other, _)| chain.is_like(other, &graph)) {
                         Some((_, op)) => op.clone(),
                         None => {
-                            let op = Arc::new(lower_chain(&graph, weights, device, element, &chain)?);
+                            let op = Arc::new(lower_chain(&graph, weights, device, arithmetic, &chain)?);
                             made.push((chain, op.clone()));
                             op
                         }
@@ -105,10 +116,18 @@ impl DeviceNetwork {
                     .any(|s: &Step| matches!(*s.op, DeviceOp::RoiAlign(_)) && s.inputs.get(1) == Some(v))
         };
         let single = |v: &ValueId| outputs.contains(v) || corners(v);
-        let elements = (0..values.len())
-            .map(|i| if single(&root(&values, ValueId(i)).0) { Element::F32 } else { element })
-            .collect();
-        Ok(Self { graph, values, elements, steps, inputs, outputs, device: device.clone() })
+        let outside = (0..values.len()).map(|i| single(&root(&values, ValueId(i)).0)).collect();
+        let element = arithmetic.element();
+        Ok(Self { graph, values, element, outside, steps, inputs, outputs, device: device.clone() })
+    }
+
+    /// A value of this shape at this byte.
+    fn view(&self, id: ValueId, shape: Shape, offset: usize) -> DeviceView {
+        if self.outside[id.0] {
+            DeviceView::new(Element::F32, shape, offset)
+        } else {
+            DeviceView::padded(self.element, shape, offset)
+        }
     }
 
     /// The device that it is on.
@@ -136,7 +155,7 @@ fn lower_siblings(
     graph: &Graph,
     weights: &Weights,
     device: &Device,
-    element: Element,
+    arithmetic: Arithmetic,
     chains: &[Chain],
 ) -> Result<DeviceOp> {
     let (mut weight, mut bias) = (Vec::new(), Vec::new());
@@ -149,7 +168,14 @@ fn lower_siblings(
     match graph.nodes[first.start.0].layer() {
         Some(Layer::Conv2d(c)) => {
             let all = Conv2d { out_channels: bias.len(), ..*c };
-            conv2d::cuda::lower(&all, device, element, &weight, &bias, (first.slope, joined(first.residual)))
+            conv2d::cuda::lower(
+                &all,
+                device,
+                arithmetic,
+                &weight,
+                &bias,
+                (first.slope, joined(first.residual)),
+            )
         }
         _ => Err(Error::Internal("siblings are convolutions".into())),
     }
@@ -160,7 +186,7 @@ fn lower_chain(
     graph: &Graph,
     weights: &Weights,
     device: &Device,
-    element: Element,
+    arithmetic: Arithmetic,
     chain: &Chain,
 ) -> Result<DeviceOp> {
     let node = &graph.nodes[chain.start.0];
@@ -168,9 +194,11 @@ fn lower_chain(
     let Affine { weight, bias, .. } = &affine;
     let rule = (chain.slope, joined(chain.residual));
     match node.layer() {
-        Some(Layer::Conv2d(c)) => conv2d::cuda::lower(c, device, element, weight, bias, rule),
+        Some(Layer::Conv2d(c)) => conv2d::cuda::lower(c, device, arithmetic, weight, bias, rule),
         Some(Layer::ConvTranspose2d(c)) => conv_transpose2d::cuda::lower(c, device, weight, bias),
-        Some(Layer::BatchNorm(_)) => batchnorm::cuda::lower(device, element, weight, bias, chain.slope),
+        Some(Layer::BatchNorm(_)) => {
+            batchnorm::cuda::lower(device, arithmetic.element(), weight, bias, chain.slope)
+        }
         Some(Layer::Linear(l)) => {
             let size = static_size(graph, node.inputs[0])
                 .filter(|[h, w]| channels(graph, node.inputs[0]) * h * w == l.in_features)
@@ -180,7 +208,7 @@ fn lower_chain(
                         "layer {name}: linear needs a map of fixed size, {features} values"
                     ))
                 })?;
-            linear::cuda::lower(device, element, size, weight, bias, rule)
+            linear::cuda::lower(device, arithmetic, size, weight, bias, rule)
         }
         _ => Err(Error::Internal(format!("layer {} starts no chain", node.name))),
     }
@@ -246,29 +274,46 @@ impl DevicePlan {
                 continue;
             }
             let too_large = || Error::LimitExceeded(format!("a tensor of {} is too large", shape(id)));
-            let bytes = DeviceView::new(network.elements[id], shape(id), 0).bytes();
+            let view = network.view(ValueId(id), shape(id), 0);
             // Kernels count values in 31 bits.
-            let bytes = bytes
-                .filter(|b| b / network.elements[id].bytes() < i32::MAX as usize)
+            let bytes = view
+                .bytes()
+                .filter(|b| b / view.element.bytes() < i32::MAX as usize)
                 .ok_or_else(too_large)?;
             buffer_of[id] = buffers.len();
             buffers.push(Buffer { size: bytes.div_ceil(ALIGN), live: live[id], offset: 0 });
         }
+        // What steps need beside the tensors, which depends on how these lie in their buffers, not on where the buffers are.
+        let at = |id: ValueId, offset: usize| {
+            let (top, first) = root(id);
+            let whole = network.view(top, shape(top.0), offset);
+            if top == id {
+                whole
+            } else {
+                whole.channels(first, shape(id.0).c)
+            }
+        };
+        let mut room_of = vec![usize::MAX; network.steps.len()];
+        for (i, step) in network.steps.iter().enumerate().filter(|(i, _)| needed[*i]) {
+            let inputs: Vec<DeviceView> = step.inputs.iter().map(|v| at(*v, 0)).collect();
+            let bytes = step.op.workspace(&inputs, &at(step.output, 0));
+            if bytes > 0 {
+                room_of[i] = buffers.len();
+                buffers.push(Buffer { size: bytes.div_ceil(ALIGN), live: (i + 1, i + 1), offset: 0 });
+            }
+        }
         let units = place(&mut buffers).and_then(|units| units.checked_mul(ALIGN));
         let bytes = units.ok_or_else(|| Error::LimitExceeded("the tensors together are too large".into()))?;
-        let view = |id: ValueId| {
-            let (top, first) = root(id);
-            let buffer = buffers.get(buffer_of[top.0])?;
-            let whole = DeviceView::new(network.elements[top.0], shape(top.0), buffer.offset * ALIGN);
-            Some(if top == id { whole } else { whole.channels(first, shape(id.0).c) })
-        };
+        let view = |id: ValueId| Some(at(id, buffers.get(buffer_of[root(id).0 .0])?.offset * ALIGN));
         let placed =
             |id: &ValueId| view(*id).ok_or_else(|| Error::Internal("a step's tensor has no place".into()));
-        let steps = network.steps.iter().zip(&needed).filter(|(_, needed)| **needed).map(|(s, _)| {
+        let steps = network.steps.iter().enumerate().filter(|(i, _)| needed[*i]).map(|(i, s)| {
+            let room = buffers.get(room_of[i]);
             Ok(DeviceStep {
                 op: s.op.clone(),
                 inputs: s.inputs.iter().map(placed).collect::<Result<_>>()?,
                 output: placed(&s.output)?,
+                workspace: room.map_or(0..0, |b| b.offset * ALIGN..(b.offset + b.size) * ALIGN),
             })
         });
         let program = DeviceProgram::new(bytes, steps.collect::<Result<_>>()?)?;

@@ -1,13 +1,13 @@
 //! Times our network on a CUDA device for `tests/bench/cuda_compare.py`, in a process of its own.
 //!
-//! `cuda_worker NETWORK WIDTH HEIGHT BATCH f16|bf16|f32` speaks the lines of the other worker: prints `ready SECONDS [prints of the
+//! `cuda_worker NETWORK WIDTH HEIGHT BATCH f16|bf16|tf32|f32` speaks the lines of the other worker: prints `ready SECONDS [prints of the
 //! outputs]`, then for every number N read the milliseconds of N runs by the device's own clock; `q` ends it. `--layers` before them
 //! prints every step's time instead. `cuda_worker --describe STEM NETWORK` writes the network as `STEM.json` and `STEM.safetensors`.
 
 mod networks;
 
 use farface::gpu::driver::{Event, Stream};
-use farface::gpu::map::Element;
+use farface::gpu::map::Arithmetic;
 use farface::gpu::memory::DeviceBuffer;
 use farface::gpu::ops::Device;
 use farface::graph::{DeviceNetwork, DevicePlan, Graph};
@@ -94,23 +94,24 @@ fn main() -> Result<()> {
         }
     }
     let layers = args.first().is_some_and(|a| a == "--layers");
-    let [name, width, height, batch, element] = &args[usize::from(layers)..] else {
+    let [name, width, height, batch, arithmetic] = &args[usize::from(layers)..] else {
         let usage =
-            "usage: cuda_worker [--layers] NETWORK WIDTH HEIGHT BATCH f16|bf16|f32 | --describe STEM NETWORK";
+            "usage: cuda_worker [--layers] NETWORK WIDTH HEIGHT BATCH f16|bf16|tf32|f32 | --describe STEM NETWORK";
         return Err(usage.into());
     };
-    let element = match element.as_str() {
-        "f16" => Element::F16,
-        "bf16" => Element::Bf16,
-        "f32" => Element::F32,
-        other => return Err(format!("{other}: expected f16, bf16 or f32").into()),
+    let arithmetic = match arithmetic.as_str() {
+        "f16" => Arithmetic::F16,
+        "bf16" => Arithmetic::Bf16,
+        "tf32" => Arithmetic::Tf32,
+        "f32" => Arithmetic::F32,
+        other => return Err(format!("{other}: expected f16, bf16, tf32 or f32").into()),
     };
     let start = Instant::now();
     let shape = Shape::new(batch.parse()?, 3, height.parse()?, width.parse()?);
     let (graph, weights) = networks::network(name)?;
     let device = Device::new(0)?;
     let stream = Stream::new(device.context())?;
-    let network = DeviceNetwork::new(&graph, &weights, &device, element)?;
+    let network = DeviceNetwork::new(&graph, &weights, &device, arithmetic)?;
     let mut plan = DevicePlan::new(&network, &[shape])?;
     plan.choose(&network)?;
     let arena = DeviceBuffer::new(device.context(), plan.bytes())?;

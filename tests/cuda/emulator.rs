@@ -74,6 +74,14 @@ impl Emulator {
         &self.folder
     }
 
+    /// The device's compute capability, as 90 for 9.0.
+    pub fn capability(&self, number: i32) {
+        // SAFETY: as above.
+        unsafe {
+            self.driver.get::<unsafe extern "C" fn(i32)>(b"farface_emulator_capability").unwrap()(number)
+        }
+    }
+
     /// The order in which the threads of a block run.
     pub fn backwards(&self, on: bool) {
         // SAFETY: as above.

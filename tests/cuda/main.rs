@@ -31,6 +31,7 @@ mod random;
 mod ranks;
 mod sessions;
 mod support;
+mod tiles;
 #[cfg(feature = "train")]
 mod train;
 #[cfg(feature = "train")]

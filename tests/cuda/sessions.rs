@@ -5,7 +5,7 @@ use crate::failures::{alone, fail_at_each};
 use farface::detect::device::Source;
 use farface::detect::nms::Suppression;
 use farface::detect::{DevicePolicy, Face, Model, ModelConfig, Options, Precision, Session};
-use farface::error::Result;
+use farface::error::{Error, Result};
 use farface::gpu::memory::DeviceBuffer;
 use farface::graph::init::Rng;
 use farface::pixels::{DeviceImage, ImageView, Orientation, PixelFormat, Rect};
@@ -134,7 +134,7 @@ fn detectors_of_one_and_of_two_stages_give_the_faces_of_the_cpu() {
 
 /// Half precision rounds what the CPU computes in f32: nearly all faces of a trained model are the same.
 #[test]
-fn half_precision_finds_the_faces_of_the_cpu() {
+fn half_precision_and_tf32_find_the_faces_of_the_cpu() {
     if device().is_none() {
         return;
     }
@@ -148,7 +148,9 @@ fn half_precision_finds_the_faces_of_the_cpu() {
     };
     let expected = find(DevicePolicy::Cpu, Precision::F32);
     assert!(expected.len() > 5, "{} faces", expected.len());
-    for (precision, most) in [(Precision::Auto, 0.02), (Precision::F16, 0.02), (Precision::Bf16, 0.1)] {
+    for (precision, most) in
+        [(Precision::Auto, 0.02), (Precision::F16, 0.02), (Precision::Tf32, 0.02), (Precision::Bf16, 0.1)]
+    {
         let found = find(DevicePolicy::RequireCuda(0), precision);
         let same = |a: &&Face| found.iter().any(|b| difference(&[**a], std::slice::from_ref(b)) < most);
         let count = expected.iter().filter(same).count();
@@ -224,6 +226,19 @@ fn what_a_device_cannot_do_is_said() {
     assert_eq!(other.unwrap().device(), "cpu");
     let int8 = Session::with_options(&model, options(&model, DevicePolicy::RequireCuda(0), Precision::Int8));
     assert!(int8.is_err());
+    // Nor is TF32 replaced by another arithmetic where there is no device for it.
+    for device in [DevicePolicy::Cpu, DevicePolicy::PreferCuda(9)] {
+        let error = Session::with_options(&model, options(&model, device, Precision::Tf32)).err();
+        assert!(
+            matches!(&error, Some(Error::Unsupported(text)) if text.contains("take auto, f32")),
+            "{error:?}"
+        );
+    }
+    let mut session =
+        Session::with_options(&model, options(&model, DevicePolicy::RequireCuda(0), Precision::Tf32))
+            .unwrap();
+    assert!(session.set_options(options(&model, DevicePolicy::Cpu, Precision::Tf32)).is_err());
+    assert_eq!((session.device(), session.options().precision), ("cuda:0", Precision::Tf32));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::emulator::{device, driver, Driver};
 use farface::gpu::driver::Stream;
-use farface::gpu::map::Element;
+use farface::gpu::map::Arithmetic;
 use farface::gpu::memory::DeviceBuffer;
 use farface::gpu::ops::Device;
 use farface::graph::init::Rng;
@@ -10,10 +10,11 @@ use farface::graph::{run_reference, DeviceNetwork, DevicePlan, Graph, Weights};
 use farface::shape::{Shape, Tensor};
 use std::sync::Arc;
 
-/// Types of tensors under test with the largest error allowed. Of f32 relative to the output's largest magnitude, as on the CPU; of the
+/// Arithmetics under test with the largest error allowed. Of f32 relative to the output's largest magnitude, as on the CPU; of the
 /// others the root of the mean squared difference, relative to that of the expected values: each tensor on the way is rounded to 2^-11
-/// (f16) or 2^-8 (bf16).
-const ELEMENTS: [(Element, f64); 3] = [(Element::F32, 1e-4), (Element::F16, 1e-2), (Element::Bf16, 8e-2)];
+/// (f16) or 2^-8 (bf16). TF32 has f16's rounding, of what is multiplied alone.
+const ARITHMETICS: [(Arithmetic, f64); 4] =
+    [(Arithmetic::F32, 1e-4), (Arithmetic::Tf32, 1e-2), (Arithmetic::F16, 1e-2), (Arithmetic::Bf16, 8e-2)];
 
 /// Random networks.
 pub const NETWORKS: u64 = 60;
@@ -29,13 +30,13 @@ pub fn random_tensor(shape: Shape, rng: &mut Rng) -> Tensor {
     Tensor::from_vec(shape, (0..shape.len()).map(|_| rng.normal()).collect())
 }
 
-/// How far `got` is off, as [`ELEMENTS`] says.
-fn error(element: Element, got: &Tensor, expected: &Tensor) -> f64 {
+/// How far `got` is off, as [`ARITHMETICS`] says.
+fn error(arithmetic: Arithmetic, got: &Tensor, expected: &Tensor) -> f64 {
     if got.shape != expected.shape || got.data.iter().chain(&expected.data).any(|v| !v.is_finite()) {
         return f64::INFINITY;
     }
     let pairs = || got.data.iter().zip(&expected.data).map(|(&g, &e)| (f64::from(g), f64::from(e)));
-    if element == Element::F32 {
+    if arithmetic == Arithmetic::F32 {
         let largest = pairs().fold(1e-30f64, |m, (_, e)| m.max(e.abs()));
         pairs().fold(0.0f64, |m, (g, e)| m.max((g - e).abs())) / largest
     } else {
@@ -47,7 +48,7 @@ fn error(element: Element, got: &Tensor, expected: &Tensor) -> f64 {
 /// Runs networks on the device and remembers the largest error of every type.
 pub struct Parity {
     device: Option<(Arc<Device>, Stream)>,
-    worst: [f64; ELEMENTS.len()],
+    worst: [f64; ARITHMETICS.len()],
     /// Steps of all networks, and those that a library of NVIDIA's computes.
     steps: [usize; 2],
 }
@@ -58,7 +59,7 @@ impl Parity {
             let stream = Stream::new(d.context()).unwrap();
             (d, stream)
         });
-        Self { device, worst: [0.0; ELEMENTS.len()], steps: [0; 2] }
+        Self { device, worst: [0.0; ARITHMETICS.len()], steps: [0; 2] }
     }
 
     /// Holds the network to `expected` in every type: within its error, bit for bit the same whatever the arena held before, whatever
@@ -73,9 +74,9 @@ impl Parity {
     ) {
         let Some((device, stream)) = &self.device else { return };
         let shapes: Vec<Shape> = inputs.iter().map(|x| x.shape).collect();
-        for ((element, most), worst) in ELEMENTS.into_iter().zip(&mut self.worst) {
-            let context = || format!("{what} in {element:?}");
-            let network = DeviceNetwork::new(graph, weights, device, element)
+        for ((arithmetic, most), worst) in ARITHMETICS.into_iter().zip(&mut self.worst) {
+            let context = || format!("{what} in {arithmetic:?}");
+            let network = DeviceNetwork::new(graph, weights, device, arithmetic)
                 .unwrap_or_else(|e| panic!("{}: {e}", context()));
             let planned = DevicePlan::new(&network, &shapes).and_then(|mut plan| {
                 plan.choose(&network)?;
@@ -100,7 +101,7 @@ impl Parity {
             // All ones are a NaN in every type; 0x7b7b is 61,280 in f16, 1.3e36 in the others.
             let got = run(0xff);
             for (i, (g, e)) in got.iter().zip(expected).enumerate() {
-                let error = error(element, g, e);
+                let error = error(arithmetic, g, e);
                 *worst = worst.max(error);
                 assert!(error <= most, "{}: output {i} {} is off by {error:e}", context(), e.shape);
             }
@@ -129,8 +130,8 @@ impl Parity {
     /// Prints the largest error of every type, and how much libraries have computed.
     pub fn report(&self, what: &str) {
         println!("{what}: {} of {} steps by libraries", self.steps[1], self.steps[0]);
-        for ((element, _), worst) in ELEMENTS.iter().zip(self.worst) {
-            println!("{what}: {element:?}: largest error {worst:.1e}");
+        for ((arithmetic, _), worst) in ARITHMETICS.iter().zip(self.worst) {
+            println!("{what}: {arithmetic:?}: largest error {worst:.1e}");
         }
     }
 }

@@ -40,7 +40,8 @@ pub struct Settings {
     /// Threads; 0 = one a core, which is the default but for `bench`, where it is 1
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Arithmetic of the network: `auto` (int8 of a quantized model, else f32), `f32`, `bf16`, `f16`, `int8`
+    /// Arithmetic of the network: `auto` (int8 of a quantized model, else f32), `f32`, `bf16`, `f16`, `int8`, or
+    /// on a CUDA device of compute capability 8.0 or later `tf32`
     #[arg(long, value_name = "NUMBERS", value_parser = parse_precision)]
     precision: Option<Precision>,
     /// Where the network runs: `cpu` (the default), `cuda` or `cuda:N` (the device of this number), or
@@ -112,7 +113,8 @@ pub fn parse_precision(text: &str) -> Result<Precision, String> {
         "bf16" => Ok(Precision::Bf16),
         "f16" => Ok(Precision::F16),
         "int8" => Ok(Precision::Int8),
-        _ => Err("expected auto, f32, bf16, f16 or int8".into()),
+        "tf32" => Ok(Precision::Tf32),
+        _ => Err("expected auto, f32, bf16, f16, int8 or tf32".into()),
     }
 }
 

@@ -23,7 +23,7 @@ use super::Detection;
 use crate::error::{Error, Result};
 use crate::gpu::driver::{Context, Event, Stream};
 use crate::gpu::faces::{Candidate, Header, Placement as ToUpright, Settings};
-use crate::gpu::map::Element;
+use crate::gpu::map::Arithmetic;
 use crate::gpu::ops::Device;
 use crate::gpu::pixels::{InputNorm, Picture};
 use crate::gpu::stage::{Stage, PICTURES};
@@ -72,14 +72,15 @@ pub(super) struct OnDevice {
     extras: Extras,
 }
 
-/// Type of the tensors for a precision.
-fn element(precision: Precision) -> Result<Element> {
+/// A device's arithmetic for a precision.
+fn arithmetic(precision: Precision) -> Result<Arithmetic> {
     match precision {
-        Precision::Auto | Precision::F16 => Ok(Element::F16),
-        Precision::F32 => Ok(Element::F32),
-        Precision::Bf16 => Ok(Element::Bf16),
+        Precision::Auto | Precision::F16 => Ok(Arithmetic::F16),
+        Precision::F32 => Ok(Arithmetic::F32),
+        Precision::Tf32 => Ok(Arithmetic::Tf32),
+        Precision::Bf16 => Ok(Arithmetic::Bf16),
         Precision::Int8 => Err(Error::Unsupported(
-            "int8 is computed on the CPU alone; on a CUDA device take auto, f16, bf16 or f32".into(),
+            "int8 is computed on the CPU alone; on a CUDA device take auto, f16, bf16, tf32 or f32".into(),
         )),
     }
 }
@@ -88,9 +89,9 @@ impl OnDevice {
     /// The model's network on the device of this number.
     pub fn new(model: &Model, options: &Options, ordinal: u32) -> Result<Self> {
         let device = Device::shared(ordinal)?;
-        let element = element(options.precision)?;
-        let network = model.device_network(&device, element)?;
-        let second = Second::new(model, &device, element)?;
+        let arithmetic = arithmetic(options.precision)?;
+        let network = model.device_network(&device, arithmetic)?;
+        let second = Second::new(model, &device, arithmetic)?;
         let stream = Stream::new(device.context())?;
         let done = Event::new(device.context())?;
         let extras = model.detector().heads(1.0).first().map(|head| head.extras).unwrap_or_default();
@@ -124,10 +125,10 @@ impl OnDevice {
     /// Takes other settings over: another network where the precision is another, and new recordings where the change concerns them.
     pub fn set_options(&mut self, model: &Model, old: &Options, new: &Options) -> Result<()> {
         self.finish_pending()?;
-        let element = element(new.precision)?;
-        let network = model.device_network(&self.device, element)?;
+        let arithmetic = arithmetic(new.precision)?;
+        let network = model.device_network(&self.device, arithmetic)?;
         if !Arc::ptr_eq(&network, &self.network) {
-            self.second = Second::new(model, &self.device, element)?;
+            self.second = Second::new(model, &self.device, arithmetic)?;
         }
         let plan_of = |o: &Options| {
             (o.min_face_px, o.max_face_px, o.pyramid, o.tile_px, o.memory_cap, o.flip, o.max_candidates)

@@ -10,7 +10,7 @@ use crate::detect::nms::Rule;
 use crate::error::{Error, Result};
 use crate::gpu::driver::Stream;
 use crate::gpu::faces::{Candidate, Settings};
-use crate::gpu::map::{DeviceView, Element};
+use crate::gpu::map::{Arithmetic, DeviceView, Element};
 use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::ops::{Device, RoiAlignOp};
 use crate::graph::DevicePlan;
@@ -39,10 +39,10 @@ pub(super) fn settings(model: &Model, threshold: f32, rule: &Rule) -> Settings {
 }
 
 impl Second {
-    /// That of the model, where it has one, with tensors of `element`.
-    pub fn new(model: &Model, device: &Arc<Device>, element: Element) -> Result<Option<Self>> {
+    /// That of the model, where it has one, in this arithmetic.
+    pub fn new(model: &Model, device: &Arc<Device>, arithmetic: Arithmetic) -> Result<Option<Self>> {
         let Some(second) = model.second_stage() else { return Ok(None) };
-        let network = model.second_device_network(device, element)?;
+        let network = model.second_device_network(device, arithmetic)?;
         let mut plan = DevicePlan::new(&network, &[second.stage().input(TOGETHER)])?;
         plan.choose(&network)?;
         let align = &second.stage().align;

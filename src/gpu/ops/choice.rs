@@ -9,13 +9,14 @@ use crate::gpu::cublaslt::CublasLt;
 use crate::gpu::cudnn::Cudnn;
 use crate::gpu::driver::{Event, Stream};
 use crate::gpu::fused::{FusedConv, Side, WORKSPACE};
-use crate::gpu::map::DeviceView;
+use crate::gpu::map::{Arithmetic, DeviceView};
 use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::probe::Library;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-/// Who computes convolutions on a device. Our tiles all give the same bits; a library's algorithms give others, within the same rounding.
+/// Who computes convolutions on a device. Our tiles all give the same bits unless one splits the depth; a library's algorithms give
+/// others, within the same rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ConvLibraries {
     /// Whoever is fastest, by measurement: our kernels and the libraries that there are.
@@ -65,6 +66,7 @@ impl ConvLibraries {
 /// All that a choice depends on, but for the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Geometry {
+    arithmetic: Arithmetic,
     window: ConvWindow,
     groups: usize,
     channels: usize,
@@ -79,6 +81,7 @@ struct Geometry {
 impl Geometry {
     fn of(op: &ConvOp, inputs: &[DeviceView], output: &DeviceView) -> Self {
         Self {
+            arithmetic: op.kernels.arithmetic(),
             window: op.window,
             groups: op.groups,
             channels: op.channels,
@@ -227,12 +230,14 @@ impl<'a> Bench<'a> {
             Some(conv) => made.describe(device, libraries, &conv)?,
             None => Described::default(),
         };
-        let tiles =
-            if libraries == ConvLibraries::Auto { op.kernels.choices(&inputs[0], op.groups) } else { 0 };
-        if tiles == 0 && described.cudnn.is_none() && described.cublaslt.is_none() {
+        let own = match libraries {
+            ConvLibraries::Auto => op.choices(inputs, output),
+            _ => Vec::new(),
+        };
+        if own.is_empty() && described.cudnn.is_none() && described.cublaslt.is_none() {
             return Ok(None);
         }
-        let trial = Trial::new(self, op, inputs, output, Arc::new(described))?;
+        let trial = Trial::new(self, op, inputs, output, Arc::new(described), own)?;
         let key = (device.context().ordinal(), libraries, geometry);
         let known =
             CHOSEN.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert_default().get(&key).copied();
@@ -271,6 +276,8 @@ struct Trial<'a> {
     inputs: Vec<DeviceView>,
     output: DeviceView,
     described: Arc<Described>,
+    /// Name and workspace of what our kernels offer.
+    own: Vec<(&'static str, usize)>,
     stream: &'a Stream,
     events: &'a [Event; 2],
     memory: &'a DeviceBuffer,
@@ -285,6 +292,7 @@ impl<'a> Trial<'a> {
         inputs: &[DeviceView],
         output: &DeviceView,
         described: Arc<Described>,
+        own: Vec<(&'static str, usize)>,
     ) -> Result<Self> {
         let mut end = 0usize;
         let mut place = |view: &DeviceView| {
@@ -293,11 +301,14 @@ impl<'a> Trial<'a> {
             end = (offset + bytes).next_multiple_of(256);
             Ok::<DeviceView, Error>(DeviceView { offset, ..*view })
         };
-        let inputs = inputs.iter().map(&mut place).collect::<Result<_>>()?;
+        let inputs = inputs.iter().map(&mut place).collect::<Result<Vec<_>>>()?;
         let output = place(output)?;
         let libraries = described.cudnn.is_some() || described.cublaslt.is_some();
-        let (stream, events, memory) = bench.ready(end + if libraries { WORKSPACE } else { 0 })?;
-        Ok(Self { op, inputs, output, described, stream, events, memory, workspace: end })
+        let rule = op.workspace(&inputs, &output);
+        let most =
+            own.iter().map(|way| way.1).fold(if libraries { WORKSPACE } else { 0 }, usize::max).max(rule);
+        let (stream, events, memory) = bench.ready(end + most)?;
+        Ok(Self { op, inputs, output, described, own, stream, events, memory, workspace: end })
     }
 
     /// Gives it to the stream once and waits. False where a library does not compute it so.
@@ -315,9 +326,10 @@ impl<'a> Trial<'a> {
             inputs: &self.inputs,
             output: &self.output,
             route: None,
+            workspace: self.memory.address() + self.workspace as u64,
         };
         // SAFETY: the views lie one behind the other in the memory, the workspace behind them.
-        unsafe { route.try_launch(self.op, &task, self.memory.address() + self.workspace as u64) }
+        unsafe { route.try_launch(self.op, &task) }
     }
 
     /// Milliseconds of some runs; None where a library does not compute it so.
@@ -341,11 +353,11 @@ impl<'a> Trial<'a> {
     fn fastest(&self, libraries: ConvLibraries) -> Result<Chosen> {
         let mut fastest = Fastest::new();
         if libraries == ConvLibraries::Auto {
-            // The rule's first, then the tiles by number: which of them is taken changes no bit.
-            let tiles = self.op.kernels.choices(&self.inputs[0], self.op.groups);
-            for tile in std::iter::once(None).chain((0..tiles).map(Some)) {
-                if let Some(mut times) = self.times(Chosen::Tile(tile))? {
-                    fastest.offer(Chosen::Tile(tile), &mut times);
+            // The rule's first, then the others by number.
+            let others = (0..).zip(&self.own).map(|(i, &(name, bytes))| Chosen::Own(Some(i), name, bytes));
+            for own in std::iter::once(self.by_rule()).chain(others) {
+                if let Some(mut times) = self.times(own)? {
+                    fastest.offer(own, &mut times);
                 }
             }
         }
@@ -354,7 +366,11 @@ impl<'a> Trial<'a> {
                 fastest.offer(candidate, &mut times);
             }
         }
-        Ok(fastest.best.map_or(Chosen::Tile(None), |(chosen, _)| chosen))
+        Ok(fastest.best.map_or(self.by_rule(), |(chosen, _)| chosen))
+    }
+
+    fn by_rule(&self) -> Chosen {
+        Chosen::Own(None, "", self.op.workspace(&self.inputs, &self.output))
     }
 
     /// What the libraries offer.

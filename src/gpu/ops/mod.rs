@@ -15,8 +15,8 @@ pub(super) use route::Route;
 
 use super::driver::{Context, Stream};
 use super::kernels::{Kernel, Kernels, Source};
-use super::map::{DeviceView, Element, Map};
-use crate::error::Result;
+use super::map::{Arithmetic, DeviceView, Map};
+use crate::error::{Error, Result};
 use choice::Choices;
 use std::sync::{Arc, Mutex, Weak};
 
@@ -82,14 +82,27 @@ impl Device {
         &self.uploads
     }
 
-    /// Whether tensor cores multiply such elements with f32 sums, by the instruction that the kernels use.
-    pub fn multiplies(&self, element: Element) -> bool {
+    /// Whether there are tiles of convolutions in this arithmetic: all but f32 want the instruction of tensor cores that they use.
+    pub fn multiplies(&self, arithmetic: impl Into<Arithmetic>) -> bool {
         let capability = self.context.capability();
-        match element {
-            Element::F32 => false,
-            Element::F16 => capability >= [7, 5],
-            Element::Bf16 => capability >= [8, 0],
+        match arithmetic.into() {
+            Arithmetic::F32 => true,
+            Arithmetic::F16 => capability >= [7, 5],
+            Arithmetic::Bf16 | Arithmetic::Tf32 => capability >= [8, 0],
         }
+    }
+
+    /// Errors: [`Error::Unsupported`] for TF32 where tensor cores do not multiply it; half precision is multiplied in f32 there.
+    pub fn require(&self, arithmetic: Arithmetic) -> Result<()> {
+        if arithmetic != Arithmetic::Tf32 || self.multiplies(arithmetic) {
+            return Ok(());
+        }
+        let [major, minor] = self.context.capability();
+        Err(Error::Unsupported(format!(
+            "CUDA device {} ({}) has compute capability {major}.{minor}, TF32 wants 8.0; take f16 or f32",
+            self.context.ordinal(),
+            self.context.name()
+        )))
     }
 }
 
@@ -139,34 +152,46 @@ impl DeviceOp {
         }
     }
 
-    /// Gives its work to the stream, on views of an arena at this address.
+    /// Bytes of memory that it needs beside these views while it runs, where no route was chosen.
+    pub fn workspace(&self, inputs: &[DeviceView], output: &DeviceView) -> usize {
+        match self {
+            DeviceOp::Conv(op) => op.workspace(inputs, output),
+            _ => 0,
+        }
+    }
+
+    /// Gives its work to the stream, on views of an arena at this address, and a workspace at another.
     ///
     /// # Safety
-    /// The views lie in the arena, the output apart from the inputs, and their sizes are those that the layer has.
+    /// The views lie in the arena, the output apart from the inputs, and their sizes are those that the layer has; at `workspace`, apart
+    /// from all of them, is as much memory as [`DeviceOp::workspace`] says, at a multiple of four.
+    #[cfg(feature = "train")]
     pub(super) unsafe fn launch(
         &self,
         stream: &Stream,
         arena: u64,
         inputs: &[DeviceView],
         output: &DeviceView,
+        workspace: u64,
     ) -> Result<()> {
         // SAFETY: the caller's contract.
-        unsafe { self.launch_by(None, stream, arena, inputs, output) }
+        unsafe { self.launch_by(None, stream, arena, inputs, output, workspace) }
     }
 
-    /// As [`DeviceOp::launch`], a convolution by the route that was chosen for these views, with its workspace's address.
+    /// As [`DeviceOp::launch`], a convolution by the route that was chosen for these views.
     ///
     /// # Safety
-    /// As [`DeviceOp::launch`]; the workspace is as large as the route says.
+    /// As [`DeviceOp::launch`]; the workspace is as large as the route says, where there is one.
     pub(super) unsafe fn launch_by(
         &self,
-        route: Option<(&Route, u64)>,
+        route: Option<&Route>,
         stream: &Stream,
         arena: u64,
         inputs: &[DeviceView],
         output: &DeviceView,
+        workspace: u64,
     ) -> Result<()> {
-        let task = Task { stream, arena, inputs, output, route };
+        let task = Task { stream, arena, inputs, output, route, workspace };
         // SAFETY: the caller's contract is each callee's.
         unsafe {
             match self {
@@ -190,8 +215,10 @@ struct Task<'a> {
     arena: u64,
     inputs: &'a [DeviceView],
     output: &'a DeviceView,
-    /// Who computes a convolution, and the address of its workspace; none for our kernels by their rule.
-    route: Option<(&'a Route, u64)>,
+    /// Who computes a convolution; none for our kernels by their rule.
+    route: Option<&'a Route>,
+    /// Memory for what it needs beside the views.
+    workspace: u64,
 }
 
 impl Task<'_> {

@@ -6,14 +6,14 @@ use crate::error::{Error, Result};
 use crate::gpu::cublaslt::{self, CublasLt, LtProduct};
 use crate::gpu::cudnn::{self, Cudnn, CudnnConv};
 use crate::gpu::fused::{FusedConv, Pointers, Side};
-use crate::gpu::map::{DeviceView, Element};
+use crate::gpu::map::{Arithmetic, DeviceView, Element};
 use std::sync::Arc;
 
 /// What was chosen, as it is remembered when handles and descriptors are gone.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Chosen {
-    /// Our kernel: the tile of this number, the rule's where there is none.
-    Tile(Option<usize>),
+    /// Our kernel of this name, with so many bytes of workspace: in the way of this number, the rule's where there is none.
+    Own(Option<usize>, &'static str, usize),
     /// cuDNN by this algorithm, with so many bytes of workspace.
     Cudnn(cudnn::Algorithm, usize),
     /// cuBLASLt by this algorithm.
@@ -24,8 +24,7 @@ impl Chosen {
     /// Bytes of workspace.
     pub fn workspace(&self) -> usize {
         match self {
-            Chosen::Tile(_) => 0,
-            Chosen::Cudnn(_, bytes) => *bytes,
+            Chosen::Own(.., bytes) | Chosen::Cudnn(_, bytes) => *bytes,
             Chosen::CublasLt(algorithm) => algorithm.workspace,
         }
     }
@@ -53,8 +52,8 @@ impl Route {
     /// What computes `op` on `input`: a kernel's name, or a library's and its algorithm's.
     pub(super) fn name(&self, op: &ConvOp) -> &'static str {
         match self.chosen {
-            Chosen::Tile(Some(tile)) => op.kernels.tile_name(Some(tile)),
-            Chosen::Tile(None) => op.name(),
+            Chosen::Own(Some(_), name, _) => name,
+            Chosen::Own(None, ..) => op.name(),
             Chosen::Cudnn(algorithm, _) => cudnn::name(algorithm),
             Chosen::CublasLt(_) => "cublasLt",
         }
@@ -63,10 +62,10 @@ impl Route {
     /// Gives the convolution to the stream.
     ///
     /// # Safety
-    /// As [`super::DeviceOp::launch`]; the views are such as it was chosen for, and `workspace` is the address of as many bytes as it says.
-    pub(super) unsafe fn launch(&self, op: &ConvOp, task: &Task, workspace: u64) -> Result<()> {
+    /// As [`super::DeviceOp::launch`]; the views are such as it was chosen for, and the task's workspace has as many bytes as it says.
+    pub(super) unsafe fn launch(&self, op: &ConvOp, task: &Task) -> Result<()> {
         // SAFETY: the caller's contract.
-        if unsafe { self.try_launch(op, task, workspace)? } {
+        if unsafe { self.try_launch(op, task)? } {
             return Ok(());
         }
         Err(Error::Cuda(format!("{} no longer computes a convolution that it was chosen for", self.name(op))))
@@ -76,7 +75,7 @@ impl Route {
     ///
     /// # Safety
     /// As [`Self::launch`].
-    pub(super) unsafe fn try_launch(&self, op: &ConvOp, task: &Task, workspace: u64) -> Result<bool> {
+    pub(super) unsafe fn try_launch(&self, op: &ConvOp, task: &Task) -> Result<bool> {
         let gone = || Error::Internal("a convolution's library".into());
         let input = task.arena + task.inputs[0].offset as u64;
         let pointers = || {
@@ -87,13 +86,13 @@ impl Route {
                 bias: low.unwrap_or(&op.bias).address(),
                 add: task.inputs.get(1).map_or(0, |view| task.arena + view.offset as u64),
                 output: task.arena + task.output.offset as u64,
-                workspace,
+                workspace: task.workspace,
             }
         };
         // SAFETY: the caller's contract; weights and biases are as long as the op's sizes say.
         unsafe {
             match &self.chosen {
-                Chosen::Tile(tile) => op.launch_tile(task, *tile).map(|()| true),
+                Chosen::Own(way, ..) => op.launch_choice(task, *way).map(|()| true),
                 Chosen::Cudnn(algorithm, bytes) => {
                     let (library, conv) = self.described.cudnn.as_ref().ok_or_else(gone)?;
                     library.launch(task.stream, conv, (*algorithm, *bytes), &pointers())
@@ -127,7 +126,7 @@ impl ConvOp {
             Joined::After => !relu && add.as_ref().is_some_and(same_size),
         };
         // Packed weights are as long as their map's channels with the zeros behind them, and begin where vectors do.
-        let element = self.kernels.element();
+        let element = self.kernels.arithmetic().element();
         let reads = input.element == element && input.channels == self.channels;
         let whole = element == Element::F32 || inputs[0].is_whole_vectors();
         let window = self.window;
@@ -141,6 +140,7 @@ impl ConvOp {
             add,
             adds_input: inputs.get(1).is_some_and(|add| Side::overlap(add, &inputs[0])),
             relu,
+            tf32: self.kernels.arithmetic() == Arithmetic::Tf32,
         })
     }
 }

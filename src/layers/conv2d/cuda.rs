@@ -2,15 +2,15 @@
 
 use super::Conv2d;
 use crate::error::Result;
-use crate::gpu::map::Element;
+use crate::gpu::map::Arithmetic;
 use crate::gpu::ops::{ConvOp, ConvWindow, DepthwiseOp, Device, DeviceOp, Joined};
 
-/// The op for `conv` with folded `weight` and `bias`, of inputs of `element`; `rule` is the slope of its activation
+/// The op for `conv` with folded `weight` and `bias`, multiplied as `arithmetic` says; `rule` is the slope of its activation
 /// `max(x, slope * x)` and the place where a second input is added.
 pub(crate) fn lower(
     conv: &Conv2d,
     device: &Device,
-    element: Element,
+    arithmetic: Arithmetic,
     weight: &[f32],
     bias: &[f32],
     rule: (f32, Joined),
@@ -19,7 +19,14 @@ pub(crate) fn lower(
     let window =
         ConvWindow { kernel: conv.kernel, stride: conv.stride, dilation: conv.dilation, pad: [top, left] };
     if conv.is_depthwise() && rule.1 == Joined::No {
-        return Ok(DeviceOp::Depthwise(DepthwiseOp::new(device, element, window, weight, bias, rule.0)?));
+        return Ok(DeviceOp::Depthwise(DepthwiseOp::new(
+            device,
+            arithmetic.element(),
+            window,
+            weight,
+            bias,
+            rule.0,
+        )?));
     }
-    Ok(DeviceOp::Conv(ConvOp::new(device, element, window, conv.groups, weight, bias, rule)?))
+    Ok(DeviceOp::Conv(ConvOp::new(device, arithmetic, window, conv.groups, weight, bias, rule)?))
 }

@@ -14,7 +14,7 @@ enum Status {
     NOT_SUPPORTED = 15,
 };
 
-enum { R_32F = 0, R_16F = 2, R_16BF = 14, COMPUTE_32F = 68 };
+enum { R_32F = 0, R_16F = 2, R_16BF = 14, COMPUTE_32F = 68, COMPUTE_32F_FAST_TF32 = 77 };
 enum { EPILOGUE_BIAS = 4, EPILOGUE_RELU_BIAS = 6 };
 enum { SCHEME_COMPUTE_TYPE = 2 };
 
@@ -105,7 +105,7 @@ int cublasLtDestroy(int *handle) { return destroy(handle); }
 int cublasLtMatmulDescCreate(Desc **desc, int compute, int scale)
 {
     ENTRY(false);
-    if (compute != COMPUTE_32F || scale != R_32F)
+    if ((compute != COMPUTE_32F && compute != COMPUTE_32F_FAST_TF32) || scale != R_32F)
         return INVALID_VALUE;
     return made(desc, Desc{});
 }

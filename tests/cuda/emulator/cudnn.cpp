@@ -99,11 +99,11 @@ int check(const Tensor &x, const Filter &w, const Convolution &c, const Tensor &
     }
     if (x.strides[1] != 1 || y.strides[1] != 1)
         return NOT_SUPPORTED_LAYOUT;
-    // Tensor cores want vectors of eight channels; f32 is to stay f32.
+    // Tensor cores want vectors of eight channels; f32 is to stay f32, or to become TF32 where that was asked for.
     bool single = x.type == 0;
     if (!single && (c.math != TENSOR_OP_MATH || x.dims[1] % 8))
         return NOT_SUPPORTED;
-    if (single && c.math != FMA_MATH)
+    if (single && c.math != FMA_MATH && c.math != TENSOR_OP_MATH)
         return BAD_PARAM;
     switch (algo) {
     case IMPLICIT_GEMM:

@@ -70,7 +70,7 @@ std::recursive_mutex lock;
 std::map<Pointer, std::size_t> allocations; // device and pinned memory by its first byte
 long calls, fail_at, live;
 bool initialized, idle, late;
-int retained;
+int retained, capability = 90;
 Stream default_stream;
 std::set<Stream *> streams{&default_stream};
 thread_local std::vector<void *> contexts; // the last is current
@@ -216,6 +216,8 @@ int farface_emulator_give(void *stream, Pointer to, std::size_t bytes, std::func
         return INVALID_VALUE;
     return run(stream, *work);
 }
+// The compute capability of the device, as 90 for 9.0.
+void farface_emulator_capability(int number) { capability = number; }
 void farface_emulator_backwards(int on) { emulator::run_backwards(on != 0); }
 // What the emulated libraries ask for: library.hpp.
 int farface_emulator_begin(int needs_context)
@@ -277,8 +279,8 @@ int cuDeviceGetAttribute(int *value, int attribute, int)
     case 8: *value = 48 << 10; break;    // shared memory a block
     case 97: *value = 227 << 10; break;  // what a kernel may ask for
     case 16: *value = 4; break;          // multiprocessors
-    case 75: *value = 9; break;          // compute capability
-    case 76: *value = 0; break;
+    case 75: *value = capability / 10; break;
+    case 76: *value = capability % 10; break;
     default: return INVALID_VALUE;
     }
     return SUCCESS;

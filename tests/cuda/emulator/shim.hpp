@@ -227,4 +227,32 @@ template <class T> DEVICE void multiply(float c[4], const u32 a[4], u32 b0, u32 
     }
 }
 
+DEVICE u32 tf32_bits(float v)
+{
+    u32 bits = __float_as_uint(v);
+    // A NaN stays one where rounding would carry it away.
+    return v != v ? 0x7fc00000 : (bits + 0x1000) & ~0x1fffu;
+}
+
+DEVICE void multiply(float c[4], const u32 a[4], u32 b0, u32 b1, tf32)
+{
+    emulator::Slot mine{};
+    std::memcpy(mine.words, a, 16);
+    mine.words[4] = b0;
+    mine.words[5] = b1;
+    const emulator::Slot *all = emulator::together(mine);
+    // Of factors that nobody has rounded the product is undefined.
+    auto value = [](u32 word) { return word & 0x1fff ? NAN : __uint_as_float(word); };
+    unsigned group = emulator::lane() / 4, pair = emulator::lane() % 4;
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned row = i / 2, column = pair * 2 + i % 2;
+        float sum = 0.0f;
+        for (unsigned k = 0; k < 8; k++) {
+            const emulator::Slot &left = all[group * 4 + k % 4], &right = all[column * 4 + k % 4];
+            sum += value(left.words[row + k / 4 * 2]) * value(right.words[4 + k / 4]);
+        }
+        c[i] += sum;
+    }
+}
+
 DEVICE u8 *shared_bytes() { return emulator::shared_memory; }

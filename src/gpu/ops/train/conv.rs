@@ -7,7 +7,7 @@
 use super::phase::{every, Phase};
 use super::{fits, kernels, MapIn, TrainOps, Values};
 use crate::error::{Error, Result};
-use crate::gpu::map::{Element, Map};
+use crate::gpu::map::{DeviceView, Element, Map};
 use crate::gpu::ops::conv::{pair, ConvArgs, ConvWindow, DepthwiseArgs, Joined};
 use crate::gpu::ops::{blocks, THREADS};
 
@@ -133,9 +133,22 @@ impl TrainOps {
             groups: filter.groups as i32,
             residual: Joined::No as i32,
             slope,
+            split: 1,
+            parts: 0,
         };
         // SAFETY: as above.
-        unsafe { self.conv.launch(&self.stream, &x.absolute()?, &args) }
+        unsafe { self.launch_conv(&x.absolute()?, args) }
+    }
+
+    /// Launches a convolution, with room for the parts of its depth.
+    ///
+    /// # Safety
+    /// As [`ConvKernels::launch`](crate::gpu::ops::conv::ConvKernels::launch).
+    unsafe fn launch_conv(&mut self, input: &DeviceView, args: ConvArgs) -> Result<()> {
+        let bytes = self.conv.workspace(input, &args);
+        let parts = if bytes > 0 { self.partial.bytes(&self.device, bytes)? } else { 0 };
+        // SAFETY: the caller's contract; the parts are read before the stream comes to who writes there next.
+        unsafe { self.conv.launch(&self.stream, input, &ConvArgs { parts, ..args }) }
     }
 
     /// Writes the gradient of the convolution's input to `x`, or adds it, from that of its output, `d`. With a `bias` it is the
@@ -204,9 +217,11 @@ impl TrainOps {
                     groups: filter.groups as i32,
                     residual: if add { Joined::Before } else { Joined::No } as i32,
                     slope: 1.0,
+                    split: 1,
+                    parts: 0,
                 };
                 // SAFETY: as above; a thread reads of the residual what it writes itself.
-                unsafe { self.conv.launch(&self.stream, &d.absolute()?, &args)? };
+                unsafe { self.launch_conv(&d.absolute()?, args)? };
             }
         }
         Ok(())
@@ -220,7 +235,7 @@ impl TrainOps {
     /// The address of a convolution's weights as its kernels read them, and the channels of a tap with the padding.
     fn pack(&mut self, f: &Filter, from: u64) -> Result<(u64, usize)> {
         let inputs = f.inputs / f.groups;
-        let channels = inputs.next_multiple_of(self.element.channel_step());
+        let channels = inputs.next_multiple_of(self.element.vector());
         let args = PackArgs {
             from,
             to: 0,
@@ -241,7 +256,7 @@ impl TrainOps {
 
     /// As [`TrainOps::pack`], for the gradient of a phase of the input.
     fn pack_turned(&mut self, f: &Filter, from: u64, [down, over]: [Phase; 2]) -> Result<(u64, usize)> {
-        let channels = (f.outputs / f.groups).next_multiple_of(self.element.channel_step());
+        let channels = (f.outputs / f.groups).next_multiple_of(self.element.vector());
         let both = |of: fn(&Phase) -> usize| [of(&down) as i32, of(&over) as i32];
         let args = PackArgs {
             from,

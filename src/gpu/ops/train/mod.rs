@@ -141,7 +141,7 @@ impl TrainOps {
             device: device.clone(),
             stream: Stream::new(device.context())?,
             element,
-            conv: ConvKernels::new(device, element)?,
+            conv: ConvKernels::new(device, element.into())?,
             depthwise: super::conv::depthwise_kernel(device, element)?,
             weights: weights::Kernels::new(device)?,
             norms: norm::Kernels::new(device)?,
@@ -175,8 +175,12 @@ impl TrainOps {
         if inputs.is_empty() {
             return Err(Error::Internal("an operation without input".into()));
         }
+        let output = output.absolute()?;
+        if op.workspace(&inputs, &output) > 0 {
+            return Err(Error::Internal("an operation with a workspace".into()));
+        }
         // SAFETY: the views lie in their buffers.
-        unsafe { op.launch(&self.stream, 0, &inputs, &output.absolute()?) }
+        unsafe { op.launch(&self.stream, 0, &inputs, &output, 0) }
     }
 
     /// The address of `len` zeros.
