@@ -387,7 +387,7 @@ fn is_expressible(conv: &FusedConv) -> bool {
     };
     let fits = |s: &Side| s.pixels() * s.pixel <= i32::MAX as usize;
     // Sixteen bytes, which tensor cores' copies want.
-    let aligned = |s: &Side| s.element == Element::F32 || (s.align >= 16 && s.pixel % 8 == 0);
+    let aligned = |s: &Side| s.element == Element::F32 || (s.align >= 16 && s.pixel.is_multiple_of(8));
     input.element == output.element
         && !conv.adds_input
         && side(0)

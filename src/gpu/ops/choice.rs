@@ -95,8 +95,11 @@ impl Geometry {
     }
 }
 
+/// A convolution on the device of a number, with a setting.
+type Key = (u32, ConvLibraries, Geometry);
+
 /// What was chosen in this process: sessions that are opened later give the same bits, and do not measure again.
-static CHOSEN: Mutex<Option<HashMap<(u32, ConvLibraries, Geometry), Chosen>>> = Mutex::new(None);
+static CHOSEN: Mutex<Option<HashMap<Key, Chosen>>> = Mutex::new(None);
 
 /// The libraries of a device, opened when first asked for, and the routes that were made with them.
 pub(in crate::gpu) struct Choices {
