@@ -61,13 +61,6 @@ fn convolutions_by_cublaslt_are_those_of_the_plain_loops() {
     suite_by("cublaslt");
 }
 
-#[test]
-fn a_session_that_measures_finds_what_the_cpu_finds() {
-    if matches!(driver(), Some(Driver::Emulated(_))) {
-        run_with("auto", &["sessions::half_precision_finds_the_faces_of_the_cpu"]);
-    }
-}
-
 /// One layer of each kind, named after who can compute it.
 fn layers() -> Graph {
     let mut b = Builder::new();
@@ -259,7 +252,7 @@ fn sessions_on_several_threads_take_turns_at_a_library() {
     let shape = Shape::new(1, 16, 6, 10);
     let input = random_tensor(shape, &mut Rng::new(3));
     let expected = &run_reference(&graph, &weights, std::slice::from_ref(&input)).unwrap()[0];
-    for libraries in [ConvLibraries::Cudnn, ConvLibraries::CublasLt] {
+    for libraries in [ConvLibraries::Auto, ConvLibraries::Cudnn, ConvLibraries::CublasLt] {
         let device = Device::with_convolutions(0, libraries).unwrap();
         let network = DeviceNetwork::new(&graph, &weights, &device, Element::F32).unwrap();
         std::thread::scope(|scope| {
