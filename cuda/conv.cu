@@ -131,8 +131,13 @@ DEVICE void for_chunks(const ConvArgs &a, int first_pixel, int first_channel, Mu
     int part = a.split > 1 ? (int)blockIdx.y : 0, parts = a.split > 1 ? a.split : 1;
     int begin = (int)((u32)chunks * (u32)part / (u32)parts), end = (int)((u32)chunks * (u32)(part + 1) / (u32)parts);
     // The tap and the vector of it that this thread copies next.
-    int place = begin * 4 + column, vector = place % vectors;
-    int tap_y = place / vectors / a.kernel[1], tap_x = place / vectors % a.kernel[1];
+    int place = begin * 4 + column, vector = column, tap_y = 0, tap_x = 0;
+    // A window without taps has no depth.
+    if (depth > 0) {
+        vector = place % vectors;
+        tap_y = place / vectors / a.kernel[1];
+        tap_x = place / vectors % a.kernel[1];
+    }
 
     auto copy = [&](int stage) {
         Vec16 *left = stages + stage * STAGE, *right = left + BM * 4;

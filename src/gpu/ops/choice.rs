@@ -373,7 +373,8 @@ impl<'a> Trial<'a> {
     }
 
     fn by_rule(&self) -> Chosen {
-        Chosen::Own(None, "", self.op.workspace(&self.inputs, &self.output))
+        let (name, bytes) = self.op.rule(&self.inputs, &self.output);
+        Chosen::Own(None, name, bytes)
     }
 
     /// What the libraries offer.

@@ -251,10 +251,18 @@ impl ConvKernels {
         self.arithmetic
     }
 
+    /// The kernel that the rule takes for these arguments, and the bytes of memory that it needs beside the maps.
+    fn rule(&self, input: &DeviceView, args: &ConvArgs) -> (&'static str, usize) {
+        let ruled = self.product(input, args).and_then(|size| {
+            let choice = self.choice(&size)?;
+            Some((choice.tile.kernel.name(), choice.workspace(&size)))
+        });
+        ruled.unwrap_or((self.any.name(), 0))
+    }
+
     /// Bytes of memory that a launch for these arguments needs beside the maps.
     pub(super) fn workspace(&self, input: &DeviceView, args: &ConvArgs) -> usize {
-        let size = self.product(input, args);
-        size.and_then(|size| Some(self.choice(&size)?.workspace(&size))).unwrap_or(0)
+        self.rule(input, args).1
     }
 
     /// Name and workspace of each way to compute a convolution of these arguments, by number; none where there is but one kernel.
@@ -396,6 +404,11 @@ impl ConvOp {
     pub(super) fn workspace(&self, inputs: &[DeviceView], output: &DeviceView) -> usize {
         let Some(input) = inputs.first() else { return 0 };
         self.kernels.workspace(input, &self.args(input.at(0), Map::default(), output.at(0), 0))
+    }
+
+    /// As [`ConvOp::choices`], of the way that the rule takes.
+    pub(super) fn rule(&self, inputs: &[DeviceView], output: &DeviceView) -> (&'static str, usize) {
+        self.kernels.rule(&inputs[0], &self.args(inputs[0].at(0), Map::default(), output.at(0), 0))
     }
 
     /// Name and workspace of each way in which our kernels can compute it on these views, by number; none where there is but one.

@@ -147,7 +147,7 @@ impl DeviceOp {
     /// What computes it by the route that was chosen, if one was.
     pub(super) fn name_by(&self, route: Option<&Route>) -> &'static str {
         match (self, route) {
-            (DeviceOp::Conv(op), Some(route)) => route.name(op),
+            (DeviceOp::Conv(_), Some(route)) => route.name(),
             _ => self.name(),
         }
     }

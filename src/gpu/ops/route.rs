@@ -49,11 +49,10 @@ impl Route {
         self.chosen.workspace()
     }
 
-    /// What computes `op` on `input`: a kernel's name, or a library's and its algorithm's.
-    pub(super) fn name(&self, op: &ConvOp) -> &'static str {
+    /// What computes the convolution: a kernel's name, or a library's and its algorithm's.
+    pub(super) fn name(&self) -> &'static str {
         match self.chosen {
-            Chosen::Own(Some(_), name, _) => name,
-            Chosen::Own(None, ..) => op.name(),
+            Chosen::Own(_, name, _) => name,
             Chosen::Cudnn(algorithm, _) => cudnn::name(algorithm),
             Chosen::CublasLt(_) => "cublasLt",
         }
@@ -68,7 +67,7 @@ impl Route {
         if unsafe { self.try_launch(op, task)? } {
             return Ok(());
         }
-        Err(Error::Cuda(format!("{} no longer computes a convolution that it was chosen for", self.name(op))))
+        Err(Error::Cuda(format!("{} no longer computes a convolution that it was chosen for", self.name())))
     }
 
     /// As [`Self::launch`]; false where the library does not compute it so.
