@@ -51,6 +51,7 @@ pub struct Parity {
     worst: [f64; ARITHMETICS.len()],
     /// Steps of all networks, and those that a library of NVIDIA's computes.
     steps: [usize; 2],
+    networks: usize,
 }
 
 impl Parity {
@@ -59,7 +60,7 @@ impl Parity {
             let stream = Stream::new(d.context()).unwrap();
             (d, stream)
         });
-        Self { device, worst: [0.0; ARITHMETICS.len()], steps: [0; 2] }
+        Self { device, worst: [0.0; ARITHMETICS.len()], steps: [0; 2], networks: 0 }
     }
 
     /// Holds the network to `expected` in every type: within its error, bit for bit the same whatever the arena held before, whatever
@@ -74,7 +75,12 @@ impl Parity {
     ) {
         let Some((device, stream)) = &self.device else { return };
         let shapes: Vec<Shape> = inputs.iter().map(|x| x.shape).collect();
+        self.networks += 1;
         for ((arithmetic, most), worst) in ARITHMETICS.into_iter().zip(&mut self.worst) {
+            // TF32 is f32's maps in f16's tiles: a third of the networks is enough.
+            if arithmetic == Arithmetic::Tf32 && self.networks % 3 != 1 {
+                continue;
+            }
             let context = || format!("{what} in {arithmetic:?}");
             let network = DeviceNetwork::new(graph, weights, device, arithmetic)
                 .unwrap_or_else(|e| panic!("{}: {e}", context()));

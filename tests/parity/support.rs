@@ -12,13 +12,13 @@ use farface::shape::{Shape, Tensor};
 pub const TOLERANCE: f32 = 1e-4;
 
 /// Random networks. Under emulation, tens of times as slow, a few: the graphs are the same there, and every kernel has tests of its own.
-pub const NETWORKS: u64 = if cfg!(emulated) { 20 } else { 150 };
+pub const NETWORKS: u64 = if cfg!(emulated) { 12 } else { 150 };
 
 /// Random runs of steps in bands.
 pub const BANDS: usize = 40;
 
 /// A reference multiply-add takes some nanoseconds: cases are cut to this many.
-pub const MACS: usize = 3_000_000;
+pub const MACS: usize = if cfg!(emulated) { 1_500_000 } else { 3_000_000 };
 
 /// Thread counts under test; the results must not depend on them.
 const THREADS: [usize; 3] = [1, 2, 3];
