@@ -674,7 +674,8 @@ typedef struct {
  * Boxes, points and ellipses are in pixels of the picture as stored, before its rotation, whatever
  * the region of interest: origin at the top left corner, x to the right, y down, a pixel's centre
  * at .5. With the same model on the same instruction set, a picture gives the same bits at any
- * number of threads, alone or in any batch.
+ * number of threads, alone or in any batch. On a CUDA device pictures of a batch are searched
+ * together, and the last digits may depend on how many.
  */
 
 /** `landmarks` of the face are set. */
@@ -748,6 +749,9 @@ farface_status farface_detect(farface_session *session,
  * A picture that fails does not keep the others from being searched. The result is FARFACE_OK
  * where all went well, else the status of the first picture that did not, whose message
  * farface_last_error() has. Where the session cannot be entered at all, every status is the result.
+ *
+ * With a session on a CUDA device neighbours of one size are searched together, as many as its
+ * memory cap allows, up to eight.
  *
  * Ownership and threads as with farface_detect().
  * Errors: those of the pictures; FARFACE_ERROR_INVALID_ARGUMENT where an array is NULL: no picture
