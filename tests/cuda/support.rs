@@ -17,13 +17,13 @@ const ARITHMETICS: [(Arithmetic, f64); 4] =
     [(Arithmetic::F32, 1e-4), (Arithmetic::Tf32, 1e-2), (Arithmetic::F16, 1e-2), (Arithmetic::Bf16, 8e-2)];
 
 /// Random networks.
-pub const NETWORKS: u64 = 60;
+pub const NETWORKS: u64 = 40;
 
 /// Random runs of steps that a CPU computes in bands.
-pub const BANDS: usize = 8;
+pub const BANDS: usize = 4;
 
 /// An emulated multiply-add takes some nanoseconds, and there are six runs of each: cases are cut to this many.
-pub const MACS: usize = 400_000;
+pub const MACS: usize = 250_000;
 
 /// Tensor of normal values.
 pub fn random_tensor(shape: Shape, rng: &mut Rng) -> Tensor {
@@ -76,6 +76,10 @@ impl Parity {
         let Some((device, stream)) = &self.device else { return };
         let shapes: Vec<Shape> = inputs.iter().map(|x| x.shape).collect();
         self.networks += 1;
+        // Of the suite by a library, which is the same again, a fourth.
+        if self.networks % 4 != 1 && std::env::var("FARFACE_CUDA_CONV").is_ok_and(|by| by != "own") {
+            return;
+        }
         for ((arithmetic, most), worst) in ARITHMETICS.into_iter().zip(&mut self.worst) {
             // TF32 is f32's maps in f16's tiles: a third of the networks is enough.
             if arithmetic == Arithmetic::Tf32 && self.networks % 3 != 1 {
