@@ -1,6 +1,6 @@
 #!/bin/sh
 # CUDA without a GPU: every kernel compiles by NVRTC from PyPI and none spills; the emulated driver and all that runs on it, under
-# AddressSanitizer and UndefinedBehaviorSanitizer.
+# AddressSanitizer and UndefinedBehaviorSanitizer; kernels embedded by the same NVRTC.
 set -eu
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
@@ -9,6 +9,10 @@ trap 'rm -rf "$work"' EXIT
 python3 -m pip download --quiet --no-deps --dest "$work" nvidia-cuda-nvrtc-cu11
 python3 -m zipfile -e "$work"/nvidia_cuda_nvrtc_cu11-*.whl "$work/nvrtc"
 python3 tests/cuda/compile.py "$work/nvrtc"
+
+# The bare library with kernels in it, and sessions on the emulated driver without NVRTC.
+FARFACE_CUDA_PATH=$(dirname "$(find "$work/nvrtc" -name 'libnvrtc.so*' | head -n 1)") \
+    cargo test --locked --no-default-features --features cuda-embedded --test cuda embedded::
 
 # The test program that `cargo test` has built, its emulated driver built anew with the sanitizers, on what shows them most.
 tests=$(cargo test --locked --test cuda --no-run 2>&1 | sed -n 's/.*(\(.*\/cuda-[0-9a-f]*\)).*/\1/p')

@@ -1,19 +1,16 @@
-//! The kernels of `cuda/`: compiled by NVRTC when one of a file is first asked for, kept in a folder, found by name.
+//! The kernels of `cuda/`, found by name: a file's code is loaded when one of its kernels is first asked for.
 
+#[cfg(not(feature = "cuda-embedded"))]
+use super::compiled::Code;
 use super::driver::{cuda, Context, Stream};
-use super::nvrtc::Nvrtc;
+#[cfg(feature = "cuda-embedded")]
+use super::embedded::Code;
 use crate::error::{Error, Result};
-use crate::files;
 use cudarc::driver::sys;
 use std::collections::HashMap;
 use std::ffi::{c_void, CString};
-use std::hash::{Hash, Hasher};
-use std::path::PathBuf;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex};
-
-/// What every file includes.
-const HEADER: (&str, &str) = ("common.cuh", include_str!("../../cuda/common.cuh"));
 
 /// A file of kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -188,23 +185,21 @@ impl Kernel {
 /// The kernels for one context.
 pub struct Kernels {
     context: Arc<Context>,
-    compiler: Nvrtc,
-    cache: Option<PathBuf>,
+    code: Code,
     modules: Mutex<HashMap<Source, Arc<Module>>>,
 }
 
 impl Kernels {
-    /// Opens the compiler; nothing is compiled yet.
+    /// Nothing is loaded yet.
     ///
-    /// Compiled code is kept in the folder `farface` of `XDG_CACHE_HOME` or `~/.cache`, or in the one that `FARFACE_CUDA_CACHE`
-    /// names; nowhere where that is `off`.
+    /// Code is compiled by NVRTC and kept in the folder `farface` of `XDG_CACHE_HOME` or `~/.cache`, or in the one that
+    /// `FARFACE_CUDA_CACHE` names; nowhere where that is `off`. With the feature `cuda-embedded` it is in the library, and the driver
+    /// keeps what it makes of it.
+    ///
+    /// Errors: [`Error::Unsupported`] where NVRTC is not there, or where there is no code for a device as old.
     pub fn new(context: &Arc<Context>) -> Result<Self> {
-        Ok(Self {
-            context: context.clone(),
-            compiler: Nvrtc::open()?,
-            cache: cache_folder(),
-            modules: Mutex::default(),
-        })
+        let code = Code::new(context.capability())?;
+        Ok(Self { context: context.clone(), code, modules: Mutex::default() })
     }
 
     /// A kernel of a file. `shared` is the most shared memory that it will be launched with.
@@ -230,23 +225,7 @@ impl Kernels {
         if let Some(module) = modules.get(&source) {
             return Ok(module.clone());
         }
-        let kept = self.kept(source)?;
-        let cached =
-            kept.as_ref().and_then(|path| std::fs::read(path).ok()).filter(|image| !image.is_empty());
-        // What was kept and cannot be loaded (a file cut short) is compiled anew.
-        let raw = match cached.map(|image| self.load(&image)) {
-            Some(Ok(raw)) => raw,
-            _ => {
-                let image = self.compile(source)?;
-                let raw = self.load(&image)?;
-                // What cannot be kept is compiled again the next time.
-                if let Some(path) = kept {
-                    let folder = path.parent().unwrap_or(&path);
-                    let _ = files::make_dir(folder).and_then(|()| files::write_whole(&path, &image));
-                }
-                raw
-            }
-        };
+        let raw = self.code.load(source.file(), |image| self.load(image))?;
         let module = Arc::new(Module { context: self.context.clone(), raw });
         modules.insert(source, module.clone());
         Ok(module)
@@ -255,43 +234,7 @@ impl Kernels {
     fn load(&self, image: &[u8]) -> Result<sys::CUmodule> {
         let mut raw = null_mut();
         let _current = self.context.bind()?;
-        // SAFETY: an image that NVRTC has made; the driver reads no further than it says.
+        // SAFETY: an image that NVRTC has made, PTX with the zero behind it; the driver reads no further than it says.
         unsafe { cuda!(cuModuleLoadData(&mut raw, image.as_ptr().cast())) }.map(|()| raw)
-    }
-
-    /// The architecture that is compiled for, and whether it is the device's own.
-    fn target(&self) -> Result<(i32, bool)> {
-        let [major, minor] = self.context.capability();
-        let arch = self.compiler.arch_for([major, minor])?;
-        Ok((arch, arch == (major * 10 + minor) as i32))
-    }
-
-    /// Machine code or PTX of a file.
-    fn compile(&self, source: Source) -> Result<Vec<u8>> {
-        let ((name, text), (arch, own)) = (source.file(), self.target()?);
-        self.compiler.compile(name, text, HEADER, arch, own)
-    }
-
-    /// Where a file's code is kept, if at all: by a hash of all that it depends on.
-    fn kept(&self, source: Source) -> Result<Option<PathBuf>> {
-        let Some(folder) = &self.cache else { return Ok(None) };
-        let ((name, text), (arch, own)) = (source.file(), self.target()?);
-        let mut hash = std::hash::DefaultHasher::new();
-        (HEADER.1, text, arch, own, self.compiler.version(), env!("CARGO_PKG_VERSION")).hash(&mut hash);
-        let (stem, kind) = (name.trim_end_matches(".cu"), if own { "cubin" } else { "ptx" });
-        Ok(Some(folder.join(format!("{stem}-{arch}-{:016x}.{kind}", hash.finish()))))
-    }
-}
-
-/// Where compiled code is kept.
-fn cache_folder() -> Option<PathBuf> {
-    match std::env::var_os("FARFACE_CUDA_CACHE") {
-        Some(off) if off == "off" => None,
-        Some(folder) => Some(folder.into()),
-        None => {
-            let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-            let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home)?;
-            Some(base.join("farface"))
-        }
     }
 }

@@ -10,7 +10,8 @@ use libloading::Library as Handle;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// A library of NVIDIA's: the first two are what the backend needs, the others what it may use.
+/// A library of NVIDIA's: the first two are what the backend needs (the second not with the feature `cuda-embedded`), the others what it
+/// may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Library {
     /// The driver.
@@ -95,7 +96,22 @@ impl Library {
         let folders = if self == Library::Driver { Vec::new() } else { folders() };
         let by_name = self.names().iter().map(PathBuf::from);
         let in_folders = folders.iter().flat_map(|f| self.names().iter().map(move |n| f.join(n)));
-        by_name.chain(in_folders).find_map(|path| load(&path))
+        let found = by_name.chain(in_folders).find_map(|path| Some((load(&path)?, path)));
+        found.map(|(library, path)| {
+            if self == Library::Nvrtc {
+                load_builtins(&path);
+            }
+            library
+        })
+    }
+}
+
+/// Opens what NVRTC asks for by name when it first compiles: that of CUDA 13 does not look beside itself.
+fn load_builtins(nvrtc: &Path) {
+    let is_one = |path: &PathBuf| path.to_string_lossy().contains("libnvrtc-builtins.so");
+    for path in nvrtc.parent().map(entries).unwrap_or_default().into_iter().filter(is_one) {
+        // Stays open, as NVRTC does.
+        std::mem::forget(load(&path));
     }
 }
 

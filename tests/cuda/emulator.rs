@@ -20,12 +20,14 @@ pub enum Driver {
 }
 
 /// Functions of the emulated driver beside CUDA's.
+#[cfg_attr(not(feature = "train"), allow(dead_code))] // what several ranks ask for
 pub struct Emulator {
     driver: Library,
     nccl: Library,
     folder: PathBuf,
 }
 
+#[cfg_attr(not(feature = "train"), allow(dead_code))] // as above
 impl Emulator {
     /// Makes the call of this number, counted from 1, fail; 0 for none.
     pub fn fail_at(&self, n: i64) {
@@ -82,6 +84,27 @@ impl Emulator {
         }
     }
 
+    /// The architecture of the PTX that was loaded last, as 90 for 9.0; 0 before.
+    #[cfg(feature = "cuda-embedded")]
+    pub fn loaded(&self) -> i32 {
+        // SAFETY: as above.
+        unsafe { self.driver.get::<unsafe extern "C" fn() -> i32>(b"farface_emulator_loaded").unwrap()() }
+    }
+
+    /// The names of all kernels of `cuda/`.
+    #[cfg(feature = "cuda-embedded")]
+    pub fn kernels(&self) -> Vec<&'static str> {
+        type Kernel = unsafe extern "C" fn(i32) -> *const std::ffi::c_char;
+        // SAFETY: as above.
+        let kernel = unsafe { self.driver.get::<Kernel>(b"farface_emulator_kernel").unwrap() };
+        // SAFETY: a name that lives as long as the driver, which stays open, or none behind the last.
+        let name = |n| unsafe {
+            let name = kernel(n);
+            (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_str().unwrap())
+        };
+        (0..).map_while(name).collect()
+    }
+
     /// The order in which the threads of a block run.
     pub fn backwards(&self, on: bool) {
         // SAFETY: as above.
@@ -113,8 +136,10 @@ pub fn driver() -> Option<&'static Driver> {
             unsafe { Library::open(Some(folder.join(name)), RTLD_NOW | RTLD_GLOBAL) }
                 .unwrap_or_else(|e| panic!("{name}: {e}"))
         };
-        // Whoever asks for these names now gets these.
-        std::mem::forget(open("libnvrtc.so.12"));
+        // Whoever asks for these names now gets these. Where kernels are embedded nobody is to ask for a compiler.
+        if cfg!(not(feature = "cuda-embedded")) {
+            std::mem::forget(open("libnvrtc.so.12"));
+        }
         let driver = open("libcuda.so.1");
         // They find the driver's functions among what is open.
         for (name, _) in LIBRARIES {

@@ -9,6 +9,8 @@ mod common;
 #[cfg(feature = "train")]
 #[path = "../common/faces.rs"]
 mod drawing;
+#[cfg(feature = "cuda-embedded")]
+mod embedded;
 mod emulator;
 mod faces;
 mod failures;

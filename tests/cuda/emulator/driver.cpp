@@ -29,6 +29,8 @@ enum Result {
     NOT_INITIALIZED = 3,
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
+    NO_BINARY_FOR_GPU = 209,
+    INVALID_PTX = 218,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     NOT_READY = 600,
@@ -58,7 +60,9 @@ struct Event {
     std::shared_ptr<Passing> passing = std::make_shared<Passing>();
 };
 struct Module {
-    int loaded = 1;
+    // Of PTX the names of its kernels; what the emulated compiler makes has all.
+    bool ptx = false;
+    std::set<std::string> names;
 };
 struct Function {
     std::size_t bytes;
@@ -70,7 +74,7 @@ std::recursive_mutex lock;
 std::map<Pointer, std::size_t> allocations; // device and pinned memory by its first byte
 long calls, fail_at, live;
 bool initialized, idle, late;
-int retained, capability = 90;
+int retained, capability = 90, loaded;
 Stream default_stream;
 std::set<Stream *> streams{&default_stream};
 thread_local std::vector<void *> contexts; // the last is current
@@ -218,6 +222,10 @@ int farface_emulator_give(void *stream, Pointer to, std::size_t bytes, std::func
 }
 // The compute capability of the device, as 90 for 9.0.
 void farface_emulator_capability(int number) { capability = number; }
+// The architecture of the PTX that was loaded last.
+int farface_emulator_loaded() { return loaded; }
+// The name of a kernel by its number; none behind the last.
+const char *farface_emulator_kernel(int number) { return emulator::name(number); }
 void farface_emulator_backwards(int on) { emulator::run_backwards(on != 0); }
 // What the emulated libraries ask for: library.hpp.
 int farface_emulator_begin(int needs_context)
@@ -515,7 +523,24 @@ int cuModuleLoadData(void **module, const void *image)
     ENTRY(true);
     if (!image)
         return INVALID_VALUE;
-    *module = new Module;
+    auto made = std::make_unique<Module>();
+    // PTX says at its head what it is for, then has `.entry NAME(` for each kernel.
+    const char *text = (const char *)image;
+    if (std::strcmp(text, "emulated") != 0) {
+        const char *target = std::strstr(text, "\n.target sm_");
+        if (!target)
+            return INVALID_PTX;
+        loaded = std::atoi(target + std::strlen("\n.target sm_"));
+        if (loaded > capability)
+            return NO_BINARY_FOR_GPU;
+        made->ptx = true;
+        const char *entry = text;
+        while ((entry = std::strstr(entry, ".entry "))) {
+            entry += std::strlen(".entry ");
+            made->names.insert(std::string(entry, std::strcspn(entry, "(")));
+        }
+    }
+    *module = made.release();
     live++;
     return SUCCESS;
 }
@@ -526,9 +551,11 @@ int cuModuleUnload(void *module)
     live--;
     return SUCCESS;
 }
-int cuModuleGetFunction(void **function, void *, const char *name)
+int cuModuleGetFunction(void **function, void *module, const char *name)
 {
     ENTRY(true);
+    if (((Module *)module)->ptx && !((Module *)module)->names.count(name))
+        return NOT_FOUND;
     // They live as long as the library, as kernels do.
     static std::map<std::string, std::unique_ptr<Function>> functions;
     auto &f = functions[name];
@@ -580,6 +607,8 @@ int cuGetErrorName(int error, const char **text)
     case NOT_INITIALIZED: *text = "CUDA_ERROR_NOT_INITIALIZED"; break;
     case INVALID_DEVICE: *text = "CUDA_ERROR_INVALID_DEVICE"; break;
     case INVALID_CONTEXT: *text = "CUDA_ERROR_INVALID_CONTEXT"; break;
+    case NO_BINARY_FOR_GPU: *text = "CUDA_ERROR_NO_BINARY_FOR_GPU"; break;
+    case INVALID_PTX: *text = "CUDA_ERROR_INVALID_PTX"; break;
     case NOT_FOUND: *text = "CUDA_ERROR_NOT_FOUND"; break;
     default: *text = "CUDA_ERROR_UNKNOWN"; break;
     }

@@ -2,6 +2,7 @@
 
 #include "fibers.hpp"
 
+#include <iterator>
 #include <map>
 #include <string>
 #include <sys/mman.h>
@@ -282,6 +283,13 @@ bool find(const char *name, std::size_t *bytes, Body *body)
     *bytes = found->second.bytes;
     *body = found->second.body;
     return true;
+}
+
+const char *name(int number)
+{
+    if (number < 0 || number >= (int)kernels().size())
+        return nullptr;
+    return std::next(kernels().begin(), number)->first.c_str();
 }
 
 void launch(Body kernel, const void *args, Index grid, Index block, std::size_t shared)
