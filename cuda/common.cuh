@@ -357,6 +357,9 @@ struct Face {
     u32 picture;
 };
 
+// Bits of `AnchorGroup::parts`.
+const u32 HAS_LOGITS = 1, HAS_BOXES = 2;
+
 // Anchors of one size on the cells of a map, and where the outputs have what the network says of them.
 struct AnchorGroup {
     u32 first; // of its anchors among a picture's
@@ -364,21 +367,22 @@ struct AnchorGroup {
     float stride, width, height;
     // From a cell to the next; from an offset to the next.
     u32 logit_cell, box_cell, box_step;
-    u32 unused;
+    u32 parts; // which of both there are
     // The first value of the first picture's first cell, and from a picture to the next.
     i64 logits, logit_picture, boxes, box_picture;
-};
-
-// All anchors of a picture, in order of their numbers; every picture of a batch has them.
-struct Anchors {
-    const AnchorGroup *groups;
-    u32 group_count;
-    u32 count;
 };
 
 // Centre and size of an anchor, pixels.
 struct AnchorBox {
     float x, y, w, h;
+};
+
+// All anchors of a picture, in order of their numbers; every picture of a batch has them.
+struct Anchors {
+    const AnchorGroup *groups;
+    const AnchorBox *moved; // of every picture, where a first step moved them; none: they lie on their cells
+    u32 group_count;
+    u32 count;
 };
 
 // The last group that does not begin behind anchor `i`; groups without cells begin where the next one does.
@@ -400,6 +404,12 @@ DEVICE AnchorBox anchor_on(const AnchorGroup &g, u32 cell)
     u32 y = cell / g.columns, x = cell - y * g.columns;
     AnchorBox p = {__fmul_rn((float)x + 0.5f, g.stride), __fmul_rn((float)y + 0.5f, g.stride), g.width, g.height};
     return p;
+}
+
+// Anchor `i` of picture `n`, which is one of the group's.
+DEVICE AnchorBox anchor_of(const Anchors &a, const AnchorGroup &g, u32 n, u32 i)
+{
+    return a.moved ? a.moved[(i64)n * a.count + i] : anchor_on(g, i - g.first);
 }
 
 DEVICE Rect corners(float x, float y, float half_w, float half_h)

@@ -30,7 +30,7 @@ struct LossArgs {
     // What a sampler chose, and the weights of its choices; none: every anchor counts.
     const u8 *chosen;
     const Weight *weights;
-    const u32 *counts; // anchors of the batch: matched, mined
+    const u32 *counts; // as MatchArgs and MineArgs have them
     double *partial;   // [pictures][blocks][SUMS]
     float variances[2];
     float share;       // of a picture, where a sampler chose
@@ -205,6 +205,8 @@ DEVICE void judge(const LossArgs &a, u32 n, u32 i, double sums[SUMS])
         return;
     u32 group = group_of(a.anchors, i);
     const AnchorGroup &g = a.anchors.groups[group];
+    if (!g.parts)
+        return;
     u32 cell = i - g.first;
     i64 first = g.logits + n * g.logit_picture + (i64)cell * g.logit_cell;
     int label = a.label[at], found = a.mined[at];
@@ -215,7 +217,8 @@ DEVICE void judge(const LossArgs &a, u32 n, u32 i, double sums[SUMS])
         return;
     bool face = number >= 0;
     Rect box = {0.0f, 0.0f, 0.0f, 0.0f};
-    float x = a.values[first], other = 0.0f;
+    bool logits = g.parts & HAS_LOGITS, boxes = g.parts & HAS_BOXES;
+    float x = logits ? a.values[first] : 0.0f, other = 0.0f;
     if (a.class_loss == SOFTMAX) {
         other = x;
         x = a.values[first + 1];
@@ -227,8 +230,8 @@ DEVICE void judge(const LossArgs &a, u32 n, u32 i, double sums[SUMS])
         x -= a.margin / (side > MIN_FACE_SIDE ? side : MIN_FACE_SIDE);
     }
     float t[4];
-    AnchorBox anchor = anchor_on(g, cell);
-    if (face)
+    AnchorBox anchor = anchor_of(a.anchors, g, n, i);
+    if (face && boxes)
         offsets_on(a.values, g, n, cell, t);
     // Weights of the classification loss and of the box loss.
     float of_class, of_box;
@@ -237,7 +240,8 @@ DEVICE void judge(const LossArgs &a, u32 n, u32 i, double sums[SUMS])
         of_class = w.logit * a.share;
         of_box = w.box * a.share;
     } else {
-        of_class = of_box = share_of(a.counts[0] + a.counts[1]);
+        // Of a step that has both, the anchors matched and those mined.
+        of_class = of_box = share_of((logits ? a.counts[0] : 0) + (boxes ? a.counts[1] : 0));
     }
     Slope s;
     if (a.class_loss == REGRESSION_AWARE_FOCAL) {
@@ -262,15 +266,17 @@ DEVICE void judge(const LossArgs &a, u32 n, u32 i, double sums[SUMS])
     } else {
         s = cross_entropy(x - other, face);
     }
-    sums[0] += (double)(s.loss * of_class);
-    float slope = s.slope * of_class * a.weight;
-    if (a.class_loss == SOFTMAX) {
-        a.gradient[first] = -slope;
-        a.gradient[first + 1] = slope;
-    } else {
-        a.gradient[first] = slope;
+    if (logits) {
+        sums[0] += (double)(s.loss * of_class);
+        float slope = s.slope * of_class * a.weight;
+        if (a.class_loss == SOFTMAX) {
+            a.gradient[first] = -slope;
+            a.gradient[first + 1] = slope;
+        } else {
+            a.gradient[first] = slope;
+        }
     }
-    if (!face)
+    if (!face || !boxes)
         return;
     sums[3] += matched ? 1.0 : 0.0;
     sums[4] += matched ? 0.0 : 1.0;

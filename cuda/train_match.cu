@@ -16,6 +16,7 @@ struct MatchArgs {
     const Face *faces;   // picture by picture
     const u32 *starts;   // the first face of each picture, and the end
     const Rect *inside;  // what each picture fills; none: anchors may lie anywhere
+    const u8 *seen;      // whether a first step left each anchor to this one; none: it left all
     // Of every anchor of every picture: the face's number in its picture or what it is without one; the face between the thresholds, and
     // behind the last step that of the mining, -1 for none; the IoU, behind the last step 0.
     int *label, *best;
@@ -23,11 +24,21 @@ struct MatchArgs {
     // Of every face, zeros at first: whether it has an anchor; how many; what it claims beside.
     u32 *hit, *held;
     u64 *claims;
-    u32 *counts; // [0]: anchors matched
+    u32 *counts; // anchors matched: [0] of groups that have logits, [1] of those that have boxes alone
     u32 face_count;
     float low, high;
     int second;
 };
+
+DEVICE bool is_number(float v) { return (__float_as_uint(v) & 0x7f800000) != 0x7f800000; }
+DEVICE bool is_number(const Rect &r) { return is_number(r.x1) && is_number(r.y1) && is_number(r.x2) && is_number(r.y2); }
+
+// Where the faces end that an anchor is compared with: it is with none where a first step made it empty or no number (`match_boxes`).
+DEVICE u32 end_of(const MatchArgs &a, u32 n, const Rect &box)
+{
+    bool empty = !is_number(box) || !(box.x2 - box.x1 > 0.0f) || !(box.y2 - box.y1 > 0.0f);
+    return a.starts[a.anchors.moved && empty ? n : n + 1];
+}
 
 // The first pass: an anchor's best face, the first of equal ones.
 KERNEL(match_anchors, MatchArgs, 256)
@@ -36,10 +47,10 @@ KERNEL(match_anchors, MatchArgs, 256)
     if (i >= a.anchors.count)
         return;
     const AnchorGroup &g = a.anchors.groups[group_of(a.anchors, i)];
-    Rect box = corners(anchor_on(g, i - g.first));
+    Rect box = corners(anchor_of(a.anchors, g, n, i));
     float most = 0.0f;
     int best = -1;
-    u32 start = a.starts[n], end = a.starts[n + 1];
+    u32 start = a.starts[n], end = end_of(a, n, box);
     for (u32 j = start; j < end; j++) {
         if (a.faces[j].flags != FACE_WHOLE)
             continue;
@@ -82,7 +93,7 @@ DEVICE u32 nearest_cell(float low, float high, float stride, u32 cells)
     return v < (double)cells ? (u32)v : cells - 1;
 }
 
-// A face without an anchor claims the one that overlaps it most, unless that is another's.
+// A face without an anchor claims the one that overlaps it most.
 KERNEL(match_force, MatchArgs, 256)
 {
     u32 j = blockIdx.x * blockDim.x + threadIdx.x;
@@ -104,11 +115,28 @@ KERNEL(match_force, MatchArgs, 256)
             best = g.first + cell;
         }
     }
-    if (most > 0.0f && a.label[(i64)a.faces[j].picture * a.anchors.count + best] < 0)
+    if (most > 0.0f)
         a.claims[j] = key_of(most, best);
 }
 
-// Gives faces what they claim; of two that claim one anchor the one with the higher IoU has it, of equal ones the first.
+// As match_force, where anchors may lie anywhere: of all of them, of equal ones the first.
+KERNEL(match_force_moved, MatchArgs, 256)
+{
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
+    if (i >= a.anchors.count)
+        return;
+    Rect box = corners(a.anchors.moved[(i64)n * a.anchors.count + i]);
+    u32 end = end_of(a, n, box);
+    for (u32 j = a.starts[n]; j < end; j++) {
+        if (a.hit[j] || a.faces[j].flags & FACE_IGNORED)
+            continue;
+        float v = rect_iou(box, a.faces[j].box);
+        if (v > 0.0f)
+            atomicMax(&a.claims[j], key_of(v, i));
+    }
+}
+
+// Gives faces what they claim and nobody has; of two that claim one anchor the one with the higher IoU gets it, of equal ones the first.
 KERNEL(match_take, MatchArgs, 256)
 {
     u32 j = blockIdx.x * blockDim.x + threadIdx.x;
@@ -124,20 +152,22 @@ KERNEL(match_take, MatchArgs, 256)
             return;
     }
     i64 at = (i64)n * a.anchors.count + number_of(own);
+    if (a.label[at] >= 0)
+        return;
     a.label[at] = (int)(j - start);
     a.overlap[at] = iou_of(own);
 }
 
-// Ignored faces, anchors that cross the picture's border, and counts.
+// Ignored faces, anchors that cross the picture's border or that a first step dropped, and counts.
 KERNEL(match_finish, MatchArgs, 256)
 {
     u32 i = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
     if (i >= a.anchors.count)
         return;
     const AnchorGroup &g = a.anchors.groups[group_of(a.anchors, i)];
-    Rect box = corners(anchor_on(g, i - g.first));
+    Rect box = corners(anchor_of(a.anchors, g, n, i));
     i64 at = (i64)n * a.anchors.count + i;
-    u32 start = a.starts[n], end = a.starts[n + 1];
+    u32 start = a.starts[n], end = end_of(a, n, box);
     int label = a.label[at];
     if (a.second == SECOND_ALL && label == IGNORED && !a.hit[start + (u32)a.best[at]])
         label = a.best[at];
@@ -156,13 +186,52 @@ KERNEL(match_finish, MatchArgs, 256)
         if (box.x1 < b.x1 || box.y1 < b.y1 || box.x2 > b.x2 || box.y2 > b.y2)
             label = IGNORED;
     }
+    if (a.seen && !a.seen[at])
+        label = IGNORED;
     if (label >= 0) {
         atomicAdd(&a.held[start + (u32)label], 1u);
-        atomicAdd(&a.counts[0], 1u);
+        if (g.parts)
+            atomicAdd(&a.counts[g.parts & HAS_LOGITS ? 0 : 1], 1u);
     }
     a.label[at] = label;
     a.best[at] = -1;
     a.overlap[at] = 0.0f;
+}
+
+struct MoveArgs {
+    Anchors anchors; // as the first step has them
+    const float *values;
+    AnchorBox *moved; // none: no group has boxes
+    u8 *seen;
+    float survives; // least logit, not counted
+};
+
+// What a first step leaves to the second: it moves the anchors that it has boxes of (RefineFace, section 3.1), and drops easy background
+// where it has logits.
+KERNEL(move_anchors, MoveArgs, 256)
+{
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
+    if (i >= a.anchors.count)
+        return;
+    const AnchorGroup &g = a.anchors.groups[group_of(a.anchors, i)];
+    u32 cell = i - g.first;
+    i64 at = (i64)n * a.anchors.count + i;
+    // False for a NaN too.
+    a.seen[at] = !(g.parts & HAS_LOGITS) || a.values[g.logits + n * g.logit_picture + (i64)cell * g.logit_cell] > a.survives;
+    if (!a.moved)
+        return;
+    AnchorBox p = anchor_on(g, cell);
+    if (g.parts & HAS_BOXES) {
+        float t[4];
+        offsets_on(a.values, g, n, cell, t);
+        // `Anchor::moved`, by way of the corners as there.
+        Rect r = decode_on(p, t, 1.0f, 1.0f);
+        p.x = __fmul_rn(__fadd_rn(r.x1, r.x2), 0.5f);
+        p.y = __fmul_rn(__fadd_rn(r.y1, r.y2), 0.5f);
+        p.w = __fsub_rn(r.x2, r.x1);
+        p.h = __fsub_rn(r.y2, r.y1);
+    }
+    a.moved[at] = p;
 }
 
 struct MineArgs {
@@ -180,15 +249,13 @@ struct MineArgs {
     u32 *listed; // of every picture, zero at first: anchors that can be mined
     u32 *list;   // their numbers, in any order; the highest bit: it was
     Rect *boxes; // and decoded boxes
-    u32 *counts; // [1]: anchors mined
+    u32 *counts; // [1]: anchors mined are added
     float variances[2];
     float least, floor; // IoU of a mined anchor, and of any that counts
     u32 anchors_a_face;
 };
 
 const u32 TAKEN = 0x80000000;
-
-DEVICE bool is_number(float v) { return (__float_as_uint(v) & 0x7f800000) != 0x7f800000; }
 
 // What every anchor's decoded box finds.
 KERNEL(mine_find, MineArgs, 256)
@@ -199,8 +266,8 @@ KERNEL(mine_find, MineArgs, 256)
     const AnchorGroup &g = a.anchors.groups[group_of(a.anchors, i)];
     float t[4];
     offsets_on(a.values, g, n, i - g.first, t);
-    Rect box = decode_on(anchor_on(g, i - g.first), t, a.variances[0], a.variances[1]);
-    if (!(is_number(box.x1) && is_number(box.y1) && is_number(box.x2) && is_number(box.y2)))
+    Rect box = decode_on(anchor_of(a.anchors, g, n, i), t, a.variances[0], a.variances[1]);
+    if (!is_number(box))
         return;
     i64 at = (i64)n * a.anchors.count + i;
     bool background = a.label[at] == BACKGROUND, wanted = false;

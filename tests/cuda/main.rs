@@ -38,3 +38,5 @@ mod tiles;
 mod train;
 #[cfg(feature = "train")]
 mod trainer;
+#[cfg(feature = "train")]
+mod two_step;

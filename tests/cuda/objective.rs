@@ -45,7 +45,7 @@ impl Case {
     fn new(objective: Objective, side: usize, pictures: usize, most: usize, weight: f32, seed: u64) -> Self {
         let rng = &mut Rng::new(seed);
         let faces: Vec<Vec<Annotated>> =
-            (0..pictures).map(|_| random_faces(&objective, side, most, rng)).collect();
+            (0..pictures).map(|_| random_faces(&objective.levels, side, most, rng)).collect();
         let mut outputs = Vec::new();
         for level in &objective.levels {
             let cells = side.div_ceil(level.stride);
@@ -58,19 +58,7 @@ impl Case {
                 let (a, cell) = (k % n, k / n % (cells * cells));
                 let faces = &faces[k / n / (cells * cells)];
                 let anchor = Anchor::on_cell(cell / cells, cell % cells, level.stride, level.anchors[a]);
-                let near = faces.iter().map(|f| f.bbox).find(|b| b.iou(&anchor.bbox()) > 0.05);
-                t.copy_from_slice(&match near {
-                    Some(b) if rng.below(3) > 0 => {
-                        let [cx, cy] = anchor.center;
-                        let anchor = [cx, cy, anchor.size[0], anchor.size[1]];
-                        let goal = encode_box([b.x1, b.y1, b.x2, b.y2], anchor, objective.variances);
-                        let noise = rng.range(0.0, 0.3);
-                        goal.map(|v| v + noise * rng.normal())
-                    }
-                    // A box that is no number's, now and then.
-                    _ if rng.below(100) == 0 => [0.0, 0.0, 1e3, 1e3],
-                    _ => [(); 4].map(|()| rng.normal()),
-                });
+                t.copy_from_slice(&random_offsets(anchor, faces, objective.variances, rng));
             }
             if apart {
                 outputs.extend([class, boxes]);
@@ -99,7 +87,7 @@ impl Case {
 
     fn judgement(&self) -> Judgement<'_> {
         let Self { objective, faces, inside, seeds, weight, .. } = self;
-        Judgement { objective, faces, inside, seeds: seeds.clone(), weight: *weight }
+        Judgement { objective: objective.into(), faces, inside, seeds: seeds.clone(), weight: *weight }
     }
 
     /// On the host.
@@ -111,32 +99,59 @@ impl Case {
         losses.boxes *= f64::from(self.weight);
         (losses, d.iter().flat_map(|t| t.data.iter().map(|v| v * self.weight)).collect())
     }
+}
 
-    /// On the device: losses, and the buffers of the outputs and of their gradients.
-    fn judged(&self, stream: &Stream, kernels: &mut Judge) -> Result<(Losses, [DeviceBuffer; 2])> {
-        let values: Vec<f32> = self.outputs.iter().flat_map(|t| t.data.iter().copied()).collect();
-        let shapes: Vec<Shape> = self.outputs.iter().map(|t| t.shape).collect();
-        let outputs = DeviceBuffer::of(stream, &values)?;
-        let gradient = DeviceBuffer::new(stream.context(), values.len() * 4 + GUARD)?;
-        gradient.fill(stream, 0..gradient.len(), 0xff)?;
-        let losses = judge(kernels, stream, [&outputs, &gradient], &shapes, &[self.judgement()])?;
-        Ok((losses[0], [outputs, gradient]))
-    }
+/// On the device: losses, and the buffers of the outputs and of their gradients.
+pub fn judged(
+    outputs: &[Tensor],
+    judgement: &Judgement<'_>,
+    stream: &Stream,
+    kernels: &mut Judge,
+) -> Result<(Losses, [DeviceBuffer; 2])> {
+    let values: Vec<f32> = outputs.iter().flat_map(|t| t.data.iter().copied()).collect();
+    let shapes: Vec<Shape> = outputs.iter().map(|t| t.shape).collect();
+    let outputs = DeviceBuffer::of(stream, &values)?;
+    let gradient = DeviceBuffer::new(stream.context(), values.len() * 4 + GUARD)?;
+    gradient.fill(stream, 0..gradient.len(), 0xff)?;
+    let losses = judge(kernels, stream, [&outputs, &gradient], &shapes, std::slice::from_ref(judgement))?;
+    Ok((losses[0], [outputs, gradient]))
+}
 
-    /// Losses and gradients on the device; nothing is written past them.
-    fn on_device(&self, stream: &Stream, kernels: &mut Judge) -> (Losses, Vec<f32>) {
-        let (losses, [outputs, gradient]) = self.judged(stream, kernels).unwrap();
-        let behind = gradient.values::<u8>(stream, outputs.len(), GUARD).unwrap();
-        assert!(behind.iter().all(|&b| b == 0xff), "written past the gradients");
-        (losses, gradient.values(stream, 0, outputs.len() / 4).unwrap())
+/// Losses and gradients on the device; nothing is written past them.
+fn judged_within(
+    outputs: &[Tensor],
+    judgement: &Judgement<'_>,
+    stream: &Stream,
+    kernels: &mut Judge,
+) -> (Losses, Vec<f32>) {
+    let (losses, [outputs, gradient]) = judged(outputs, judgement, stream, kernels).unwrap();
+    let behind = gradient.values::<u8>(stream, outputs.len(), GUARD).unwrap();
+    assert!(behind.iter().all(|&b| b == 0xff), "written past the gradients");
+    (losses, gradient.values(stream, 0, outputs.len() / 4).unwrap())
+}
+
+/// Offsets on an anchor, mostly of a box near one of the faces that it overlaps, if there is one.
+pub fn random_offsets(anchor: Anchor, faces: &[Annotated], variances: [f32; 2], rng: &mut Rng) -> [f32; 4] {
+    let near = faces.iter().map(|f| f.bbox).find(|b| b.iou(&anchor.bbox()) > 0.05);
+    match near {
+        Some(b) if rng.below(3) > 0 => {
+            let [cx, cy] = anchor.center;
+            let anchor = [cx, cy, anchor.size[0], anchor.size[1]];
+            let goal = encode_box([b.x1, b.y1, b.x2, b.y2], anchor, variances);
+            let noise = rng.range(0.0, 0.3);
+            goal.map(|v| v + noise * rng.normal())
+        }
+        // A box that is no number's, now and then.
+        _ if rng.below(100) == 0 => [0.0, 0.0, 1e3, 1e3],
+        _ => [(); 4].map(|()| rng.normal()),
     }
 }
 
 /// On an anchor exactly, near one, equal to another, partly outside; a few to be ignored, a few that are none.
-fn random_faces(objective: &Objective, side: usize, most: usize, rng: &mut Rng) -> Vec<Annotated> {
+pub fn random_faces(levels: &[Level], side: usize, most: usize, rng: &mut Rng) -> Vec<Annotated> {
     let mut faces: Vec<Annotated> = Vec::new();
     for _ in 0..rng.below(most + 1) {
-        let level = &objective.levels[rng.below(objective.levels.len())];
+        let level = &levels[rng.below(levels.len())];
         let cells = side.div_ceil(level.stride);
         let size = level.anchors[rng.below(level.anchors.len())];
         let anchor = Anchor::on_cell(rng.below(cells), rng.below(cells), level.stride, size).bbox();
@@ -160,12 +175,16 @@ fn random_faces(objective: &Objective, side: usize, most: usize, rng: &mut Rng) 
 
 /// Holds the device to the host's objective; what is found. On another machine's arithmetic an anchor on the very edge of a choice may be
 /// another, so that which anchors count is compared on the emulator, whose functions are the host's.
-fn check(device: &Arc<Device>, case: &Case) -> Losses {
+pub fn compare(
+    device: &Arc<Device>,
+    what: &str,
+    outputs: &[Tensor],
+    judgement: &Judgement<'_>,
+    (losses, expected): (Losses, Vec<f32>),
+) -> Losses {
     let stream = Stream::new(device.context()).unwrap();
     let mut kernels = Judge::new(device).unwrap();
-    let what = format!("{:?}", case.objective);
-    let (losses, expected) = case.expected();
-    let (got, gradient) = case.on_device(&stream, &mut kernels);
+    let (got, gradient) = judged_within(outputs, judgement, &stream, &mut kernels);
     let counts = |l: &Losses| (l.matched, l.mined, l.faces);
     assert_eq!(counts(&got), counts(&losses), "{what}");
     let pairs = [(got.class, losses.class), (got.boxes, losses.boxes), (got.iou, losses.iou)];
@@ -182,7 +201,7 @@ fn check(device: &Arc<Device>, case: &Case) -> Losses {
         assert_eq!(same, None, "{what}: another anchor counts");
         emulator.backwards(true);
         // In memory that holds what the call before left.
-        let (again, backwards) = case.on_device(&stream, &mut kernels);
+        let (again, backwards) = judged_within(outputs, judgement, &stream, &mut kernels);
         emulator.backwards(false);
         let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         assert!(again == got && bits(&backwards) == bits(&gradient), "{what}: other bits in another order");
@@ -190,11 +209,16 @@ fn check(device: &Arc<Device>, case: &Case) -> Losses {
     losses
 }
 
+fn check(device: &Arc<Device>, case: &Case) -> Losses {
+    let what = format!("{:?}", case.objective);
+    compare(device, &what, &case.outputs, &case.judgement(), case.expected())
+}
+
 const LAYOUTS: [Layout; 3] = [Layout::Joint, Layout::ByKind, Layout::Apart { logits: 1 }];
-const FOCAL: (f32, f32) = (0.25, 2.0);
+pub const FOCAL: (f32, f32) = (0.25, 2.0);
 
 /// Levels of some strides, with anchors of some sizes, not all square.
-fn levels(strides: &[usize], anchors: usize, layouts: impl Fn(usize) -> Layout) -> Vec<Level> {
+pub fn levels(strides: &[usize], anchors: usize, layouts: impl Fn(usize) -> Layout) -> Vec<Level> {
     let level = |(i, &stride): (usize, &usize)| {
         let size = |a: usize| {
             let side = stride as f32 * [2.0, 3.1, 1.3][a % 3];
@@ -206,11 +230,11 @@ fn levels(strides: &[usize], anchors: usize, layouts: impl Fn(usize) -> Layout) 
 }
 
 /// Cases take longer under sanitizers.
-fn sanitized() -> bool {
+pub fn sanitized() -> bool {
     std::env::var_os("FARFACE_TEST_SANITIZE").is_some()
 }
 
-fn matching() -> impl Strategy<Value = MatchingRecipe> {
+pub fn matching() -> impl Strategy<Value = MatchingRecipe> {
     (0..5, 0.05f32..0.5, 0.0f32..0.4).prop_map(|(kind, low, more)| {
         let scan =
             |second_pass| MatchingRecipe::TwoPassScan { lambda1: low + more, lambda2: low, second_pass };
@@ -226,12 +250,12 @@ fn matching() -> impl Strategy<Value = MatchingRecipe> {
     })
 }
 
-fn mining() -> impl Strategy<Value = AnchorMining> {
+pub fn mining() -> impl Strategy<Value = AnchorMining> {
     (1usize..12, prop_oneof![0.2f32..0.5, 0.5f32..0.9])
         .prop_map(|(anchors, overlap)| AnchorMining { anchors, overlap })
 }
 
-fn sampler() -> impl Strategy<Value = SamplerRecipe> {
+pub fn sampler() -> impl Strategy<Value = SamplerRecipe> {
     let miner = prop_oneof![
         Just(Miner::All {}),
         Just(Miner::Random {}),
@@ -254,7 +278,7 @@ fn sampler() -> impl Strategy<Value = SamplerRecipe> {
     )
 }
 
-fn boxes() -> impl Strategy<Value = BoxLoss> {
+pub fn boxes() -> impl Strategy<Value = BoxLoss> {
     let no_overlap = || prop_oneof![Just(NoOverlap::Zero), Just(NoOverlap::SmoothL1)];
     prop_oneof![
         prop_oneof![Just(0.0f32), 0.01f32..2.0].prop_map(|beta| BoxLoss::SmoothL1 { beta }),
@@ -419,7 +443,7 @@ fn a_step_that_is_judged_on_the_device_has_the_gradients_of_one_judged_on_the_ho
     let around = PyramidAnchors::new(of(1), 1, 0.5);
     let rng = &mut Rng::new(8);
     let shape = Shape::new(3, 3, 32, 32);
-    let faces: Vec<Vec<Annotated>> = (0..3).map(|_| random_faces(&own, 32, 6, rng)).collect();
+    let faces: Vec<Vec<Annotated>> = (0..3).map(|_| random_faces(&own.levels, 32, 6, rng)).collect();
     let pixels: Vec<u8> = (0..shape.len()).map(|_| rng.below(256) as u8).collect();
     let outer = around.all_around(&faces);
     for (element, most) in [(Element::F32, 1e-5), (Element::Bf16, 1e-2)] {
@@ -437,9 +461,9 @@ fn a_step_that_is_judged_on_the_device_has_the_gradients_of_one_judged_on_the_ho
         assert!(engine.backward_judged().is_err(), "nothing was judged");
         let seeds = || (0..3).collect();
         let judgements = [
-            Judgement { objective: &own, faces: &faces, inside: &[], seeds: seeds(), weight: 1.0 },
+            Judgement { objective: (&own).into(), faces: &faces, inside: &[], seeds: seeds(), weight: 1.0 },
             Judgement {
-                objective: &around.objective,
+                objective: (&around.objective).into(),
                 faces: &outer,
                 inside: &[],
                 seeds: seeds(),
@@ -493,7 +517,7 @@ fn an_objective_whose_driver_fails_at_any_call_is_an_error() {
         let device = Device::new(0)?;
         let stream = Stream::new(device.context())?;
         let mut kernels = Judge::new(&device)?;
-        let (_, buffers) = case.judged(&stream, &mut kernels)?;
+        let (_, buffers) = judged(&case.outputs, &case.judgement(), &stream, &mut kernels)?;
         Ok((buffers, kernels, stream, device))
     });
 }

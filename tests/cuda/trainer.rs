@@ -404,3 +404,75 @@ fn a_device_that_is_not_there_is_named() {
     let error = error.err().expect("no such device").to_string();
     assert!(error.contains("no CUDA device 99"), "{error}");
 }
+
+const HEAD: &str = r#"
+[model]
+detector = "DETECTOR"
+width = 4
+channels = 8
+[data]
+train = [{ kind = "wider", list = "faces.txt", images = "images" }]
+[batch]
+size = 2
+sides = [{ side = 64, share = 1.0 }]
+"#;
+const TAIL: &str = r#"
+[optimizer]
+kind = "sgd"
+[schedule]
+lr = 1e-3
+unit = "steps"
+length = 10
+[run]
+clip = 10.0
+precision = "f32"
+"#;
+/// HAMBox with its pyramid anchors, whose losses are judged apart.
+const HAMBOX: &str = r#"
+[matching]
+kind = "first-step"
+[mining]
+overlap = 0.5
+[loss]
+classification = { kind = "regression-aware-focal" }
+box = { kind = "smooth-l1" }
+[pyramid-anchors]
+"#;
+/// RefineFace in two steps.
+const REFINEFACE: &str = r#"
+[matching]
+kind = "thresholds"
+negative = 0.4
+positive = 0.5
+force-best = true
+[first-matching]
+kind = "thresholds"
+negative = 0.3
+positive = 0.5
+force-best = true
+[mining]
+overlap = 0.5
+[loss]
+classification = { kind = "focal" }
+box = { kind = "neg-ln-iou" }
+margin = 15.0
+"#;
+
+#[test]
+fn trainings_of_several_sets_of_outputs_on_a_device_follow_the_cpus() {
+    if device().is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    drawing::draw(dir.path(), 4, 100, 1);
+    for (detector, own) in [("hambox-baseline-r18", HAMBOX), ("refineface-r18", REFINEFACE)] {
+        let text = format!("{}{own}{TAIL}", HEAD.replace("DETECTOR", detector));
+        let expected = steps(&mut trainer(&text, dir.path(), None), 3);
+        let got = steps(&mut trainer(&text, dir.path(), Some(0)), 3);
+        let off = |got: f64, expected: f64| (got - expected).abs() / expected;
+        let off: Vec<_> = got.iter().zip(&expected).map(|(got, e)| off(got.loss, e.loss)).collect();
+        println!("{detector}: losses {:?} off by {off:?}", got.iter().map(|s| s.loss).collect::<Vec<_>>());
+        // Later ones tell more of how rounding grows in narrow normalisations.
+        assert!(off[0] < 1e-4 && off.iter().all(|&off| off < 0.05), "{detector}: {off:?}");
+    }
+}

@@ -5,15 +5,17 @@ use crate::error::{Error, Result};
 use crate::gpu::driver::Stream;
 use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::ops::train::objective::{
-    AnchorGroup, Batch, BoxRule, ClassRule, Judge, LossRule, MatchRule, MineRule, Miner, Rules, SampleRule,
-    SecondPass,
+    AnchorGroup, Batch, BoxRule, ClassRule, FirstStep, Judge, LossRule, MatchRule, MineRule, Miner, Rules,
+    SampleRule, SecondPass,
 };
 use crate::gpu::ops::train::Values;
 use crate::shape::Shape;
 use crate::train::losses::{BoxLoss, ClassLoss, LossRecipe, NoOverlap, IGNORED_OVERLAP};
-use crate::train::matching::{self, AnchorMining, MatchingRecipe};
-use crate::train::network::Judgement;
-use crate::train::objective::{GroupChannels, Losses, Objective};
+use crate::train::matching::{self, AnchorGrid, AnchorMining, MatchingRecipe};
+use crate::train::network::{Judgement, ObjectiveRef};
+use crate::train::objective::{
+    Channels, FirstChannels, GroupChannels, Losses, Objective, TwoStep, VARIANCES,
+};
 use crate::train::sampler::{self, Reduction, SamplerRecipe};
 
 /// Judges outputs that lie one behind the other, as f32, at the beginning of `outputs`; their gradients go to the same places of
@@ -48,15 +50,32 @@ fn judged(
     judgement: &Judgement<'_>,
 ) -> Result<Losses> {
     let Judgement { objective, faces, inside, seeds, weight } = judgement;
-    let groups = groups(objective, shapes, faces.len())?;
     let corners = |b: &BBox| [b.x1, b.y1, b.x2, b.y2];
     let boxes: Vec<Vec<_>> =
         faces.iter().map(|own| own.iter().map(|f| (corners(&f.bbox), f.ignore)).collect()).collect();
-    let within = objective.sampler.as_ref().is_some_and(|s| s.within_picture);
-    let borders: Option<Vec<[f32; 4]>> = within.then(|| inside.iter().map(corners).collect());
-    let batch =
-        Batch { groups: &groups, faces: &boxes, inside: borders.as_deref(), seeds, outputs, gradient };
-    let sums = judge.judge(stream, &batch, &rules(objective, *weight)?)?;
+    let outer = Batch { groups: &[], first: None, faces: &boxes, inside: None, seeds, outputs, gradient };
+    let sums = match objective {
+        ObjectiveRef::OneStep(objective) => {
+            let (grid, channels) = objective.placed(shapes, faces.len())?;
+            let groups = second_groups(&grid, &channels, &Outputs::new(shapes))?;
+            let within = objective.sampler.as_ref().is_some_and(|s| s.within_picture);
+            let borders: Option<Vec<[f32; 4]>> = within.then(|| inside.iter().map(corners).collect());
+            let batch = Batch { groups: &groups, inside: borders.as_deref(), ..outer };
+            judge.judge(stream, &batch, &rules(objective, *weight))?
+        }
+        ObjectiveRef::TwoStep(objective) => {
+            let (grid, first, second) = objective.placed(shapes, faces.len())?;
+            let outputs = Outputs::new(shapes);
+            let first = FirstStep {
+                groups: &first_groups(&grid, &first, &outputs)?,
+                matching: match_rule(&objective.first),
+                survives: objective.survives,
+            };
+            let groups = second_groups(&grid, &second, &outputs)?;
+            let batch = Batch { groups: &groups, first: Some(first), ..outer };
+            judge.judge(stream, &batch, &two_step_rules(objective, *weight))?
+        }
+    };
     Ok(Losses {
         class: sums.class * f64::from(*weight),
         boxes: sums.boxes * f64::from(*weight),
@@ -67,49 +86,113 @@ fn judged(
     })
 }
 
-/// The anchors of an objective whose outputs have these shapes, one behind the other, and where the outputs have them.
-fn groups(objective: &Objective, shapes: &[Shape], pictures: usize) -> Result<Vec<AnchorGroup>> {
-    let (grid, channels) = objective.placed(shapes, pictures)?;
-    // The first value of every output, then the end.
-    let mut starts = vec![0];
-    shapes.iter().for_each(|s| starts.push(starts[starts.len() - 1] + s.len()));
-    let narrow = |v: usize| {
-        u32::try_from(v).map_err(|_| Error::LimitExceeded("a map is too large for the device".into()))
-    };
-    let group = |(g, c): (&matching::AnchorGroup, &GroupChannels)| {
-        let picture = |output: usize| (shapes[output].len() / shapes[output].n.max(1)) as i64;
-        Ok(AnchorGroup {
-            first: narrow(g.first)?,
-            cells: narrow(g.len())?,
-            columns: narrow(g.cols)?,
-            stride: g.stride as f32,
-            width: g.width,
-            height: g.height,
-            logit_cell: narrow(c.class.per_cell)?,
-            box_cell: narrow(c.boxes.per_cell)?,
-            box_step: narrow(c.step)?,
-            unused: 0,
-            logits: (starts[c.class.output] + c.class.first) as i64,
-            logit_picture: picture(c.class.output),
-            boxes: (starts[c.boxes.output] + c.boxes.first) as i64,
-            box_picture: picture(c.boxes.output),
-        })
-    };
-    grid.groups.iter().zip(&channels).map(group).collect()
+/// Where the values of outputs are that lie one behind the other.
+struct Outputs<'a> {
+    shapes: &'a [Shape],
+    /// The first of each.
+    starts: Vec<usize>,
 }
 
-fn rules(objective: &Objective, weight: f32) -> Result<Rules> {
+impl<'a> Outputs<'a> {
+    fn new(shapes: &'a [Shape]) -> Self {
+        let start = |end: &mut usize, s: &Shape| {
+            *end += s.len();
+            Some(*end - s.len())
+        };
+        Self { shapes, starts: shapes.iter().scan(0, start).collect() }
+    }
+
+    /// The first value of channels, from a picture to the next, from a cell to the next.
+    fn place(&self, c: Channels) -> Result<(i64, i64, u32)> {
+        let shape = self.shapes[c.output];
+        let picture = shape.len() / shape.n.max(1);
+        Ok(((self.starts[c.output] + c.first) as i64, picture as i64, narrow(c.per_cell)?))
+    }
+}
+
+fn narrow(v: usize) -> Result<u32> {
+    u32::try_from(v).map_err(|_| Error::LimitExceeded("a map is too large for the device".into()))
+}
+
+/// Anchors of a group of which nothing is said.
+fn plain_group(g: &matching::AnchorGroup) -> Result<AnchorGroup> {
+    Ok(AnchorGroup {
+        first: narrow(g.first)?,
+        cells: narrow(g.len())?,
+        columns: narrow(g.cols)?,
+        stride: g.stride as f32,
+        width: g.width,
+        height: g.height,
+        ..AnchorGroup::default()
+    })
+}
+
+fn with_logits(group: AnchorGroup, (logits, logit_picture, logit_cell): (i64, i64, u32)) -> AnchorGroup {
+    AnchorGroup { logits, logit_picture, logit_cell, parts: group.parts | AnchorGroup::LOGITS, ..group }
+}
+
+/// With offsets `box_step` values apart.
+fn with_boxes(
+    group: AnchorGroup,
+    (boxes, box_picture, box_cell): (i64, i64, u32),
+    box_step: u32,
+) -> AnchorGroup {
+    AnchorGroup { boxes, box_picture, box_cell, box_step, parts: group.parts | AnchorGroup::BOXES, ..group }
+}
+
+/// The groups of the only step or of the second, which says everything of every anchor.
+fn second_groups(
+    grid: &AnchorGrid,
+    channels: &[GroupChannels],
+    outputs: &Outputs<'_>,
+) -> Result<Vec<AnchorGroup>> {
+    let group = |(g, c): (&matching::AnchorGroup, &GroupChannels)| {
+        let group = with_logits(plain_group(g)?, outputs.place(c.class)?);
+        Ok(with_boxes(group, outputs.place(c.boxes)?, narrow(c.step)?))
+    };
+    grid.groups.iter().zip(channels).map(group).collect()
+}
+
+/// The same of the first step.
+fn first_groups(
+    grid: &AnchorGrid,
+    channels: &[FirstChannels],
+    outputs: &Outputs<'_>,
+) -> Result<Vec<AnchorGroup>> {
+    let group = |(g, c): (&matching::AnchorGroup, &FirstChannels)| {
+        let group = plain_group(g)?;
+        Ok(match c {
+            FirstChannels::None => group,
+            FirstChannels::Classes(c) => with_logits(group, outputs.place(*c)?),
+            FirstChannels::Boxes(c) => with_boxes(group, outputs.place(*c)?, 1),
+        })
+    };
+    grid.groups.iter().zip(channels).map(group).collect()
+}
+
+fn rules(objective: &Objective, weight: f32) -> Rules {
     let Objective { variances, matching, mining, sampler, loss, .. } = objective;
-    let class = class_rule(&loss.classification);
     // The losses over all anchors take all, whatever the sampler.
     let sampling = sampler.as_ref().filter(|_| !loss.classification.takes_all()).map(sample_rule);
-    Ok(Rules {
+    Rules {
         variances: *variances,
         matching: match_rule(matching),
         mining: mining.as_ref().map(mine_rule),
         sampling,
-        loss: loss_rule(loss, class, weight),
-    })
+        loss: loss_rule(loss, weight),
+    }
+}
+
+/// Of the second step; of the first those of its losses.
+fn two_step_rules(objective: &TwoStep, weight: f32) -> Rules {
+    let TwoStep { second, mining, sampler, loss, .. } = objective;
+    Rules {
+        variances: VARIANCES,
+        matching: match_rule(second),
+        mining: mining.as_ref().map(mine_rule),
+        sampling: sampler.as_ref().map(sample_rule),
+        loss: loss_rule(loss, weight),
+    }
 }
 
 fn match_rule(recipe: &MatchingRecipe) -> MatchRule {
@@ -159,7 +242,8 @@ fn class_rule(loss: &ClassLoss) -> ClassRule {
     }
 }
 
-fn loss_rule(loss: &LossRecipe, class: ClassRule, weight: f32) -> LossRule {
+fn loss_rule(loss: &LossRecipe, weight: f32) -> LossRule {
+    let class = class_rule(&loss.classification);
     let draws = |no_overlap| no_overlap == NoOverlap::SmoothL1;
     let boxes = match loss.boxes {
         BoxLoss::SmoothL1 { beta } => BoxRule::SmoothL1 { beta },

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::graph::Graph;
 use crate::shape::{Shape, Tensor};
 use crate::train::data::Annotated;
-use crate::train::objective::{Losses, Objective};
+use crate::train::objective::{DetectorObjective, Losses, Objective, TwoStep};
 use crate::train::optim::{clip_global_norm, first_non_finite, global_norm, Ema, Optimizer};
 
 /// Parameters and their gradients.
@@ -84,10 +84,50 @@ pub trait Engine: Send {
     fn machine(&self) -> String;
 }
 
+/// An objective that an engine may judge by itself.
+#[derive(Clone, Copy, Debug)]
+pub enum ObjectiveRef<'a> {
+    /// Of one step.
+    OneStep(&'a Objective),
+    /// Of two.
+    TwoStep(&'a TwoStep),
+}
+
+impl ObjectiveRef<'_> {
+    /// How many outputs it judges.
+    pub fn outputs(self) -> usize {
+        match self {
+            Self::OneStep(o) => o.outputs(),
+            Self::TwoStep(o) => o.outputs(),
+        }
+    }
+}
+
+impl<'a> From<&'a Objective> for ObjectiveRef<'a> {
+    fn from(objective: &'a Objective) -> Self {
+        Self::OneStep(objective)
+    }
+}
+
+impl<'a> From<&'a TwoStep> for ObjectiveRef<'a> {
+    fn from(objective: &'a TwoStep) -> Self {
+        Self::TwoStep(objective)
+    }
+}
+
+impl<'a> From<&'a DetectorObjective> for ObjectiveRef<'a> {
+    fn from(objective: &'a DetectorObjective) -> Self {
+        match objective {
+            DetectorObjective::OneStep(o) => Self::OneStep(o),
+            DetectorObjective::TwoStep(o) => Self::TwoStep(o),
+        }
+    }
+}
+
 /// What some of a batch's outputs are judged by.
 pub struct Judgement<'a> {
     /// How.
-    pub objective: &'a Objective,
+    pub objective: ObjectiveRef<'a>,
     /// Faces of each picture.
     pub faces: &'a [Vec<Annotated>],
     /// What each picture fills of its example, pixels; may be empty where the sampler does not ask.

@@ -22,6 +22,8 @@ use crate::detect::BBox;
 use crate::error::{Error, Result};
 use crate::graph::init::Rng;
 use crate::shape::{Shape, Tensor};
+#[cfg(feature = "cuda")]
+pub(super) use head::Channels;
 pub(super) use head::GroupChannels;
 use head::{box_loss, Head, Place};
 pub use head::{Layout, Level};
@@ -33,6 +35,8 @@ pub use pyramid_anchors::PyramidAnchors;
 use sampled::Sampled;
 pub use second_look::SecondLook;
 pub use two_step::TwoStep;
+#[cfg(feature = "cuda")]
+pub(super) use two_step::{FirstChannels, VARIANCES};
 
 /// How a batch is judged.
 #[derive(Clone, Debug)]

@@ -1,6 +1,8 @@
 //! The objective of detectors that classify and regress in two steps: RefineFace's selective two-step classification and regression.
 
 use super::head::{box_loss, Channels, GroupChannels, Head, Layout, Level, Place};
+#[cfg(feature = "cuda")]
+use super::pictures::check_shapes;
 use super::pictures::{
     check_outputs, face_boxes, gathered, parallel, picture_maps, wanted, Losses, Proposal, Whole,
 };
@@ -41,7 +43,7 @@ pub struct TwoStep {
 }
 
 /// Variances of the box code in both steps.
-const VARIANCES: [f32; 2] = [1.0; 2];
+pub(in crate::train) const VARIANCES: [f32; 2] = [1.0; 2];
 
 /// Positives of each of the four sums.
 #[derive(Clone, Copy, Debug, Default)]
@@ -82,11 +84,15 @@ struct AfterFirst {
 
 /// Where the first step has what it says of an anchor group.
 #[derive(Clone, Copy)]
-enum FirstChannels {
+pub(in crate::train) enum FirstChannels {
     None,
     Classes(Channels),
     Boxes(Channels),
 }
+
+/// Anchors, and where the outputs have what either step says of every group.
+#[cfg(feature = "cuda")]
+pub(in crate::train) type Placed = (AnchorGrid, Vec<FirstChannels>, Vec<GroupChannels>);
 
 /// A picture's anchors, and where the outputs of both steps have them.
 struct Heads<'a> {
@@ -165,6 +171,13 @@ impl TwoStep {
             output += level.layout.outputs();
         }
         (grid, first, second)
+    }
+
+    /// As [`Self::grid`], for the outputs of so many pictures, which must be those of the levels.
+    #[cfg(feature = "cuda")]
+    pub(in crate::train) fn placed(&self, outputs: &[Shape], images: usize) -> Result<Placed> {
+        check_shapes(outputs, &self.channels(), images)?;
+        Ok(self.grid(outputs))
     }
 
     /// As [`Objective::judge`](super::Objective::judge).

@@ -7,7 +7,7 @@ use crate::shape::{Shape, Tensor};
 use crate::train::data::Annotated;
 use crate::train::loader::Batch;
 use crate::train::network::Judgement;
-use crate::train::objective::{DetectorObjective, Losses, Whole};
+use crate::train::objective::{Losses, Whole};
 
 impl Trainer {
     /// The seed of what is drawn under number `n` in this step. Pictures of the batch have the first; what has draws of its own, numbers
@@ -21,7 +21,6 @@ impl Trainer {
     /// nothing is done then: where boxes are chosen by the outputs, and where other processes have a part of the batch, whose counts
     /// losses are divided by.
     pub(super) fn judge_on_device(&mut self, batch: &Batch, shape: Shape) -> Result<Option<Losses>> {
-        let DetectorObjective::OneStep(objective) = &self.objective else { return Ok(None) };
         if self.second_look.is_some() || self.ranks.is_some() {
             return Ok(None);
         }
@@ -29,10 +28,15 @@ impl Trainer {
         let seeds = |first: usize| (0..images).map(|n| draws(n + first)).collect();
         let around: Vec<Vec<Vec<Annotated>>> =
             self.pyramid_anchors.iter().map(|p| p.all_around(&batch.faces)).collect();
-        let own =
-            Judgement { objective, faces: &batch.faces, inside: &batch.inside, seeds: seeds(0), weight: 1.0 };
+        let own = Judgement {
+            objective: (&self.objective).into(),
+            faces: &batch.faces,
+            inside: &batch.inside,
+            seeds: seeds(0),
+            weight: 1.0,
+        };
         let others = (1..).zip(self.pyramid_anchors.iter().zip(&around)).map(|(k, (p, faces))| Judgement {
-            objective: &p.objective,
+            objective: (&p.objective).into(),
             faces,
             inside: &[],
             seeds: seeds((1 << k) * images),

@@ -9,7 +9,7 @@ use crate::gpu::ops::train::kernels;
 kernels! {
     /// Of `cuda/train_match.cu`.
     pub(super) Kernels of TrainMatch:
-    match_anchors, match_second, match_force, match_take, match_finish, mine_find, mine_take,
+    match_anchors, match_second, match_force, match_force_moved, match_take, match_finish, move_anchors, mine_find, mine_take,
 }
 
 /// What becomes of faces that no anchor reached the upper threshold of.
@@ -56,6 +56,7 @@ struct MatchArgs {
     faces: u64,
     starts: u64,
     inside: u64,
+    seen: u64,
     label: u64,
     best: u64,
     overlap: u64,
@@ -67,6 +68,17 @@ struct MatchArgs {
     low: f32,
     high: f32,
     second: i32,
+}
+
+/// `MoveArgs` of `cuda/train_match.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct MoveArgs {
+    anchors: Anchors,
+    values: u64,
+    moved: u64,
+    seen: u64,
+    survives: f32,
 }
 
 /// `MineArgs` of `cuda/train_match.cu`.
@@ -103,6 +115,7 @@ impl Kernels {
             faces: p.faces,
             starts: p.starts,
             inside: p.inside,
+            seen: p.seen,
             label: p.label,
             best: p.mined,
             overlap: p.overlap,
@@ -122,6 +135,9 @@ impl Kernels {
             match rule.second {
                 SecondPass::None | SecondPass::All => {}
                 SecondPass::Best => self.match_second.launch(stream, p.grid(), THREADS, 0, &args)?,
+                SecondPass::Force if p.anchors.moved != 0 => {
+                    self.match_force_moved.launch(stream, p.grid(), THREADS, 0, &args)?
+                }
                 SecondPass::Force => self.match_force.launch(stream, faces, THREADS, 0, &args)?,
             }
             if matches!(rule.second, SecondPass::Best | SecondPass::Force) {
@@ -129,6 +145,22 @@ impl Kernels {
             }
             self.match_finish.launch(stream, p.grid(), THREADS, 0, &args)
         }
+    }
+
+    /// Moves and drops anchors as a first step says.
+    ///
+    /// # Safety
+    /// As there; the places are those of the second step.
+    pub(super) unsafe fn pass_on(&self, stream: &Stream, p: &Places, survives: f32) -> Result<()> {
+        let args = MoveArgs {
+            anchors: p.first_anchors,
+            values: p.outputs,
+            moved: p.anchors.moved,
+            seen: p.seen,
+            survives,
+        };
+        // SAFETY: as above.
+        unsafe { self.move_anchors.launch(stream, p.grid(), THREADS, 0, &args) }
     }
 
     /// Mines anchors behind [`Self::assign`].

@@ -1,9 +1,10 @@
-//! From a batch's outputs and faces to losses and the outputs' gradients, on the device: what `train/objective` does for detectors that
-//! look once. Knows arrays and numbers; what they mean to a recipe is said in `train/device`.
+//! From a batch's outputs and faces to losses and the outputs' gradients, on the device: what `train/objective` does, for detectors of one
+//! step and of two. Knows arrays and numbers; what they mean to a recipe is said in `train/device`.
 //!
 //! Anchors are numbered group by group, cell by cell; every picture has the same. A batch's faces, the layout of its anchors and its
 //! seeds go up in one copy; a few sums come down.
 
+mod check;
 mod loss;
 mod matching;
 mod sample;
@@ -18,6 +19,7 @@ use crate::gpu::driver::Stream;
 use crate::gpu::ops::Device;
 use crate::gpu::upload::Upload;
 use bytemuck::{Pod, Zeroable};
+use check::{checked, count_of};
 use std::sync::Arc;
 
 /// Threads of every block.
@@ -49,8 +51,8 @@ pub struct AnchorGroup {
     pub box_cell: u32,
     /// From an offset to the next.
     pub box_step: u32,
-    /// Of nothing.
-    pub unused: u32,
+    /// Which of both there are: [`Self::LOGITS`], [`Self::BOXES`]; only of a first step not both.
+    pub parts: u32,
     /// The first picture's first logit.
     pub logits: i64,
     /// From a picture's to the next.
@@ -59,6 +61,13 @@ pub struct AnchorGroup {
     pub boxes: i64,
     /// From a picture's to the next.
     pub box_picture: i64,
+}
+
+impl AnchorGroup {
+    /// It has logits.
+    pub const LOGITS: u32 = 1;
+    /// It has offsets.
+    pub const BOXES: u32 = 2;
 }
 
 /// `Face` of `cuda/common.cuh`.
@@ -75,14 +84,30 @@ struct Face {
 #[repr(C)]
 struct Anchors {
     groups: u64,
+    /// Four floats an anchor of each picture; 0 where they lie on their cells.
+    moved: u64,
     group_count: u32,
     count: u32,
+}
+
+/// What comes before, in a detector of two steps: the anchors whose logits pass are those that [`Rules`] are for, moved where there are
+/// offsets.
+#[derive(Clone, Copy)]
+pub struct FirstStep<'a> {
+    /// The batch's groups, each with the logits (one an anchor), the offsets or nothing of the first step.
+    pub groups: &'a [AnchorGroup],
+    /// Which anchor learns which face.
+    pub matching: MatchRule,
+    /// Least logit, itself not counted, with which an anchor passes.
+    pub survives: f32,
 }
 
 /// A batch that is judged.
 pub struct Batch<'a> {
     /// Of every picture.
     pub groups: &'a [AnchorGroup],
+    /// Where the detector has two steps. Losses and variances (1) are those of the rules.
+    pub first: Option<FirstStep<'a>>,
     /// Faces of each picture: corners x1, y1, x2, y2 in pixels, and whether it is to be ignored.
     pub faces: &'a [Vec<([f32; 4], bool)>],
     /// What each picture fills, where anchors that cross its border shall not count.
@@ -117,9 +142,9 @@ pub struct Sums {
     pub class: f64,
     /// Box losses, before their weight.
     pub boxes: f64,
-    /// IoU of the positives' decoded boxes with their faces.
+    /// IoU of the positives' decoded boxes with their faces; of these two, too.
     pub iou: f64,
-    /// Anchors that entered the loss as a face's: matched.
+    /// Anchors that entered the loss as a face's, in the second step where there are two: matched.
     pub matched: usize,
     /// Mined.
     pub mined: usize,
@@ -139,6 +164,8 @@ pub struct Judge {
 #[derive(Clone, Copy)]
 struct Places {
     anchors: Anchors,
+    /// Of the first step; as `anchors` without one.
+    first_anchors: Anchors,
     pictures: u32,
     faces: u64,
     face_count: u32,
@@ -158,6 +185,11 @@ struct Places {
     /// Sixteen bytes each: decoded boxes, or three arrays of u32.
     work: u64,
     chosen: u64,
+    /// Of two steps alone, as `anchors.moved`: whether the second sees an anchor.
+    seen: u64,
+    // The first byte behind what is zeros at first, and behind everything.
+    zeros: u64,
+    end: u64,
     // A value a face.
     hit: u64,
     held: u64,
@@ -165,12 +197,13 @@ struct Places {
     claims: u64,
     /// A value a picture.
     listed: u64,
-    /// Two: anchors matched, mined.
+    /// Two: anchors matched; those mined, in a first step those matched by groups of boxes alone.
     counts: u64,
     /// Four words a choice, then two floats a choice.
     choices: u64,
     weights: u64,
     partial: u64,
+    /// Of the step; the sums of a first step stand behind those of the second.
     total: u64,
 }
 
@@ -220,23 +253,44 @@ impl Judge {
             return Ok(Sums::default());
         }
         let places = self.places(stream, batch, count)?;
+        let buffer = self.room.0.as_ref().ok_or_else(|| Error::Internal("no room".into()))?;
+        let clear = || buffer.fill(stream, 0..(places.zeros - buffer.address()) as usize, 0);
+        clear()?;
         // SAFETY: `checked` found the groups' values in outputs and gradients, which are as long; the other arrays were made as large as
         // `places` says, those that kernels add to or compare are zeros.
         unsafe {
+            if let Some(first) = &batch.first {
+                let own = Places {
+                    anchors: places.first_anchors,
+                    seen: 0,
+                    total: places.total + loss::SUMS as u64 * 8,
+                    ..places
+                };
+                self.matches.assign(stream, &own, &first.matching)?;
+                self.losses.losses(stream, &own, &Rules { sampling: None, ..*rules })?;
+                self.matches.pass_on(stream, &places, first.survives)?;
+                clear()?;
+            }
             self.matches.assign(stream, &places, &rules.matching)?;
             if let Some(rule) = &rules.mining {
                 self.matches.mine(stream, &places, rule, rules.variances)?;
             }
-            if let Some(rule) = &rules.sampling {
-                self.samples.choose(stream, &places, rule, rules.loss.class.logits())?;
+            match &rules.sampling {
+                Some(rule) => self.samples.choose(stream, &places, rule, rules.loss.class.logits())?,
+                // Without a sampler, too, the second step learns nothing from background whose box found a face.
+                None if batch.first.is_some() && rules.mining.is_some() => {
+                    self.samples.relabel(stream, &places)?
+                }
+                None => {}
             }
             self.losses.losses(stream, &places, rules)?;
         }
-        let buffer = self.room.0.as_ref().ok_or_else(|| Error::Internal("no sums".into()))?;
         let at = (places.total - buffer.address()) as usize;
-        let sums = buffer.values::<f64>(stream, at, loss::SUMS)?;
+        let steps = if batch.first.is_some() { 2 } else { 1 };
+        let sums = buffer.values::<f64>(stream, at, steps * loss::SUMS)?;
         let (matched, mined) = (sums[3] as usize, sums[4] as usize);
-        Ok(Sums { class: sums[0], boxes: sums[1], iou: sums[2], matched, mined })
+        let [class, boxes] = [0, 1].map(|k| sums.iter().skip(k).step_by(loss::SUMS).sum());
+        Ok(Sums { class, boxes, iou: sums[2], matched, mined })
     }
 
     /// Brings what the host knows to the device, and makes room for the rest.
@@ -252,8 +306,10 @@ impl Judge {
             starts.push(count_of(faces.len())?);
         }
         let inside = batch.inside.unwrap_or(&[]);
-        let parts: [&[u8]; 5] = [
+        let first = batch.first.map_or(&[][..], |first| first.groups);
+        let parts: [&[u8]; 6] = [
             bytemuck::cast_slice(batch.groups),
+            bytemuck::cast_slice(first),
             bytemuck::cast_slice(batch.seeds),
             bytemuck::cast_slice(&faces),
             bytemuck::cast_slice(&starts),
@@ -266,11 +322,14 @@ impl Judge {
                 to[at as usize..at as usize + part.len()].copy_from_slice(part);
             }
         })?;
-        let [groups, seeds, face_list, start_list, inside_list] = at.map(|at| there.address() + at);
+        let [groups, first_groups, seeds, face_list, start_list, inside_list] =
+            at.map(|at| there.address() + at);
 
         let group_count = count_of(batch.groups.len())?;
         let (pictures, face_count) = (count_of(batch.faces.len())?, count_of(faces.len())?);
-        let anchors = Anchors { groups, group_count, count };
+        let first_anchors = Anchors { groups: first_groups, moved: 0, group_count, count };
+        let moves = first.iter().any(|g| g.parts & AnchorGroup::BOXES != 0);
+        let steps = if batch.first.is_some() { 2 } else { 1 };
         let blocks = u64::from(count.div_ceil(THREADS)) * u64::from(pictures);
         let place = |base: u64| {
             let mut pieces = Pieces(base);
@@ -284,8 +343,11 @@ impl Judge {
             let listed = pieces.take(u64::from(pictures), 4);
             let counts = pieces.take(2, 4);
             let zeros = pieces.0;
-            let places = Places {
-                anchors,
+            let moved = if moves { pieces.take(all, 16) } else { 0 };
+            let seen = if batch.first.is_some() { pieces.take(all, 1) } else { 0 };
+            let mut places = Places {
+                anchors: Anchors { groups, moved, ..first_anchors },
+                first_anchors,
                 pictures,
                 faces: face_list,
                 face_count,
@@ -301,6 +363,9 @@ impl Judge {
                 list: pieces.take(all, 4),
                 work: pieces.take(all, 16),
                 chosen: pieces.take(all, 1),
+                seen,
+                zeros,
+                end: 0,
                 hit,
                 held,
                 found,
@@ -310,61 +375,12 @@ impl Judge {
                 choices: pieces.take(choices, 16),
                 weights: pieces.take(choices, 8),
                 partial: pieces.take(blocks * loss::SUMS as u64, 8),
-                total: pieces.take(loss::SUMS as u64, 8),
+                total: pieces.take((steps * loss::SUMS) as u64, 8),
             };
-            (places, zeros, pieces.0)
+            places.end = pieces.0;
+            places
         };
-        let (_, zeros, bytes) = place(0);
-        let base = self.room.bytes(&self.device, bytes as usize)?;
-        let buffer = self.room.0.as_ref().ok_or_else(|| Error::Internal("no room".into()))?;
-        buffer.fill(stream, 0..zeros as usize, 0)?;
-        Ok(place(base).0)
+        let base = self.room.bytes(&self.device, place(0).end as usize)?;
+        Ok(place(base))
     }
-}
-
-fn count_of(values: usize) -> Result<u32> {
-    u32::try_from(values).map_err(|_| Error::LimitExceeded("a batch is too large for the device".into()))
-}
-
-/// Anchors of a picture, where arrays are as long as they must be and every group's values lie in the outputs.
-fn checked(batch: &Batch<'_>, rules: &Rules) -> Result<u32> {
-    let bad = |what: &str| Err(Error::Internal(format!("an objective on a device: {what}")));
-    let pictures = batch.faces.len();
-    batch.outputs.address(batch.outputs.len)?;
-    if batch.inside.is_some_and(|inside| inside.len() != pictures) {
-        return bad("not a border for each picture");
-    }
-    if rules.sampling.is_some() && batch.seeds.len() != pictures {
-        return bad("not a seed for each picture");
-    }
-    let mut count = 0u64;
-    for g in batch.groups {
-        if u64::from(g.first) != count {
-            return bad("anchors are not numbered in a row");
-        }
-        count += u64::from(g.cells);
-        if g.cells == 0 {
-            continue;
-        }
-        if g.columns == 0 || !g.cells.is_multiple_of(g.columns) {
-            return bad("a group's cells are no rows");
-        }
-        let last = |first: i64, picture: i64, cell: u32, more: u32| {
-            let pictures = i128::from(picture) * (pictures as i128 - 1).max(0);
-            i128::from(first) + pictures + i128::from(cell) * i128::from(g.cells - 1) + i128::from(more)
-        };
-        let ends = [
-            last(g.logits, g.logit_picture, g.logit_cell, rules.loss.class.logits() - 1),
-            last(g.boxes, g.box_picture, g.box_cell, 3 * g.box_step),
-        ];
-        let negative = [g.logits, g.logit_picture, g.boxes, g.box_picture].iter().any(|&v| v < 0);
-        if negative || ends.iter().any(|&end| end >= batch.outputs.len as i128) {
-            return bad("a group's values lie outside the outputs");
-        }
-    }
-    // Kernels count anchors in 31 bits, pictures along a grid's second axis.
-    if count * pictures as u64 > i32::MAX as u64 || pictures > 65_535 {
-        return Err(Error::LimitExceeded("a batch has too many anchors for the device".into()));
-    }
-    Ok(count as u32)
 }

@@ -88,6 +88,16 @@ struct SampleArgs {
 }
 
 impl Kernels {
+    /// Writes what the mining found into the labels, for losses over all anchors of one logit.
+    ///
+    /// # Safety
+    /// As [`Self::choose`].
+    pub(super) unsafe fn relabel(&self, stream: &Stream, p: &Places) -> Result<()> {
+        let all = SampleRule { miner: Miner::All, grouped: false, samples: 0, ratio: 1, sum: false };
+        // SAFETY: the caller's contract; the args are the kernel's struct.
+        unsafe { self.sample_prepare.launch(stream, p.grid(), THREADS, 0, &args_of(p, &all, 1)) }
+    }
+
     /// Chooses anchors by what the matching left.
     ///
     /// # Safety
@@ -99,42 +109,7 @@ impl Kernels {
         rule: &SampleRule,
         logits: u32,
     ) -> Result<()> {
-        let (miner, each, min_loss, alpha, gamma) = match rule.miner {
-            Miner::All => (0, 0, 0.0, 0.0, 0.0),
-            Miner::Random => (1, 0, 0.0, 0.0, 0.0),
-            Miner::Ohem => (2, 0, 0.0, 0.0, 0.0),
-            Miner::Wrs => (3, 0, 0.0, 0.0, 0.0),
-            Miner::Balanced { each, min_loss } => (4, each, min_loss, 0.0, 0.0),
-            Miner::Focal { alpha, gamma } => (5, 0, 0.0, alpha, gamma),
-        };
-        let array = |k: u64| p.work + k * p.values() * 4;
-        let args = SampleArgs {
-            anchors: p.anchors,
-            seeds: p.seeds,
-            values: p.outputs,
-            label: p.label,
-            mined: p.mined,
-            overlap: p.overlap,
-            hardness: p.hardness,
-            list: p.list,
-            keys: array(0),
-            heads: array(1),
-            nexts: array(2),
-            chosen: p.chosen,
-            choices: p.choices,
-            weights: p.weights,
-            samples: rule.samples,
-            // The kernel adds one.
-            ratio: rule.ratio.min(u64::MAX - 1),
-            each,
-            min_loss,
-            alpha,
-            gamma,
-            miner,
-            grouped: rule.grouped.into(),
-            sum: rule.sum.into(),
-            two_logits: (logits == 2).into(),
-        };
+        let args = args_of(p, rule, logits);
         let ranges = if rule.grouped { p.anchors.group_count } else { 1 };
         let grid = [ranges, p.pictures, 1];
         // SAFETY: the caller's contract; the args are the kernels' struct.
@@ -145,5 +120,44 @@ impl Kernels {
             self.sample_choose.launch(stream, sides, THREADS, CHOOSE_SHARED, &args)?;
             self.sample_weigh.launch(stream, grid, THREADS, THREADS * 8, &args)
         }
+    }
+}
+
+fn args_of(p: &Places, rule: &SampleRule, logits: u32) -> SampleArgs {
+    let (miner, each, min_loss, alpha, gamma) = match rule.miner {
+        Miner::All => (0, 0, 0.0, 0.0, 0.0),
+        Miner::Random => (1, 0, 0.0, 0.0, 0.0),
+        Miner::Ohem => (2, 0, 0.0, 0.0, 0.0),
+        Miner::Wrs => (3, 0, 0.0, 0.0, 0.0),
+        Miner::Balanced { each, min_loss } => (4, each, min_loss, 0.0, 0.0),
+        Miner::Focal { alpha, gamma } => (5, 0, 0.0, alpha, gamma),
+    };
+    let array = |k: u64| p.work + k * p.values() * 4;
+    SampleArgs {
+        anchors: p.anchors,
+        seeds: p.seeds,
+        values: p.outputs,
+        label: p.label,
+        mined: p.mined,
+        overlap: p.overlap,
+        hardness: p.hardness,
+        list: p.list,
+        keys: array(0),
+        heads: array(1),
+        nexts: array(2),
+        chosen: p.chosen,
+        choices: p.choices,
+        weights: p.weights,
+        samples: rule.samples,
+        // The kernel adds one.
+        ratio: rule.ratio.min(u64::MAX - 1),
+        each,
+        min_loss,
+        alpha,
+        gamma,
+        miner,
+        grouped: rule.grouped.into(),
+        sum: rule.sum.into(),
+        two_logits: (logits == 2).into(),
     }
 }
