@@ -343,7 +343,7 @@ impl FaceBuffers {
     }
 
     /// Images that there is room for.
-    pub fn images(&self) -> usize {
+    pub fn most_images(&self) -> usize {
         self.most_images
     }
 

@@ -29,7 +29,7 @@ impl OnDevice {
             let equal = images[at..].iter().take_while(|image| image.upright_size() == size).count();
             let together = self.together(model, options, &images[at..at + equal]);
             let group = &images[at..at + together];
-            if together == 1 || !self.search(model, options, group, (at, &mut *faces, &mut *each)) {
+            if together == 1 || !self.search(model, options, group, at, faces, each) {
                 for (i, image) in (at..).zip(group) {
                     let found = self.detect(model, options, *image, faces);
                     each(i, found.map(|_| &faces[..]));
@@ -46,7 +46,9 @@ impl OnDevice {
         model: &Model,
         options: &Options,
         images: &[Source<'_>],
-        (at, faces, each): (usize, &mut Vec<Face>, &mut dyn FnMut(usize, Result<&[Face]>)),
+        at: usize,
+        faces: &mut Vec<Face>,
+        each: &mut dyn FnMut(usize, Result<&[Face]>),
     ) -> bool {
         let done = self.begin(model, options, images, None).and_then(|()| self.done.synchronize());
         if done.is_ok() {
