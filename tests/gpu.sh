@@ -64,11 +64,14 @@ folders = site.getsitepackages() + [site.getusersitepackages()] + sys.path
 print(":".join(sorted({p for f in folders for p in glob.glob(f + "/nvidia/*/lib")})))')
     export FARFACE_CUDA_PATH FARFACE_TEST_CUDA=device
     nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv
-    step "parity" "$folder/cuda-tests" --test-threads 1
+    step "parity of our kernels" env FARFACE_CUDA_CONV=own "$folder/cuda-tests" --test-threads 1
+    step "parity of the fastest" env FARFACE_CUDA_CONV=auto "$folder/cuda-tests" --test-threads 1 kernels:: fusion:: random:: sessions::
+    step "parity of cuDNN" env FARFACE_CUDA_CONV=cudnn "$folder/cuda-tests" --test-threads 1 kernels::dense_convolution
+    step "parity of cuBLASLt" env FARFACE_CUDA_CONV=cublaslt "$folder/cuda-tests" --test-threads 1 kernels::dense_convolution
     if command -v compute-sanitizer > /dev/null; then
         for tool in memcheck racecheck; do
             step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/cuda-tests" --test-threads 1 \
-                stem_convolution dense_convolution pooling resizing recorded_launches train:: sessions
+                stem_convolution dense_convolution tiles:: pooling resizing recorded_launches objective:: train:: sessions
         done
     else
         echo "skipped: compute-sanitizer not found"

@@ -2,7 +2,9 @@
 
 use crate::emulator::{driver, Driver, WITHOUT_LIBRARIES};
 use crate::failures::{alone, fail_at_each_but};
+use crate::sessions::{difference, noise, options, small};
 use crate::support::random_tensor;
+use farface::detect::{DevicePolicy, Options, Precision, Session};
 use farface::gpu::driver::Stream;
 use farface::gpu::map::Element;
 use farface::gpu::memory::DeviceBuffer;
@@ -11,6 +13,7 @@ use farface::gpu::probe::Library;
 use farface::graph::init::Rng;
 use farface::graph::{run_reference, Builder, DeviceNetwork, DevicePlan, Graph, Weights};
 use farface::layers::{Activation, Conv2d, Interpolation};
+use farface::pixels::{ImageView, PixelFormat};
 use farface::shape::{Shape, Tensor};
 use farface::Result;
 use std::process::Command;
@@ -235,6 +238,33 @@ fn without_the_libraries_our_kernels_compute_all_unless_one_is_forced() {
     let kernels = kernels(ConvLibraries::Auto, Element::F16);
     assert!(kernels.iter().all(|(_, kernel)| !kernel.starts_with("cu")), "{kernels:?}");
     assert!(kernels.iter().any(|(_, kernel)| kernel.contains('x')), "no tile was chosen: {kernels:?}");
+}
+
+#[test]
+fn a_session_by_measured_choice_finds_the_faces_of_the_cpu() {
+    const NAME: &str = "libraries::a_session_by_measured_choice_finds_the_faces_of_the_cpu";
+    let Some(Driver::Emulated(emulator)) = driver() else { return };
+    if std::env::var("FARFACE_CUDA_CONV").as_deref() != Ok("auto") {
+        return drop(run_with("auto", &[NAME]));
+    }
+    let model = small("farface-nano");
+    let data = noise(40, 32, PixelFormat::Rgb8, 1);
+    let view = ImageView::packed(40, 32, PixelFormat::Rgb8, &data).unwrap();
+    let session = |device| {
+        let o = Options { score_threshold: 0.5, ..options(&model, device, Precision::F32) };
+        Session::with_options(&model, o).unwrap()
+    };
+    let expected = session(DevicePolicy::Cpu).detect(&view).unwrap().to_vec();
+    assert!(expected.len() > 2, "{} faces", expected.len());
+    let mut cuda = session(DevicePolicy::RequireCuda(0));
+    // Who is chosen is chance here: whoever it is, the faces are the same.
+    emulator.idle(true);
+    cuda.warmup(40, 32).unwrap();
+    emulator.idle(false);
+    for _ in 0..2 {
+        let off = difference(&expected, cuda.detect(&view).unwrap());
+        assert!(off < 1e-3, "{off} off");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::emulator::{device, driver, Driver};
 use crate::failures::{alone, fail_at_each};
+use crate::support::repository;
 use farface::detect::device::Source;
 use farface::detect::nms::Suppression;
 use farface::detect::{DevicePolicy, Face, Model, ModelConfig, Options, Precision, Session};
@@ -138,8 +139,8 @@ fn half_precision_and_tf32_find_the_faces_of_the_cpu() {
     if device().is_none() {
         return;
     }
-    let model = Model::load(concat!(env!("CARGO_MANIFEST_DIR"), "/models/farface-nano.safetensors")).unwrap();
-    let picture = image::open(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/crowd.jpg")).unwrap();
+    let model = Model::load(repository("models/farface-nano.safetensors")).unwrap();
+    let picture = image::open(repository("examples/crowd.jpg")).unwrap();
     let rgb = picture.crop_imm(0, 0, 480, 320).to_rgb8();
     let view = ImageView::packed(480, 320, PixelFormat::Rgb8, rgb.as_raw()).unwrap();
     let find = |device, precision| {

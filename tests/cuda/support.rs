@@ -8,6 +8,7 @@ use farface::gpu::ops::Device;
 use farface::graph::init::Rng;
 use farface::graph::{run_reference, DeviceNetwork, DevicePlan, Graph, Weights};
 use farface::shape::{Shape, Tensor};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Arithmetics under test with the largest error allowed. Of f32 relative to the output's largest magnitude, as on the CPU; of the
@@ -24,6 +25,16 @@ pub const BANDS: usize = 4;
 
 /// An emulated multiply-add takes some nanoseconds, and there are six runs of each: cases are cut to this many.
 pub const MACS: usize = 250_000;
+
+/// A file of the repository: of the one that this was built in or, on another machine (tests/gpu.sh), of the one that it runs in.
+pub fn repository(name: &str) -> PathBuf {
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+    if built.exists() {
+        built
+    } else {
+        name.into()
+    }
+}
 
 /// Tensor of normal values.
 pub fn random_tensor(shape: Shape, rng: &mut Rng) -> Tensor {
