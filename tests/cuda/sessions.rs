@@ -102,8 +102,8 @@ fn levels_tiles_mirrors_and_suppressions_give_the_faces_of_the_cpu() {
     let data = noise(900, 64, PixelFormat::Rgb8, 7);
     let view = [ImageView::packed(900, 64, PixelFormat::Rgb8, &data).unwrap()];
     holds("tiles", &model, |o| (o.score_threshold, o.tile_px) = (0.6, 704), &view);
-    let data = noise(200, 150, PixelFormat::Rgb8, 7);
-    let view = [ImageView::packed(200, 150, PixelFormat::Rgb8, &data).unwrap()];
+    let data = noise(120, 90, PixelFormat::Rgb8, 7);
+    let view = [ImageView::packed(120, 90, PixelFormat::Rgb8, &data).unwrap()];
     holds("mirrored", &model, |o| (o.score_threshold, o.flip) = (0.6, true), &view);
     holds("sizes", &model, |o| (o.score_threshold, o.min_face_px, o.max_face_px) = (0.6, 12.0, 60.0), &view);
     holds("few", &model, |o| (o.score_threshold, o.max_faces, o.max_candidates) = (0.5, 7, 40), &view);
@@ -119,8 +119,8 @@ fn detectors_of_one_and_of_two_stages_give_the_faces_of_the_cpu() {
     if device().is_none() {
         return;
     }
-    let data = noise(96, 64, PixelFormat::Nv12, 9);
-    let view = [ImageView::packed(96, 64, PixelFormat::Nv12, &data).unwrap()];
+    let data = noise(64, 48, PixelFormat::Nv12, 9);
+    let view = [ImageView::packed(64, 48, PixelFormat::Nv12, &data).unwrap()];
     for name in [
         "farface-nano",
         "farface-small",
