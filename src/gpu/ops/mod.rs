@@ -31,8 +31,8 @@ pub struct Device {
 impl Device {
     /// The device of this number, with the convolutions that `FARFACE_CUDA_CONV` names ([`ConvLibraries::from_env`]).
     ///
-    /// Errors: [`Error::Unsupported`](crate::Error::Unsupported) naming the library or device that is missing,
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) where the variable names none.
+    /// Errors: [`Error::Unsupported`] naming the library or device that is missing,
+    /// [`Error::InvalidArgument`] where the variable names none.
     pub fn new(ordinal: u32) -> Result<Arc<Self>> {
         Self::with_convolutions(ordinal, ConvLibraries::from_env()?)
     }
