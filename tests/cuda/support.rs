@@ -96,8 +96,8 @@ impl Parity {
             let takes = match arithmetic {
                 Arithmetic::F32 => true,
                 Arithmetic::Tf32 => self.networks % 3 == 1,
-                Arithmetic::F16 => self.networks % 2 == 0,
-                Arithmetic::Bf16 => self.networks % 2 == 1,
+                Arithmetic::F16 => self.networks.is_multiple_of(2),
+                Arithmetic::Bf16 => !self.networks.is_multiple_of(2),
             };
             if !takes {
                 continue;
@@ -138,7 +138,7 @@ impl Parity {
                 emulator.backwards(false);
                 assert!(bits(&got) == bits(&again), "{}: other bits with other memory or order", context());
             }
-            if self.networks % 3 != 0 {
+            if !self.networks.is_multiple_of(3) {
                 continue;
             }
             let recorded = stream.capture(|| plan.launch(stream, &arena)).unwrap();
