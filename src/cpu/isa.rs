@@ -32,6 +32,7 @@ impl Isa {
     /// Every ISA that this CPU can run, weakest first; tests run all of them. Asks the operating system for AMX where the CPU has
     /// it.
     pub fn supported() -> Vec<Isa> {
+        #[allow(unused_mut)] // where no other kernels exist
         let mut isas = Self::unasked();
         #[cfg(target_arch = "x86_64")]
         if isas.contains(&Isa::Avx512)

@@ -197,6 +197,7 @@ impl<V: Vector> Product for Single<V> {
 }
 
 /// Words of two f16 whose products an f16 takes, first halves and second halves in sums of their own.
+#[allow(dead_code)] // where nothing multiplies f16
 pub(crate) const F16_RUN: usize = 32;
 
 /// The tiles of one ISA.
