@@ -18,13 +18,13 @@ const ARITHMETICS: [(Arithmetic, f64); 4] =
     [(Arithmetic::F32, 1e-4), (Arithmetic::Tf32, 1e-2), (Arithmetic::F16, 1e-2), (Arithmetic::Bf16, 8e-2)];
 
 /// Random networks.
-pub const NETWORKS: u64 = 40;
+pub const NETWORKS: u64 = 30;
 
 /// Random runs of steps that a CPU computes in bands.
 pub const BANDS: usize = 4;
 
 /// An emulated multiply-add takes some nanoseconds, and there are six runs of each: cases are cut to this many.
-pub const MACS: usize = 250_000;
+pub const MACS: usize = 180_000;
 
 /// A file of the repository: of the one that this was built in or, on another machine (tests/gpu.sh), of the one that it runs in.
 pub fn repository(name: &str) -> PathBuf {
