@@ -74,7 +74,15 @@ fn precision_is_what_was_asked_for() {
         let single = with(&model, Precision::F32);
         assert_eq!(with(&model, Precision::Auto), single);
         assert_eq!(with(&quantized, Precision::F32), single);
-        assert_eq!(with(&quantized, Precision::Auto), with(&quantized, Precision::Int8));
+        assert_eq!(with(&quantized, Precision::Auto), with(&quantized, quantized.own_precision()));
+        assert_eq!(model.own_precision(), Precision::F32);
+        #[cfg(target_arch = "x86_64")]
+        let dots = is_x86_feature_detected!("avx512vnni") || is_x86_feature_detected!("avxvnni");
+        #[cfg(not(target_arch = "x86_64"))]
+        let dots = true;
+        let own = if dots { Precision::Int8 } else { Precision::F32 };
+        // Unless another instruction set was asked for.
+        assert!(quantized.own_precision() == own || std::env::var_os("FARFACE_ISA").is_some());
         let asked = Options { precision: Precision::Int8, ..all(&model) };
         let error = Session::with_options(&model, asked).err().unwrap().to_string();
         assert!(error.contains("quantize"), "{error}");

@@ -87,6 +87,19 @@ impl Isa {
         false
     }
 
+    /// Whether eight bits are faster than f32: not on x86 without a dot product of u8, where plain products of 16 bits take longer.
+    pub(crate) fn multiplies_u8(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return match self {
+            Isa::Amx => true,
+            Isa::Avx512 => is_x86_feature_detected!("avx512vnni"),
+            Isa::Avx2 => is_x86_feature_detected!("avxvnni"),
+            Isa::Generic => false,
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        true
+    }
+
     /// Whether bf16 and u8 are multiplied on AMX tiles, many times as fast as f32.
     pub(crate) fn has_tiles(self) -> bool {
         #[cfg(target_arch = "x86_64")]

@@ -152,18 +152,26 @@ impl Model {
         self.0.second.as_ref()
     }
 
+    /// What [`Precision::Auto`] stands for on this machine's CPU.
+    pub fn own_precision(&self) -> Precision {
+        if self.config().quantization.is_some() && isa::detected().multiplies_u8() {
+            Precision::Int8
+        } else {
+            Precision::F32
+        }
+    }
+
     /// The network in these numbers; made when it is first asked for, then shared. Of two stages the first.
     ///
     /// Errors: [`Error::InvalidArgument`] for `Int8` where the model has not been quantized, [`Error::Unsupported`] for `Tf32`.
     pub fn network(&self, precision: Precision) -> Result<Arc<Compiled>> {
         let Inner { config, graph, weights, networks, .. } = &*self.0;
-        let (precision, numbers) = match (precision, &config.quantization) {
-            (Precision::F32, _) | (Precision::Auto, None) => (Precision::F32, Numbers::F32),
-            (Precision::Bf16, _) => (precision, Numbers::Bf16),
-            (Precision::F16, _) => (precision, Numbers::F16),
-            (Precision::Auto | Precision::Int8, Some(ranges)) => {
-                (Precision::Int8, Numbers::Int8(ranges.clone()))
-            }
+        let precision = if precision == Precision::Auto { self.own_precision() } else { precision };
+        let numbers = match (precision, &config.quantization) {
+            (Precision::F32 | Precision::Auto, _) => Numbers::F32,
+            (Precision::Bf16, _) => Numbers::Bf16,
+            (Precision::F16, _) => Numbers::F16,
+            (Precision::Int8, Some(ranges)) => Numbers::Int8(ranges.clone()),
             (Precision::Tf32, _) => {
                 return Err(Error::Unsupported(
                     "tf32 is computed on CUDA devices alone; on the CPU take auto, f32, bf16 or f16".into(),
