@@ -1,12 +1,16 @@
-// Runs a kernel's blocks, the threads of each as fibers.
+// Runs a kernel's blocks side by side, the threads of each as fibers.
 
 #include "fibers.hpp"
 
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
 #include <iterator>
 #include <map>
+#include <mutex>
 #include <string>
 #include <sys/mman.h>
-#include <vector>
+#include <thread>
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -76,13 +80,15 @@ extern "C" void emulator_switch(void **save, void *load);
 
 namespace emulator {
 
-Index thread_index, block_index, block_size, grid_size;
-unsigned char *shared_memory;
+ON_THREAD Index thread_index, block_index, block_size, grid_size;
+ON_THREAD unsigned char *shared_memory;
 
 namespace {
 
 constexpr std::size_t STACK = 128 << 10;
 constexpr unsigned MOST_THREADS = 1024;
+// Threads of a grid from which on its blocks are shared between the processor's: below, waking another takes longer.
+constexpr std::size_t WORTH_SHARING = 2048;
 
 struct Kernel {
     std::size_t bytes;
@@ -110,17 +116,39 @@ struct Warp {
     unsigned arrived = 0, running = 0, turn = 0;
 };
 
-Fiber fibers[MOST_THREADS];
-Warp warps[MOST_THREADS / 32];
-unsigned count, current, arrived, running;
-void *scheduler;
-[[maybe_unused]] const void *scheduler_stack;
-[[maybe_unused]] std::size_t scheduler_size;
-bool backwards;
-Body body;
-const void *arguments;
+// A kernel on its grid.
+struct Launch {
+    Body body;
+    const void *arguments;
+    Index grid, block;
+    std::size_t shared;
+    std::atomic<std::size_t> next{0}; // block that nobody has taken
 
-void leave(bool ended)
+    std::size_t blocks() const { return (std::size_t)grid.x * grid.y * grid.z; }
+};
+
+// What a thread of the processor runs blocks with, one after the other.
+struct Runner {
+    Fiber fibers[MOST_THREADS];
+    Warp warps[MOST_THREADS / 32];
+    unsigned count, current, arrived, running;
+    void *scheduler;
+    const void *scheduler_stack;
+    std::size_t scheduler_size;
+    const Launch *launch;
+
+    void leave(bool ended);
+    void release_barrier();
+    void release_warp(unsigned w);
+    void start(unsigned i);
+    void resume(unsigned i);
+    void run_block();
+    void take_blocks(Launch &l);
+};
+ON_THREAD Runner *mine;
+bool backwards;
+
+void Runner::leave(bool ended)
 {
     Fiber &f = fibers[current];
 #ifdef __SANITIZE_ADDRESS__
@@ -134,7 +162,7 @@ void leave(bool ended)
     thread_index = f.index;
 }
 
-void release_barrier()
+void Runner::release_barrier()
 {
     if (running > 0 && arrived == running) {
         arrived = 0;
@@ -144,7 +172,7 @@ void release_barrier()
     }
 }
 
-void release_warp(unsigned w)
+void Runner::release_warp(unsigned w)
 {
     Warp &warp = warps[w];
     if (warp.running > 0 && warp.arrived == warp.running) {
@@ -158,20 +186,21 @@ void release_warp(unsigned w)
 
 void enter()
 {
+    Runner &r = *mine;
 #ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
+    __sanitizer_finish_switch_fiber(nullptr, &r.scheduler_stack, &r.scheduler_size);
 #endif
-    thread_index = fibers[current].index;
-    body(arguments);
-    fibers[current].waits = Waits::Ended;
-    running--;
-    warps[current / 32].running--;
-    release_barrier();
-    release_warp(current / 32);
-    leave(true);
+    thread_index = r.fibers[r.current].index;
+    r.launch->body(r.launch->arguments);
+    r.fibers[r.current].waits = Waits::Ended;
+    r.running--;
+    r.warps[r.current / 32].running--;
+    r.release_barrier();
+    r.release_warp(r.current / 32);
+    r.leave(true);
 }
 
-void start(unsigned i)
+void Runner::start(unsigned i)
 {
     Fiber &f = fibers[i];
     if (!f.stack) {
@@ -197,7 +226,7 @@ void start(unsigned i)
     f.waits = Waits::Nothing;
 }
 
-void resume(unsigned i)
+void Runner::resume(unsigned i)
 {
     current = i;
 #ifdef __SANITIZE_ADDRESS__
@@ -210,7 +239,7 @@ void resume(unsigned i)
 #endif
 }
 
-void run_block()
+void Runner::run_block()
 {
     arrived = 0;
     running = count;
@@ -240,32 +269,119 @@ void run_block()
     }
 }
 
+// Runs blocks until none is left that nobody has taken.
+void Runner::take_blocks(Launch &l)
+{
+    launch = &l;
+    grid_size = l.grid;
+    block_size = l.block;
+    count = l.block.x * l.block.y * l.block.z;
+    std::size_t lines = (l.shared + 127) / 128 * 128 + 128;
+    unsigned char *memory = (unsigned char *)std::aligned_alloc(128, lines);
+    if (!memory)
+        std::abort();
+    shared_memory = memory;
+#ifdef __SANITIZE_ADDRESS__
+    __asan_poison_memory_region(memory + l.shared, lines - l.shared);
+#endif
+    std::size_t b;
+    while ((b = l.next++) < l.blocks()) {
+        block_index = {(unsigned)(b % l.grid.x), (unsigned)(b / l.grid.x % l.grid.y),
+                       (unsigned)(b / l.grid.x / l.grid.y)};
+        std::memset(memory, 0xff, l.shared);
+        run_block();
+    }
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(memory + l.shared, lines - l.shared);
+#endif
+    std::free(memory);
+}
+
+Runner &runner()
+{
+    if (!mine)
+        mine = new Runner{}; // as long as the thread; they are few
+    return *mine;
+}
+
+// Threads beside the one that launches. One launch at a time has them: the driver's lock.
+class Team {
+    std::mutex lock;
+    std::condition_variable begin, end;
+    Launch *launch = nullptr;
+    unsigned members, wanted = 0, busy = 0;
+
+    void work()
+    {
+        std::unique_lock<std::mutex> held(lock);
+        for (;;) {
+            begin.wait(held, [this] { return wanted > 0; });
+            wanted--;
+            held.unlock();
+            runner().take_blocks(*launch);
+            held.lock();
+            if (--busy == 0)
+                end.notify_one();
+        }
+    }
+
+public:
+    Team() : members(std::min(std::max(std::thread::hardware_concurrency(), 1u), 8u) - 1)
+    {
+        for (unsigned i = 0; i < members; i++)
+            std::thread([this] { work(); }).detach();
+    }
+
+    void run(Launch &l)
+    {
+        std::size_t each = (std::size_t)l.block.x * l.block.y * l.block.z;
+        bool shared = l.blocks() * each >= WORTH_SHARING;
+        unsigned helpers = shared ? (unsigned)std::min<std::size_t>(members, l.blocks() - 1) : 0;
+        if (helpers > 0) {
+            std::lock_guard<std::mutex> held(lock);
+            launch = &l;
+            wanted = busy = helpers;
+            begin.notify_all();
+        }
+        runner().take_blocks(l);
+        if (helpers > 0) {
+            std::unique_lock<std::mutex> held(lock);
+            // Who has not begun need not.
+            busy -= wanted;
+            wanted = 0;
+            end.wait(held, [this] { return busy == 0; });
+        }
+    }
+};
+
 } // namespace
 
 void barrier()
 {
-    fibers[current].waits = Waits::Barrier;
-    arrived++;
-    release_barrier();
-    if (fibers[current].waits == Waits::Barrier)
-        leave(false);
+    Runner &r = *mine;
+    r.fibers[r.current].waits = Waits::Barrier;
+    r.arrived++;
+    r.release_barrier();
+    if (r.fibers[r.current].waits == Waits::Barrier)
+        r.leave(false);
 }
 
-const Slot *together(const Slot &mine)
+const Slot *together(const Slot &own)
 {
-    unsigned w = current / 32;
-    Warp &warp = warps[w];
+    Runner &r = *mine;
+    unsigned w = r.current / 32;
+    Warp &warp = r.warps[w];
     Slot *slots = warp.slots[warp.turn];
-    slots[current % 32] = mine;
-    fibers[current].waits = Waits::Warp;
+    slots[r.current % 32] = own;
+    r.fibers[r.current].waits = Waits::Warp;
     warp.arrived++;
-    release_warp(w);
-    if (fibers[current].waits == Waits::Warp)
-        leave(false);
+    r.release_warp(w);
+    if (r.fibers[r.current].waits == Waits::Warp)
+        r.leave(false);
     return slots;
 }
 
-unsigned lane() { return current % 32; }
+unsigned lane() { return mine->current % 32; }
 
 Register::Register(const char *name, std::size_t bytes, Body body)
 {
@@ -294,39 +410,18 @@ const char *name(int number)
 
 void launch(Body kernel, const void *args, Index grid, Index block, std::size_t shared)
 {
-    body = kernel;
-    arguments = args;
-    grid_size = grid;
-    block_size = block;
-    count = block.x * block.y * block.z;
-    std::size_t lines = (shared + 127) / 128 * 128 + 128;
-    unsigned char *memory = (unsigned char *)std::aligned_alloc(128, lines);
-    if (!memory)
-        std::abort();
-    shared_memory = memory;
-#ifdef __SANITIZE_ADDRESS__
-    __asan_poison_memory_region(memory + shared, lines - shared);
-#endif
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) {
-                block_index = {x, y, z};
-                std::memset(memory, 0xff, shared);
-                run_block();
-            }
-#ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(memory + shared, lines - shared);
-#endif
-    std::free(memory);
+    // It stays: its threads wait until the process ends.
+    static Team &team = *new Team;
+    Launch l{kernel, args, grid, block, shared};
+    team.run(l);
 }
 
 void run_backwards(bool on) { backwards = on; }
 
 float half_to_float(std::uint16_t bits)
 {
-    static float *table;
-    if (!table) {
-        table = new float[65536];
+    static const float *table = [] {
+        float *table = new float[65536];
         for (unsigned i = 0; i < 65536; i++) {
             unsigned exponent = i >> 10 & 31, mantissa = i & 1023;
             float v = exponent == 0    ? std::ldexp((float)mantissa, -24)
@@ -334,7 +429,8 @@ float half_to_float(std::uint16_t bits)
                                        : std::ldexp((float)(mantissa | 1024), (int)exponent - 25);
             table[i] = i & 0x8000 ? -v : v;
         }
-    }
+        return table;
+    }();
     return table[bits];
 }
 

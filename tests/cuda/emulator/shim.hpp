@@ -1,8 +1,8 @@
 // The CUDA language on a CPU, as far as the kernels of cuda/ use it. Included before each of them.
 //
 // The threads of a block are fibers of one thread: each runs until it waits at a barrier or for its warp, so that what is written
-// between two barriers is seen in one order alone; blocks run one after the other. Shared memory is filled with NaN before each
-// block and is exactly as large as asked for, so that AddressSanitizer sees what lies outside.
+// between two barriers is seen in one order alone; blocks run side by side on the processor's threads. Shared memory is filled with
+// NaN before each block and is exactly as large as asked for, so that AddressSanitizer sees what lies outside.
 #pragma once
 #define FARFACE_EMULATED 1
 
@@ -18,7 +18,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
-#define __shared__ static
+#define __shared__ static ON_THREAD
 
 namespace emulator {
 
@@ -33,8 +33,10 @@ struct Slot {
     float floats[4];
 };
 
-extern Index thread_index, block_index, block_size, grid_size;
-extern unsigned char *shared_memory;
+// Of a thread of the processor, found without a call, in what the loader keeps for libraries that are opened late.
+#define ON_THREAD __thread __attribute__((tls_model("initial-exec")))
+extern ON_THREAD Index thread_index, block_index, block_size, grid_size;
+extern ON_THREAD unsigned char *shared_memory;
 
 // Waits for all threads of the block that still run.
 void barrier();
@@ -98,37 +100,26 @@ inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 template <class T> inline T __ldg(const T *p) { return *p; }
 
-template <class T> inline T atomicAdd(T *p, T v)
+template <class T> inline T atomicAdd(T *p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+template <class T> inline T atomicOr(T *p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
+template <class T> inline T atomicExch(T *p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
+// Puts in place of the value what `better` makes of it and `v`.
+template <class T, class F> inline T replace(T *p, T v, F better)
 {
-    T old = *p;
-    *p = old + v;
+    T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
+    while (!__atomic_compare_exchange_n(p, &old, better(old, v), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    }
     return old;
 }
 template <class T> inline T atomicMax(T *p, T v)
 {
-    T old = *p;
-    *p = old > v ? old : v;
-    return old;
+    return replace(p, v, [](T a, T b) { return a > b ? a : b; });
 }
 template <class T> inline T atomicMin(T *p, T v)
 {
-    T old = *p;
-    *p = old < v ? old : v;
-    return old;
+    return replace(p, v, [](T a, T b) { return a < b ? a : b; });
 }
-template <class T> inline T atomicOr(T *p, T v)
-{
-    T old = *p;
-    *p = old | v;
-    return old;
-}
-template <class T> inline T atomicExch(T *p, T v)
-{
-    T old = *p;
-    *p = v;
-    return old;
-}
-inline void __threadfence() {}
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 inline unsigned __ballot_sync(unsigned, bool v)
 {
