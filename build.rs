@@ -96,18 +96,24 @@ mod embedded {
     /// A line of the list for every file.
     fn compile_for(arch: u32, nvrtc: &Nvrtc) -> Result<String> {
         let out = PathBuf::from(std::env::var("OUT_DIR")?);
-        let header = fs::read_to_string("cuda/common.cuh")?;
         let mut files: Vec<PathBuf> = fs::read_dir("cuda")?.flatten().map(|entry| entry.path()).collect();
         files.sort();
+        let is = |kind: &'static str| move |file: &&PathBuf| file.extension().is_some_and(|e| e == kind);
+        let header = |file: &PathBuf| {
+            let name = file.file_name().and_then(|n| n.to_str()).ok_or("a file name of other than UTF-8")?;
+            Ok((name.to_string(), fs::read_to_string(file)?))
+        };
+        let headers = files.iter().filter(is("cuh")).map(header).collect::<Result<Vec<_>>>()?;
+        let headers: Vec<(&str, &str)> = headers.iter().map(|(name, text)| (&name[..], &text[..])).collect();
         let mut list = String::new();
-        for file in files.iter().filter(|file| file.extension().is_some_and(|e| e == "cu")) {
+        for file in files.iter().filter(is("cu")) {
             let name = file.file_name().and_then(|n| n.to_str()).ok_or("a file name of other than UTF-8")?;
             // Kernels of a training: src/gpu/kernels.rs asks for them with the feature `train` alone.
             if name.starts_with("train_") && cfg!(not(feature = "train")) {
                 continue;
             }
             let source = fs::read_to_string(file)?;
-            let ptx = nvrtc.compile(name, &source, ("common.cuh", &header), arch as i32, false)?;
+            let ptx = nvrtc.compile(name, &source, &headers, arch as i32, false)?;
             // The driver is given no length: cuModuleLoadData reads up to the zero, which nvrtcGetPTX writes.
             if ptx.last() != Some(&0) {
                 return Err(format!("NVRTC gives PTX of {name} without a zero behind it").into());

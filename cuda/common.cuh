@@ -341,6 +341,15 @@ DEVICE void split(float v, int cells, int *low, int *high, float *weight)
     *weight = *low == cells - 1 ? 0.0f : v - (float)*low;
 }
 
+DEVICE bool is_number(float v) { return (__float_as_uint(v) & 0x7f800000) != 0x7f800000; }
+
+// As a u32 that rises with the float (f32::total_cmp).
+DEVICE u32 ascending(float v)
+{
+    u32 bits = __float_as_uint(v);
+    return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+}
+
 // Of a training's objective: a box by its corners.
 struct Rect {
     float x1, y1, x2, y2;
@@ -355,6 +364,14 @@ struct Face {
     Rect box;
     u32 flags;
     u32 picture;
+};
+
+// Labels of anchors that learn no face: background, or nothing.
+const int BACKGROUND = -1, IGNORED = -2;
+
+// What the losses of an anchor are multiplied by.
+struct Weight {
+    float logit, box;
 };
 
 // Bits of `AnchorGroup::parts`.
@@ -437,6 +454,10 @@ DEVICE float rect_iou(const Rect &a, const Rect &b)
     return all > 0.0f ? __fdiv_rn(shared, all) : 0.0f;
 }
 
+DEVICE bool is_number(const Rect &r) { return is_number(r.x1) && is_number(r.y1) && is_number(r.x2) && is_number(r.y2); }
+// Whether a box is none: without an area, or no number.
+DEVICE bool is_empty(const Rect &r) { return !is_number(r) || !(r.x2 - r.x1 > 0.0f) || !(r.y2 - r.y1 > 0.0f); }
+
 // The offsets of the anchor on a cell of picture `n`.
 DEVICE void offsets_on(const float *values, const AnchorGroup &g, u32 n, u32 cell, float t[4])
 {
@@ -453,6 +474,22 @@ DEVICE Rect decode_on(const AnchorBox &p, const float t[4], float center, float 
     float y = __fadd_rn(p.y, __fmul_rn(__fmul_rn(t[1], center), p.h));
     float w = __fmul_rn(p.w, expf(__fmul_rn(t[2], size))), h = __fmul_rn(p.h, expf(__fmul_rn(t[3], size)));
     return corners(x, y, w * 0.5f, h * 0.5f);
+}
+
+// The anchor on a cell as the offsets of a first step move it (`Anchor::moved`), by way of the corners as there.
+DEVICE AnchorBox moved_on(const float *values, const AnchorGroup &g, u32 n, u32 cell)
+{
+    float t[4];
+    offsets_on(values, g, n, cell, t);
+    Rect r = decode_on(anchor_on(g, cell), t, 1.0f, 1.0f);
+    AnchorBox p = {__fmul_rn(__fadd_rn(r.x1, r.x2), 0.5f), __fmul_rn(__fadd_rn(r.y1, r.y2), 0.5f), __fsub_rn(r.x2, r.x1), __fsub_rn(r.y2, r.y1)};
+    return p;
+}
+
+// Whether a first step leaves the anchor on a cell to the second: its logit, if it has one, passes. False for a NaN too.
+DEVICE bool passes_on(const float *values, const AnchorGroup &g, u32 n, u32 cell, float survives)
+{
+    return !(g.parts & HAS_LOGITS) || values[g.logits + n * g.logit_picture + (i64)cell * g.logit_cell] > survives;
 }
 
 // An IoU above 0 and a number, so that a higher key is a higher IoU or, of equal ones, the lower number. Never 0.

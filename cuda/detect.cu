@@ -4,10 +4,8 @@
 // Candidates come in whatever order the atomics give. Nothing that is found depends on it: every step goes by the order of `words`
 // below, in which no two are equal.
 #include "common.cuh"
+#include "suppress.cuh"
 
-// Threads of the blocks that work on what was decoded. One a multiprocessor is enough: without that bound registers would be spilled so
-// that two fit.
-const u32 BLOCK = 1024;
 // Levels of a launch, and anchors of all of them.
 const int MOST_LEVELS = 8, MOST_ANCHORS = 128;
 // Values of a candidate beside box and score.
@@ -129,15 +127,6 @@ struct DecodeArgs {
     Anchor anchor[MOST_ANCHORS];
 };
 
-DEVICE bool is_finite(float v) { return (__float_as_uint(v) & 0x7f800000) != 0x7f800000; }
-
-// As a u32 that rises with the float (f32::total_cmp).
-DEVICE u32 ascending(float v)
-{
-    u32 bits = __float_as_uint(v);
-    return bits & 0x80000000 ? ~bits : bits | 0x80000000;
-}
-
 // Centre and size.
 struct Placed {
     float x, y, w, h;
@@ -148,10 +137,6 @@ DEVICE float point(float center, float size, float t, float variance)
 {
     return __fadd_rn(center, __fmul_rn(__fmul_rn(t, variance), size));
 }
-
-struct __align__(16) Box {
-    float x1, y1, x2, y2;
-};
 
 // The box that offsets mean on an anchor (`Anchor::decode`).
 DEVICE Box decoded(const Placed &anchor, const float t[4], float center, float size)
@@ -211,7 +196,7 @@ KERNEL(faces_decode, DecodeArgs, 256)
         offsets_of(l.boxes, y, x, shape.index, t);
         b = decoded(anchor, t, l.variances[0], l.variances[1]);
         // What is no number stays one.
-        if (l.reach > 0.0f && is_finite(b.x2 - b.x1) && is_finite(b.y2 - b.y1)) {
+        if (l.reach > 0.0f && is_number(b.x2 - b.x1) && is_number(b.y2 - b.y1)) {
             b.x1 = fmaxf(b.x1, anchor.x - l.reach);
             b.y1 = fmaxf(b.y1, anchor.y - l.reach);
             b.x2 = fminf(b.x2, anchor.x + l.reach);
@@ -227,7 +212,7 @@ KERNEL(faces_decode, DecodeArgs, 256)
             b.x1 = left;
         }
         float w = __fsub_rn(b.x2, b.x1), h = __fsub_rn(b.y2, b.y1), side = fmaxf(w, h);
-        found = is_finite(b.x1) && is_finite(b.y1) && is_finite(w) && is_finite(h) && w > 0.0f && h > 0.0f;
+        found = is_number(b.x1) && is_number(b.y1) && is_number(w) && is_number(h) && w > 0.0f && h > 0.0f;
         found = found && side >= settings.min_px && (settings.max_px == 0.0f || side <= settings.max_px);
         if (l.landmarks.data) {
             const float *from = values_of(l.landmarks, y, x, shape.index);
@@ -241,7 +226,7 @@ KERNEL(faces_decode, DecodeArgs, 256)
                 px = __fmul_rn(__fadd_rn(px, a.offset[0]), a.factor[0]);
                 points[2 * i] = a.mirrored ? __fsub_rn(a.width, px) : px;
                 points[2 * i + 1] = __fmul_rn(__fadd_rn(py, a.offset[1]), a.factor[1]);
-                found = found && is_finite(points[2 * i]) && is_finite(points[2 * i + 1]);
+                found = found && is_number(points[2 * i]) && is_number(points[2 * i + 1]);
             }
         } else if (l.features) {
             const float features[EXTRAS] = {(float)shape.index, t[0],        t[1],        t[2],
@@ -302,46 +287,6 @@ DEVICE bool is_before(const Candidate &l, const Candidate &r)
             return of_l < of_r;
     }
     return false;
-}
-
-// Sums of the values of a warp's lanes up to each, its own included.
-DEVICE u32 sums_through(u32 v)
-{
-    u32 lane = threadIdx.x % 32;
-    for (u32 by = 1; by < 32; by *= 2) {
-        u32 other = __shfl_up_sync(0xffffffffu, v, by);
-        v += lane >= by ? other : 0;
-    }
-    return v;
-}
-
-// Threads of the block before this one for which `yes` is true, and how many there are in all. `of_warps`: 32 words that all have
-// stopped to use; afterwards too.
-DEVICE u32 count_before(bool yes, u32 *of_warps, u32 *total)
-{
-    u32 votes = __ballot_sync(0xffffffffu, yes), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (lane == 0)
-        of_warps[warp] = (u32)__popc(votes);
-    __syncthreads();
-    u32 sums = sums_through(of_warps[lane]);
-    u32 before = __shfl_sync(0xffffffffu, sums, warp ? (int)warp - 1 : 0);
-    *total = __shfl_sync(0xffffffffu, sums, 31);
-    __syncthreads();
-    return (warp ? before : 0) + (u32)__popc(votes & ((1u << lane) - 1));
-}
-
-// Moves the candidates of those threads that have one to the front: no two to one place, none to behind where it was or to where an
-// earlier call left one. All threads of the block come.
-DEVICE void move(Candidate *all, bool has, u32 from, u32 to)
-{
-    for (u32 part = 0; part < sizeof(Candidate) / 16; part++) {
-        Vec16 v;
-        if (has)
-            v = ((const Vec16 *)(all + from))[part];
-        __syncthreads();
-        if (has)
-            ((Vec16 *)(all + to))[part] = v;
-    }
 }
 
 struct ReduceShared {
@@ -439,90 +384,10 @@ KERNEL(faces_reduce, FacesArgs, 1024)
     }
 }
 
-DEVICE float area_of(const Box &b, float extra) { return __fmul_rn(b.x2 - b.x1 + extra, b.y2 - b.y1 + extra); }
-
-// Whether two boxes overlap by more than `iou` (`Convention::exceeds`).
-DEVICE bool exceeds(const Box &l, float area_l, const Box &r, float area_r, float extra, float iou)
-{
-    float w = fminf(l.x2, r.x2) - fmaxf(l.x1, r.x1) + extra, h = fminf(l.y2, r.y2) - fmaxf(l.y1, r.y1) + extra;
-    float shared = __fmul_rn(fmaxf(w, 0.0f), fmaxf(h, 0.0f));
-    return shared > __fmul_rn(iou, area_l + area_r - shared);
-}
-
 struct FinishShared {
-    Box boxes[BLOCK];
-    float areas[BLOCK];
-    u32 rows[32];
-    u32 of_warps[32];
+    SuppressShared suppress;
     u32 last;
 };
-
-// Greedy suppression of the `n` sorted candidates of `result` by one block, which leaves at its front those that stay; how many.
-//
-// A thousand at a time, a thread each: those that overlap one kept before go. Of what is left, the best 32 are compared with each
-// other; those of them that stay are compared with all others, and the next 32 are taken.
-DEVICE u32 suppress(Candidate *result, u32 n, const Settings &settings, FinishShared &s)
-{
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, kept = 0;
-    float extra = settings.extra, iou = settings.iou;
-    u32 room = settings.max_faces;
-    for (u32 first = 0; first < n && room; first += BLOCK) {
-        u32 i = first + threadIdx.x;
-        bool open = i < n, keep = false;
-        Box b = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (open)
-            b = *(const Box *)result[i].box;
-        float area = area_of(b, extra);
-        for (u32 from = 0; from < kept; from += BLOCK) {
-            __syncthreads();
-            if (from + threadIdx.x < kept) {
-                Box k = *(const Box *)result[from + threadIdx.x].box;
-                s.boxes[threadIdx.x] = k;
-                s.areas[threadIdx.x] = area_of(k, extra);
-            }
-            __syncthreads();
-            u32 count = kept - from < BLOCK ? kept - from : BLOCK;
-            for (u32 k = 0; open && k < count; k++)
-                open = !exceeds(b, area, s.boxes[k], s.areas[k], extra, iou);
-        }
-        while (room) {
-            u32 total, at = count_before(open, s.of_warps, &total);
-            if (total == 0)
-                break;
-            u32 count = total < 32 ? total : 32;
-            if (open && at < count) {
-                s.boxes[at] = b;
-                s.areas[at] = area;
-            }
-            __syncthreads();
-            // Row `warp`: which of those behind it overlap it.
-            bool hit = lane > warp && lane < count && exceeds(s.boxes[lane], s.areas[lane], s.boxes[warp], s.areas[warp], extra, iou);
-            u32 row = __ballot_sync(0xffffffffu, hit);
-            if (lane == 0)
-                s.rows[warp] = row;
-            __syncthreads();
-            u32 left = count == 32 ? 0xffffffffu : (1u << count) - 1, chosen = 0;
-            for (; left && room; room--) {
-                int best = __ffs(left) - 1;
-                chosen |= 1u << best;
-                left &= ~(s.rows[best] | 1u << best);
-            }
-            if (open && at < count) {
-                keep = chosen >> at & 1;
-                open = false;
-            }
-            for (u32 rest = chosen; open && rest; rest &= rest - 1) {
-                int k = __ffs(rest) - 1;
-                open = !exceeds(b, area, s.boxes[k], s.areas[k], extra, iou);
-            }
-        }
-        u32 total, at = kept + count_before(keep, s.of_warps, &total);
-        move(result, keep, i, at);
-        kept += total;
-        __syncthreads();
-    }
-    return kept;
-}
 
 // Candidates that a warp ranks at once.
 const u32 RANKED = 4;
@@ -581,7 +446,7 @@ KERNEL(faces_finish, FacesArgs, 1024)
         header.sorted = sorted;
         header.overflow = all.state->overflow + held - n;
     }
-    u32 kept = settings.suppress ? suppress(result, sorted, settings, s) : sorted;
+    u32 kept = settings.suppress ? suppress(result, sorted, settings.iou, settings.extra, settings.max_faces, s.suppress) : sorted;
     if (threadIdx.x == 0)
         header.kept = kept;
 }

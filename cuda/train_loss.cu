@@ -3,8 +3,7 @@
 // A loss is f32 as on the CPU; sums are f64, over a block's threads first, then over blocks, in one order always.
 #include "common.cuh"
 
-// As the matching has it; of a background anchor whose decoded box overlaps a face so much some losses learn nothing.
-const int IGNORED = -2;
+// Of a background anchor whose decoded box overlaps a face so much some losses learn nothing.
 const float IGNORED_OVERLAP = 0.5f;
 // Classification losses.
 const int SOFTMAX = 0, FOCAL = 2, QUALITY_FOCAL = 3, REGRESSION_AWARE_FOCAL = 4;
@@ -14,10 +13,6 @@ const int SMOOTH_L1 = 0, NEG_LN_IOU = 1;
 const float MAX_SHIFT = 1e4f, MAX_LOG_SCALE = 10.0f, IOU_FLOOR = 1e-6f, MIN_FACE_SIDE = 1.0f;
 // Sums of a batch: classification, boxes, IoU of the positives, anchors matched, anchors mined.
 const int SUMS = 5;
-
-struct Weight {
-    float logit, box;
-};
 
 struct LossArgs {
     Anchors anchors;
@@ -30,6 +25,7 @@ struct LossArgs {
     // What a sampler chose, and the weights of its choices; none: every anchor counts.
     const u8 *chosen;
     const Weight *weights;
+    const Weight *own; // of every anchor, where each has weights of its own; none: those of its choice or of all
     const u32 *counts; // as MatchArgs and MineArgs have them
     double *partial;   // [pictures][blocks][SUMS]
     float variances[2];
@@ -235,7 +231,10 @@ DEVICE void judge(const LossArgs &a, u32 n, u32 i, double sums[SUMS])
         offsets_on(a.values, g, n, cell, t);
     // Weights of the classification loss and of the box loss.
     float of_class, of_box;
-    if (a.chosen) {
+    if (a.own) {
+        of_class = a.own[at].logit;
+        of_box = a.own[at].box;
+    } else if (a.chosen) {
         Weight w = a.weights[a.grouped ? n * a.anchors.group_count + group : n];
         of_class = w.logit * a.share;
         of_box = w.box * a.share;

@@ -4,8 +4,6 @@
 // Integers alone are added up or compared by atomics, so that the order of threads does not show.
 #include "common.cuh"
 
-// Labels of anchors without a face.
-const int BACKGROUND = -1, IGNORED = -2;
 // As `IGNORE_COVER`: share of an anchor's area in an ignored face.
 const float IGNORE_COVER = 0.5f;
 // A face without an anchor gets all of those between the thresholds that are its own.
@@ -17,6 +15,7 @@ struct MatchArgs {
     const u32 *starts;   // the first face of each picture, and the end
     const Rect *inside;  // what each picture fills; none: anchors may lie anywhere
     const u8 *seen;      // whether a first step left each anchor to this one; none: it left all
+    const Rect *boxes;   // what is matched in the anchors' places; none: they themselves
     // Of every anchor of every picture: the face's number in its picture or what it is without one; the face between the thresholds, and
     // behind the last step that of the mining, -1 for none; the IoU, behind the last step 0.
     int *label, *best;
@@ -30,14 +29,17 @@ struct MatchArgs {
     int second;
 };
 
-DEVICE bool is_number(float v) { return (__float_as_uint(v) & 0x7f800000) != 0x7f800000; }
-DEVICE bool is_number(const Rect &r) { return is_number(r.x1) && is_number(r.y1) && is_number(r.x2) && is_number(r.y2); }
+// What is matched as anchor `i` of picture `n`.
+DEVICE Rect box_of(const MatchArgs &a, const AnchorGroup &g, u32 n, u32 i)
+{
+    return a.boxes ? a.boxes[(i64)n * a.anchors.count + i] : corners(anchor_of(a.anchors, g, n, i));
+}
 
-// Where the faces end that an anchor is compared with: it is with none where a first step made it empty or no number (`match_boxes`).
+// Where the faces end that an anchor is compared with: it is with none where it may be anywhere and is empty or no number (`match_boxes`).
 DEVICE u32 end_of(const MatchArgs &a, u32 n, const Rect &box)
 {
-    bool empty = !is_number(box) || !(box.x2 - box.x1 > 0.0f) || !(box.y2 - box.y1 > 0.0f);
-    return a.starts[a.anchors.moved && empty ? n : n + 1];
+    bool anywhere = a.anchors.moved || a.boxes;
+    return a.starts[anywhere && is_empty(box) ? n : n + 1];
 }
 
 // The first pass: an anchor's best face, the first of equal ones.
@@ -47,7 +49,7 @@ KERNEL(match_anchors, MatchArgs, 256)
     if (i >= a.anchors.count)
         return;
     const AnchorGroup &g = a.anchors.groups[group_of(a.anchors, i)];
-    Rect box = corners(anchor_of(a.anchors, g, n, i));
+    Rect box = box_of(a, g, n, i);
     float most = 0.0f;
     int best = -1;
     u32 start = a.starts[n], end = end_of(a, n, box);
@@ -125,7 +127,8 @@ KERNEL(match_force_moved, MatchArgs, 256)
     u32 i = blockIdx.x * blockDim.x + threadIdx.x, n = blockIdx.y;
     if (i >= a.anchors.count)
         return;
-    Rect box = corners(a.anchors.moved[(i64)n * a.anchors.count + i]);
+    i64 at = (i64)n * a.anchors.count + i;
+    Rect box = a.boxes ? a.boxes[at] : corners(a.anchors.moved[at]);
     u32 end = end_of(a, n, box);
     for (u32 j = a.starts[n]; j < end; j++) {
         if (a.hit[j] || a.faces[j].flags & FACE_IGNORED)
@@ -165,7 +168,7 @@ KERNEL(match_finish, MatchArgs, 256)
     if (i >= a.anchors.count)
         return;
     const AnchorGroup &g = a.anchors.groups[group_of(a.anchors, i)];
-    Rect box = corners(anchor_of(a.anchors, g, n, i));
+    Rect box = box_of(a, g, n, i);
     i64 at = (i64)n * a.anchors.count + i;
     u32 start = a.starts[n], end = end_of(a, n, box);
     int label = a.label[at];
@@ -216,22 +219,9 @@ KERNEL(move_anchors, MoveArgs, 256)
     const AnchorGroup &g = a.anchors.groups[group_of(a.anchors, i)];
     u32 cell = i - g.first;
     i64 at = (i64)n * a.anchors.count + i;
-    // False for a NaN too.
-    a.seen[at] = !(g.parts & HAS_LOGITS) || a.values[g.logits + n * g.logit_picture + (i64)cell * g.logit_cell] > a.survives;
-    if (!a.moved)
-        return;
-    AnchorBox p = anchor_on(g, cell);
-    if (g.parts & HAS_BOXES) {
-        float t[4];
-        offsets_on(a.values, g, n, cell, t);
-        // `Anchor::moved`, by way of the corners as there.
-        Rect r = decode_on(p, t, 1.0f, 1.0f);
-        p.x = __fmul_rn(__fadd_rn(r.x1, r.x2), 0.5f);
-        p.y = __fmul_rn(__fadd_rn(r.y1, r.y2), 0.5f);
-        p.w = __fsub_rn(r.x2, r.x1);
-        p.h = __fsub_rn(r.y2, r.y1);
-    }
-    a.moved[at] = p;
+    a.seen[at] = passes_on(a.values, g, n, cell, a.survives);
+    if (a.moved)
+        a.moved[at] = g.parts & HAS_BOXES ? moved_on(a.values, g, n, cell) : anchor_on(g, cell);
 }
 
 struct MineArgs {

@@ -5,7 +5,6 @@
 // for themselves in lists of those.
 #include "common.cuh"
 
-const int BACKGROUND = -1, IGNORED = -2;
 // As `IGNORED_OVERLAP`: of a background anchor whose decoded box overlaps a face so much nothing is learnt.
 const float IGNORED_OVERLAP = 0.5f;
 // As `WRS_EPSILON`.
@@ -16,11 +15,6 @@ const int ALL = 0, OHEM = 2, WRS = 3, BALANCED = 4, FOCAL = 5;
 // Anchors of a choice, and how many of them are taken.
 struct Choice {
     u32 positives, negatives, take_positives, take_negatives;
-};
-
-// What the losses of a choice's anchors are multiplied by.
-struct Weight {
-    float logit, box;
 };
 
 struct SampleArgs {
@@ -154,13 +148,6 @@ DEVICE u64 splitmix(u64 seed, u64 place)
     return z ^ z >> 31;
 }
 
-// As a u32 that rises with the float (f32::total_cmp).
-DEVICE u32 rising(float v)
-{
-    u32 bits = __float_as_uint(v);
-    return bits & 0x80000000 ? ~bits : bits | 0x80000000;
-}
-
 // One side of a choice: entry k of an array that has a place for each of a range's anchors.
 struct Side {
     i64 from;
@@ -265,7 +252,7 @@ KERNEL(sample_choose, SampleArgs, 256)
                 double r = ((double)(splitmix(a.seeds[n], drawn + k) >> 11) + 0.5) / 9007199254740992.0;
                 key = (float)(log(r) / (double)__fadd_rn(key, WRS_EPSILON));
             }
-            a.keys[entry(side, k)] = rising(key);
+            a.keys[entry(side, k)] = ascending(key);
         }
         choose_highest(a, side, base, count, take);
     } else {

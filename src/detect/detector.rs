@@ -90,7 +90,7 @@ impl Window {
 }
 
 /// Sigmoid(x) is above `threshold` where x is above this.
-pub(super) fn logit(threshold: f32) -> f32 {
+pub(crate) fn logit(threshold: f32) -> f32 {
     (threshold.max(f32::MIN_POSITIVE) / (1.0 - threshold).max(f32::MIN_POSITIVE)).ln()
 }
 

@@ -206,7 +206,7 @@ impl GroupSamplingConfig {
     }
 
     /// How far from its cell's centre a proposal reaches, pixels; None without a second stage.
-    fn proposal_reach(&self) -> Option<f32> {
+    pub(crate) fn proposal_reach(&self) -> Option<f32> {
         self.second_stage.as_ref()?;
         Some(PROPOSAL_REACH * self.scales.iter().fold(0.0, |most, s| s.max(most)))
     }

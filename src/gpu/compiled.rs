@@ -6,8 +6,11 @@ use crate::files;
 use std::hash::{Hash, Hasher};
 use std::path::PathBuf;
 
-/// What every file includes.
-const HEADER: (&str, &str) = ("common.cuh", include_str!("../../cuda/common.cuh"));
+/// What files include.
+const HEADERS: &[(&str, &str)] = &[
+    ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("suppress.cuh", include_str!("../../cuda/suppress.cuh")),
+];
 
 /// The compiler, for one device.
 pub(super) struct Code {
@@ -51,7 +54,7 @@ impl Code {
     /// Machine code or PTX of a file.
     fn compile(&self, (name, text): (&str, &str)) -> Result<Vec<u8>> {
         let (arch, own) = self.target()?;
-        self.compiler.compile(name, text, HEADER, arch, own)
+        self.compiler.compile(name, text, HEADERS, arch, own)
     }
 
     /// Where a file's code is kept, if at all: by a hash of all that it depends on.
@@ -59,7 +62,7 @@ impl Code {
         let Some(folder) = &self.cache else { return Ok(None) };
         let (arch, own) = self.target()?;
         let mut hash = std::hash::DefaultHasher::new();
-        (HEADER.1, text, arch, own, self.compiler.version(), env!("CARGO_PKG_VERSION")).hash(&mut hash);
+        (HEADERS, text, arch, own, self.compiler.version(), env!("CARGO_PKG_VERSION")).hash(&mut hash);
         let (stem, kind) = (name.trim_end_matches(".cu"), if own { "cubin" } else { "ptx" });
         Ok(Some(folder.join(format!("{stem}-{arch}-{:016x}.{kind}", hash.finish()))))
     }

@@ -44,6 +44,9 @@ pub enum Source {
     /// Of a training: losses and the outputs' gradients.
     #[cfg(feature = "train")]
     TrainLoss,
+    /// Of a training: boxes that are looked at a second time.
+    #[cfg(feature = "train")]
+    TrainLook,
 }
 
 impl Source {
@@ -67,6 +70,8 @@ impl Source {
         Source::TrainSample,
         #[cfg(feature = "train")]
         Source::TrainLoss,
+        #[cfg(feature = "train")]
+        Source::TrainLook,
     ];
 
     /// The file's name and its text.
@@ -90,6 +95,8 @@ impl Source {
             Source::TrainSample => ("train_sample.cu", include_str!("../../cuda/train_sample.cu")),
             #[cfg(feature = "train")]
             Source::TrainLoss => ("train_loss.cu", include_str!("../../cuda/train_loss.cu")),
+            #[cfg(feature = "train")]
+            Source::TrainLook => ("train_look.cu", include_str!("../../cuda/train_look.cu")),
         }
     }
 }

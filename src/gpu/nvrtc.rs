@@ -86,7 +86,7 @@ impl Nvrtc {
         &self,
         name: &str,
         source: &str,
-        header: (&str, &str),
+        headers: &[(&str, &str)],
         arch: i32,
         own: bool,
     ) -> Result<Vec<u8>> {
@@ -100,8 +100,13 @@ impl Nvrtc {
         ) -> Status;
         type Compile = unsafe extern "C" fn(Program, c_int, *const *const c_char) -> Status;
         let text = |s: &str| CString::new(s).map_err(|_| Error::Internal(format!("{name} has a zero byte")));
-        let [c_name, c_source, header_name, header_source] =
-            [text(name)?, text(source)?, text(header.0)?, text(header.1)?];
+        let [c_name, c_source] = [text(name)?, text(source)?];
+        let texts = |of: fn(&(&str, &str)) -> String| {
+            headers.iter().map(|h| text(&of(h))).collect::<Result<Vec<CString>>>()
+        };
+        let [names, sources] = [texts(|h| h.0.into())?, texts(|h| h.1.into())?];
+        let pointers = |texts: &[CString]| texts.iter().map(|t| t.as_ptr()).collect::<Vec<_>>();
+        let [names_of, sources_of] = [pointers(&names), pointers(&sources)];
         let target = if own { format!("sm_{arch}") } else { format!("compute_{arch}") };
         let options = [
             text(&format!("--gpu-architecture={target}"))?,
@@ -114,8 +119,14 @@ impl Nvrtc {
         let mut program = Owned(std::ptr::null_mut());
         // SAFETY: all strings live until the calls return; NVRTC keeps copies.
         let status = unsafe {
-            let (sources, names) = (header_source.as_ptr(), header_name.as_ptr());
-            let made = create(&mut program.0, c_source.as_ptr(), c_name.as_ptr(), 1, &sources, &names);
+            let made = create(
+                &mut program.0,
+                c_source.as_ptr(),
+                c_name.as_ptr(),
+                headers.len() as c_int,
+                sources_of.as_ptr(),
+                names_of.as_ptr(),
+            );
             check("nvrtcCreateProgram", made)?;
             compile(program.0, options.len() as c_int, options.as_ptr())
         };

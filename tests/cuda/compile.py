@@ -21,12 +21,13 @@ def check(nvrtc, status, call):
         sys.exit(f"{call}: {nvrtc.nvrtcGetErrorString(status).decode()}")
 
 
-def compile_file(nvrtc, path, header, target):
+def compile_file(nvrtc, path, headers, target):
     """The compiler's messages and whether it succeeded."""
     program = ctypes.c_void_p()
-    headers, names = (ctypes.c_char_p * 1)(header), (ctypes.c_char_p * 1)(b"common.cuh")
-    source = path.read_bytes()
-    made = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, path.name.encode(), 1, headers, names)
+    texts = (ctypes.c_char_p * len(headers))(*[header.read_bytes() for header in headers])
+    names = (ctypes.c_char_p * len(headers))(*[header.name.encode() for header in headers])
+    source, name = path.read_bytes(), path.name.encode()
+    made = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, name, len(headers), texts, names)
     check(nvrtc, made, "nvrtcCreateProgram")
     options = [f"--gpu-architecture={target}", "--std=c++17"]
     if target.startswith("sm_"):
@@ -58,12 +59,12 @@ def main():
     if not libraries:
         sys.exit(f"{sys.argv[1]}: no libnvrtc.so there")
     nvrtc = ctypes.CDLL(str(libraries[0]))
-    header = (ROOT / "common.cuh").read_bytes()
+    headers = sorted(ROOT.glob("*.cuh"))
     files = sorted(ROOT.glob("*.cu"))
     failed = []
     for target in targets:
         for path in files:
-            log, compiled = compile_file(nvrtc, path, header, target)
+            log, compiled = compile_file(nvrtc, path, headers, target)
             if not compiled or "warning" in log:
                 failed.append(f"{path.name} for {target}:\n{log}")
                 continue

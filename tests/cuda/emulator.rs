@@ -182,8 +182,8 @@ fn build() -> Option<PathBuf> {
         ["driver.cpp", "fibers.cpp", "fibers.hpp", "library.hpp", "nccl.cpp", "nvrtc.cpp", "shim.hpp"];
     let parts = parts.map(|f| emulator.join(f));
     let libraries = LIBRARIES.map(|(name, source)| (name, emulator.join(source)));
-    let header = root.join("cuda/common.cuh");
-    for file in kernels.iter().chain(&parts).chain(libraries.iter().map(|(_, f)| f)).chain([&header]) {
+    let headers = ["cuda/common.cuh", "cuda/suppress.cuh"].map(|f| root.join(f));
+    for file in kernels.iter().chain(&parts).chain(libraries.iter().map(|(_, f)| f)).chain(&headers) {
         std::fs::read(file).unwrap_or_else(|e| panic!("{}: {e}", file.display())).hash(&mut hash);
     }
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda-emulator-{:016x}", hash.finish()));

@@ -31,6 +31,8 @@ mod plain_step;
 mod random;
 #[cfg(feature = "train")]
 mod ranks;
+#[cfg(feature = "train")]
+mod second_look;
 mod sessions;
 mod support;
 mod tiles;

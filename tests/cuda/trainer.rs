@@ -460,6 +460,27 @@ box = { kind = "neg-ln-iou" }
 margin = 15.0
 "#;
 
+/// With its feature supervision module. Whatever a box overlaps, it is looked at: of anchors that know nothing yet rounding alone says
+/// which is better.
+const SUPERVISED: &str = r#"
+[feature-supervision]
+nms = 1.0
+"#;
+/// Group Sampling with its second stage.
+const GROUP_SAMPLING: &str = r#"
+[matching]
+kind = "two-pass-scan"
+lambda1 = 0.6
+lambda2 = 0.4
+[loss]
+classification = { kind = "softmax" }
+box = { kind = "least-square-iou" }
+[second-stage]
+nms = 1.0
+[second-stage.sampler]
+miner = { kind = "all" }
+"#;
+
 #[test]
 fn trainings_of_several_sets_of_outputs_on_a_device_follow_the_cpus() {
     if device().is_none() {
@@ -467,7 +488,13 @@ fn trainings_of_several_sets_of_outputs_on_a_device_follow_the_cpus() {
     }
     let dir = tempfile::tempdir().unwrap();
     drawing::draw(dir.path(), 4, 100, 1);
-    for (detector, own) in [("hambox-baseline-r18", HAMBOX), ("refineface-r18", REFINEFACE)] {
+    let supervised = format!("{REFINEFACE}{SUPERVISED}");
+    for (detector, own) in [
+        ("hambox-baseline-r18", HAMBOX),
+        ("refineface-r18", REFINEFACE),
+        ("refineface-r18", &supervised),
+        ("fpn-finest-rcnn-r18", GROUP_SAMPLING),
+    ] {
         let text = format!("{}{own}{TAIL}", HEAD.replace("DETECTOR", detector));
         let expected = steps(&mut trainer(&text, dir.path(), None), 3);
         let got = steps(&mut trainer(&text, dir.path(), Some(0)), 3);

@@ -99,7 +99,8 @@ impl DeviceEngine {
                     aligned: roi.aligned,
                 };
                 self.input_back(x, |e, dx, add| {
-                    e.ops.roi_align_back(align, boxes_map(&e.boxes[boxes]), d, dx, add)
+                    let boxes = boxes_map(&e.boxes, &e.box_rows, boxes)?;
+                    e.ops.roi_align_back(align, boxes, d, dx, add)
                 })
             }
         }

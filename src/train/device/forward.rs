@@ -3,8 +3,7 @@
 use super::DeviceEngine;
 use crate::error::{Error, Result};
 use crate::gpu::map::{DeviceView, Element};
-use crate::gpu::memory::DeviceBuffer;
-use crate::gpu::ops::train::{Filter, MapIn, Pool, Taken};
+use crate::gpu::ops::train::{Filter, MapIn, Pool, Room, Taken};
 use crate::gpu::ops::{ConvWindow, Device, DeviceOp, MapOp};
 use crate::graph::build::ParamId;
 use crate::layers::{
@@ -72,9 +71,12 @@ pub(super) fn lies_apart(unit: &Unit) -> bool {
     unit.norm.is_some() || (own && unit.slope != 1.0)
 }
 
-/// Boxes as a map.
-pub(super) fn boxes_map(buffer: &DeviceBuffer) -> MapIn<'_> {
-    MapIn { buffer, view: DeviceView::new(Element::F32, Shape::new(buffer.len() / 20, 5, 1, 1), 0) }
+/// The boxes of an input as a map, where those of all inputs, `rows` of each, lie one behind the other.
+pub(super) fn boxes_map<'a>(buffer: &'a Room, rows: &[usize], input: usize) -> Result<MapIn<'a>> {
+    let (first, own) = (rows.iter().take(input).sum::<usize>(), rows.get(input));
+    let own = *own.ok_or_else(|| Error::Internal("boxes that were not chosen".into()))?;
+    let view = DeviceView::new(Element::F32, Shape::new(own, 5, 1, 1), 20 * first);
+    Ok(MapIn { buffer: buffer.there()?, view })
 }
 
 impl DeviceEngine {
@@ -130,7 +132,7 @@ impl DeviceEngine {
                 ops.max_pool(&pool, x()?, to)?;
             }
             Op::RoiAlign { boxes, .. } => {
-                let boxes = boxes_map(&self.boxes[*boxes]);
+                let boxes = boxes_map(&self.boxes, &self.box_rows, *boxes)?;
                 ops.run(op_of(plain, u)?, &[x()?, boxes], to)?;
             }
             Op::Plain { layer, params } => {

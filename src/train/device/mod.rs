@@ -6,8 +6,9 @@
 //! than the memory that the CPU saves by applying the normalisation where a map is read. The gradient that a unit's readers left is
 //! pulled back in its place.
 //!
-//! What is judged by one look is judged here (`objective.rs`): faces come up, sums of losses go down. For other objectives the outputs
-//! are downloaded and their gradients uploaded, through pinned memory. `run` and `run_back` know nothing of either. The optimiser's
+//! Outputs are judged here (`objective.rs`), those of boxes that are looked at a second time, too (`second_look.rs`): faces come up, sums
+//! of losses and numbers of boxes go down. Where the caller judges, outputs are downloaded and their gradients uploaded, through pinned
+//! memory. `run` and `run_back` know nothing of either. The optimiser's
 //! buffers and the averages are on the device from the first step on (`update.rs`); all of it is brought to the host when somebody asks.
 
 mod backward;
@@ -15,19 +16,22 @@ mod batch;
 mod forward;
 pub mod objective;
 mod reduce;
+pub mod second_look;
 mod store;
 mod update;
 
 use crate::error::{Error, Result};
 use crate::gpu::map::{DeviceView, Element};
 use crate::gpu::memory::DeviceBuffer;
-use crate::gpu::ops::train::objective::Judge;
-use crate::gpu::ops::train::{MapIn, Taken, TrainOps};
+use crate::gpu::ops::train::objective::{Judge, Looks};
+use crate::gpu::ops::train::{MapIn, Room, Taken, TrainOps};
 use crate::gpu::ops::{Device, DeviceOp};
 use crate::gpu::upload::Upload;
 use crate::graph::{Graph, Weights};
 use crate::shape::{Shape, Tensor};
-use crate::train::network::{Engine, Frozen, InputTable, Judgement, ParamsAndGrads, Update, Updated};
+use crate::train::network::{
+    Engine, Frozen, InputTable, Judgement, LookAgain, ParamsAndGrads, Update, Updated,
+};
 use crate::train::objective::Losses;
 use crate::train::optim::{Ema, Optimizer};
 use crate::train::units::Op;
@@ -56,11 +60,14 @@ pub struct DeviceEngine {
     outside: Staging,
     /// None until outputs are judged here.
     judge: Option<Judge>,
-    /// Gradients of the outputs that were judged here, as they lie in `outside`; whether they are those of this batch.
-    slopes: Option<DeviceBuffer>,
-    judged: bool,
-    /// Where the boxes of the second phase are, in a buffer for each of the network's inputs of boxes; empty before.
-    boxes: Vec<DeviceBuffer>,
+    looks: Option<Looks>,
+    /// Gradients of the outputs of either phase that were judged here, as they lie in `outside`; how many phases of this batch were.
+    slopes: [Option<DeviceBuffer>; 2],
+    judged: usize,
+    /// The boxes of the second phase, those of each of the network's inputs of boxes one behind the other, and how many each has; none
+    /// before.
+    boxes: Room,
+    box_rows: Vec<usize>,
     /// Where several processes train together.
     reduction: Option<Reduction>,
     threads: usize,
@@ -95,9 +102,11 @@ impl DeviceEngine {
             pixels: Upload::default(),
             outside: Staging::default(),
             judge: None,
-            slopes: None,
-            judged: false,
-            boxes: Vec::new(),
+            looks: None,
+            slopes: [None, None],
+            judged: 0,
+            boxes: Room::default(),
+            box_rows: Vec::new(),
             reduction: None,
             threads,
         })
@@ -143,8 +152,8 @@ impl DeviceEngine {
         let boxes = self.walk.units.iter().filter(|u| matches!(u.op, Op::Boxes(_))).count();
         let all: Vec<Shape> = [shape].into_iter().chain(vec![Shape::new(1, 5, 1, 1); boxes]).collect();
         self.batch.begin(&self.graph.shapes(&all)?, &self.walk.units);
-        self.boxes.clear();
-        self.judged = false;
+        self.box_rows.clear();
+        self.judged = 0;
         self.finish_reduction()?;
         if self.table.as_ref().is_none_or(|(known, _)| known != table) {
             let values = table.value.concat();
@@ -158,9 +167,32 @@ impl DeviceEngine {
         self.run(0..self.walk.second_phase)
     }
 
+    /// How many phases the network has.
+    fn phases(&self) -> usize {
+        1 + usize::from(self.walk.second_phase < self.walk.units.len())
+    }
+
+    /// Begins the second phase, on boxes of these shapes for each of the network's inputs of boxes.
+    fn begin_second(&mut self, boxes: &[Shape]) -> Result<()> {
+        self.box_rows.clear();
+        let images = self.walk.units.iter().position(|u| matches!(u.op, Op::Input(_)));
+        let images = images.and_then(|u| self.batch.shapes.get(u).copied());
+        let images = images.ok_or_else(|| Error::Internal("boxes before a batch".into()))?;
+        let inputs: Vec<Shape> = [images].iter().chain(boxes).copied().collect();
+        self.batch.begin(&self.graph.shapes(&inputs)?, &self.walk.units);
+        Ok(())
+    }
+
+    /// Runs the units of the second phase on the boxes, so many for each of the inputs.
+    fn run_second(&mut self, rows: Vec<usize>) -> Result<()> {
+        self.box_rows = rows;
+        self.store.upload(&self.ops)?;
+        self.run(self.walk.second_phase..self.walk.units.len())
+    }
+
     /// Forgets the gradients of an earlier batch. The units that the outputs are of, and how their gradients lie one behind the other.
     fn begin_back(&mut self) -> Result<(Vec<usize>, Vec<Shape>)> {
-        if self.boxes.is_empty() && self.walk.second_phase < self.walk.units.len() {
+        if self.box_rows.is_empty() && self.phases() == 2 {
             return Err(Error::Internal("a backward pass before the second phase".into()));
         }
         self.finish_reduction()?;
@@ -171,15 +203,18 @@ impl DeviceEngine {
         Ok((units, shapes))
     }
 
-    /// Takes gradients of the outputs, one behind the other in `from`, back through the network.
+    /// Takes gradients of the outputs, one behind the other in `from`, back through the network; those of judges phase by phase.
     fn back_from(&mut self, from: From, units: &[usize], views: &[DeviceView]) -> Result<()> {
         let Self { outside, slopes, batch, ops, walk, .. } = self;
-        let buffer = match from {
-            From::Host => outside.there()?,
-            From::Judge => slopes.as_ref().ok_or_else(|| Error::Internal("nothing was judged".into()))?,
-        };
         for (&u, &view) in units.iter().zip(views) {
             if walk.wanted[u] {
+                let slopes = &slopes[usize::from(u >= walk.second_phase)];
+                let buffer = match from {
+                    From::Host => outside.there()?,
+                    From::Judge => {
+                        slopes.as_ref().ok_or_else(|| Error::Internal("nothing was judged".into()))?
+                    }
+                };
                 let (dy, add) = batch.take_gradient(u, ops)?;
                 let to = MapIn { buffer: &dy, view: batch.view(u) };
                 ops.taken_back(Taken::From([0; 2]), MapIn { buffer, view }, to, add)?;
@@ -261,47 +296,65 @@ impl Engine for DeviceEngine {
         table: &InputTable,
         judgements: &[Judgement<'_>],
     ) -> Result<Option<Vec<Losses>>> {
-        // Boxes of a second phase are chosen by the host.
-        if self.walk.second_phase < self.walk.units.len() {
-            return Ok(None);
-        }
         self.run_first(pixels, shape, table)?;
-        let (shapes, bytes) = self.gather(0..self.graph.outputs.len())?;
+        let (shapes, bytes) = self.gather(0..self.walk.first_outputs(&self.graph))?;
         if self.judge.is_none() {
             self.judge = Some(Judge::new(self.ops.device())?);
         }
         let outputs = self.outside.device(&self.ops, bytes)?;
-        let slopes = room(&mut self.slopes, &self.ops, bytes)?;
+        let slopes = room(&mut self.slopes[0], &self.ops, bytes)?;
         let judge = self.judge.as_mut().ok_or_else(|| Error::Internal("no judge".into()))?;
         let losses = objective::judge(judge, self.ops.stream(), [outputs, slopes], &shapes, judgements)?;
-        self.judged = true;
+        self.judged = 1;
         Ok(Some(losses))
     }
 
+    fn look_again(&mut self, again: &LookAgain<'_>) -> Result<Losses> {
+        if self.judged != 1 || self.phases() == 1 {
+            return Err(Error::Internal("a second look without a first, or at no boxes".into()));
+        }
+        let (first, own) = (self.walk.first_outputs(&self.graph), again.look.first_outputs());
+        let outputs = self.graph.outputs.iter().take(first.min(own));
+        let shapes: Vec<Shape> = outputs.map(|(_, node)| self.batch.shapes[self.shown(node.0)]).collect();
+        if self.looks.is_none() {
+            self.looks = Some(Looks::new(self.ops.device())?);
+        }
+        let Self { looks, ops, outside, boxes, .. } = self;
+        let looks = looks.as_mut().ok_or_else(|| Error::Internal("nobody looks".into()))?;
+        let rows = second_look::choose(looks, ops.stream(), outside.there()?, &shapes, again, boxes)?;
+        self.begin_second(&rows.iter().map(|&rows| Shape::new(rows, 5, 1, 1)).collect::<Vec<_>>())?;
+        self.run_second(rows)?;
+        let (shapes, bytes) = self.gather(first..self.graph.outputs.len())?;
+        let Self { looks, ops, outside, slopes, box_rows, .. } = self;
+        let looks = looks.as_mut().ok_or_else(|| Error::Internal("nobody looks".into()))?;
+        let buffers = [outside.device(ops, bytes)?, room(&mut slopes[1], ops, bytes)?];
+        let losses = second_look::judge(looks, ops.stream(), buffers, &shapes, box_rows, again.look)?;
+        self.judged = 2;
+        Ok(losses)
+    }
+
     fn backward_judged(&mut self) -> Result<()> {
-        if !self.judged {
-            return Err(Error::Internal("nothing was judged here".into()));
+        if self.judged != self.phases() {
+            return Err(Error::Internal("not all was judged here".into()));
         }
         let (units, shapes) = self.begin_back()?;
-        self.back_from(From::Judge, &units, &side_by_side(&shapes).0)
+        let (first, second) = shapes.split_at(self.walk.first_outputs(&self.graph));
+        let views = [side_by_side(first).0, side_by_side(second).0].concat();
+        self.back_from(From::Judge, &units, &views)
     }
 
     fn forward_boxes(&mut self, boxes: Vec<Tensor>) -> Result<Vec<Tensor>> {
-        let images = self.walk.units.iter().position(|u| matches!(u.op, Op::Input(_)));
-        let images = images.and_then(|u| self.batch.shapes.get(u).copied());
-        let images = images.ok_or_else(|| Error::Internal("boxes before a batch".into()))?;
-        let inputs: Vec<Shape> = [images].into_iter().chain(boxes.iter().map(|b| b.shape)).collect();
-        let shapes = self.graph.shapes(&inputs)?;
+        self.judged = 0;
+        self.begin_second(&boxes.iter().map(|b| b.shape).collect::<Vec<_>>())?;
         for unit in &self.walk.units {
             if let Op::RoiAlign { roi, boxes: place } = &unit.op {
-                roi.check(shapes[self.walk.units[unit.inputs[0]].node], &boxes[*place])?;
+                roi.check(self.batch.shapes[unit.inputs[0]], &boxes[*place])?;
             }
         }
-        self.batch.begin(&shapes, &self.walk.units);
-        self.boxes =
-            boxes.iter().map(|b| DeviceBuffer::of(self.ops.stream(), &b.data)).collect::<Result<_>>()?;
-        self.store.upload(&self.ops)?;
-        self.run(self.walk.second_phase..self.walk.units.len())?;
+        let values: Vec<f32> = boxes.iter().flat_map(|b| b.data.iter().copied()).collect();
+        self.boxes.bytes(self.ops.device(), values.len() * 4)?;
+        self.boxes.there()?.set(self.ops.stream(), 0, &values)?;
+        self.run_second(boxes.iter().map(|b| b.shape.n).collect())?;
         self.download(self.walk.first_outputs(&self.graph)..self.graph.outputs.len())
     }
 

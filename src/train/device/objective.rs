@@ -10,6 +10,7 @@ use crate::gpu::ops::train::objective::{
 };
 use crate::gpu::ops::train::Values;
 use crate::shape::Shape;
+use crate::train::data::Annotated;
 use crate::train::losses::{BoxLoss, ClassLoss, LossRecipe, NoOverlap, IGNORED_OVERLAP};
 use crate::train::matching::{self, AnchorGrid, AnchorMining, MatchingRecipe};
 use crate::train::network::{Judgement, ObjectiveRef};
@@ -50,9 +51,7 @@ fn judged(
     judgement: &Judgement<'_>,
 ) -> Result<Losses> {
     let Judgement { objective, faces, inside, seeds, weight } = judgement;
-    let corners = |b: &BBox| [b.x1, b.y1, b.x2, b.y2];
-    let boxes: Vec<Vec<_>> =
-        faces.iter().map(|own| own.iter().map(|f| (corners(&f.bbox), f.ignore)).collect()).collect();
+    let boxes = corners_of(faces);
     let outer = Batch { groups: &[], first: None, faces: &boxes, inside: None, seeds, outputs, gradient };
     let sums = match objective {
         ObjectiveRef::OneStep(objective) => {
@@ -86,15 +85,24 @@ fn judged(
     })
 }
 
+fn corners(b: &BBox) -> [f32; 4] {
+    [b.x1, b.y1, b.x2, b.y2]
+}
+
+/// Corners of each picture's faces, and whether they are to be ignored.
+pub(super) fn corners_of(faces: &[Vec<Annotated>]) -> Vec<Vec<([f32; 4], bool)>> {
+    faces.iter().map(|own| own.iter().map(|f| (corners(&f.bbox), f.ignore)).collect()).collect()
+}
+
 /// Where the values of outputs are that lie one behind the other.
-struct Outputs<'a> {
+pub(super) struct Outputs<'a> {
     shapes: &'a [Shape],
     /// The first of each.
-    starts: Vec<usize>,
+    pub(super) starts: Vec<usize>,
 }
 
 impl<'a> Outputs<'a> {
-    fn new(shapes: &'a [Shape]) -> Self {
+    pub(super) fn new(shapes: &'a [Shape]) -> Self {
         let start = |end: &mut usize, s: &Shape| {
             *end += s.len();
             Some(*end - s.len())
@@ -110,7 +118,7 @@ impl<'a> Outputs<'a> {
     }
 }
 
-fn narrow(v: usize) -> Result<u32> {
+pub(super) fn narrow(v: usize) -> Result<u32> {
     u32::try_from(v).map_err(|_| Error::LimitExceeded("a map is too large for the device".into()))
 }
 
@@ -141,7 +149,7 @@ fn with_boxes(
 }
 
 /// The groups of the only step or of the second, which says everything of every anchor.
-fn second_groups(
+pub(super) fn second_groups(
     grid: &AnchorGrid,
     channels: &[GroupChannels],
     outputs: &Outputs<'_>,
@@ -154,7 +162,7 @@ fn second_groups(
 }
 
 /// The same of the first step.
-fn first_groups(
+pub(super) fn first_groups(
     grid: &AnchorGrid,
     channels: &[FirstChannels],
     outputs: &Outputs<'_>,
@@ -195,7 +203,7 @@ fn two_step_rules(objective: &TwoStep, weight: f32) -> Rules {
     }
 }
 
-fn match_rule(recipe: &MatchingRecipe) -> MatchRule {
+pub(super) fn match_rule(recipe: &MatchingRecipe) -> MatchRule {
     let [low, high] = recipe.thresholds();
     let second = match recipe {
         MatchingRecipe::TwoPassScan { second_pass: matching::SecondPass::All, .. } => SecondPass::All,
@@ -215,7 +223,7 @@ fn mine_rule(mining: &AnchorMining) -> MineRule {
     }
 }
 
-fn sample_rule(sampler: &SamplerRecipe) -> SampleRule {
+pub(super) fn sample_rule(sampler: &SamplerRecipe) -> SampleRule {
     SampleRule {
         miner: match sampler.miner {
             sampler::Miner::All {} => Miner::All,
@@ -242,7 +250,7 @@ fn class_rule(loss: &ClassLoss) -> ClassRule {
     }
 }
 
-fn loss_rule(loss: &LossRecipe, weight: f32) -> LossRule {
+pub(super) fn loss_rule(loss: &LossRecipe, weight: f32) -> LossRule {
     let class = class_rule(&loss.classification);
     let draws = |no_overlap| no_overlap == NoOverlap::SmoothL1;
     let boxes = match loss.boxes {

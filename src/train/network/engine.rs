@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::graph::Graph;
 use crate::shape::{Shape, Tensor};
 use crate::train::data::Annotated;
-use crate::train::objective::{DetectorObjective, Losses, Objective, TwoStep};
+use crate::train::objective::{DetectorObjective, Losses, Objective, SecondLook, TwoStep};
 use crate::train::optim::{clip_global_norm, first_non_finite, global_norm, Ema, Optimizer};
 
 /// Parameters and their gradients.
@@ -27,8 +27,8 @@ pub trait Engine: Send {
     /// network's value of each pixel value by input channel, and which channel of the pixel each is.
     fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>>;
     /// As [`Engine::forward`], where the engine can judge the outputs itself: the losses of each of the judgements, which take the
-    /// outputs in their order, all of them. The gradients stay where they are, for [`Engine::backward_judged`]. None, with nothing done,
-    /// where the caller has to judge.
+    /// outputs in their order, all of them. The gradients stay where they are, for [`Engine::backward_judged`]; where the network has boxes,
+    /// [`Engine::look_again`] comes first. None, with nothing done, where the caller has to judge.
     fn forward_judged(
         &mut self,
         _pixels: &[u8],
@@ -38,7 +38,12 @@ pub trait Engine: Send {
     ) -> Result<Option<Vec<Losses>>> {
         Ok(None)
     }
-    /// As [`Engine::backward`], by the gradients that [`Engine::forward_judged`] left.
+    /// Behind [`Engine::forward_judged`]: chooses boxes by the outputs of that batch, as [`Engine::forward_boxes`] takes them, and judges the
+    /// other outputs, likewise.
+    fn look_again(&mut self, _again: &LookAgain<'_>) -> Result<Losses> {
+        Err(Error::Internal("nothing was judged here".into()))
+    }
+    /// As [`Engine::backward`], by the gradients that [`Engine::forward_judged`] and [`Engine::look_again`] left.
     fn backward_judged(&mut self) -> Result<()> {
         Err(Error::Internal("nothing was judged here".into()))
     }
@@ -136,6 +141,16 @@ pub struct Judgement<'a> {
     pub seeds: Vec<u64>,
     /// Of these losses among the others.
     pub weight: f32,
+}
+
+/// How boxes are looked at a second time.
+pub struct LookAgain<'a> {
+    /// Who chooses and judges.
+    pub look: &'a SecondLook,
+    /// Faces of each picture.
+    pub faces: &'a [Vec<Annotated>],
+    /// Of each picture's generator.
+    pub seeds: Vec<u64>,
 }
 
 /// How the parameters are changed by their gradients.

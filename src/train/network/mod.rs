@@ -27,7 +27,7 @@ use batch::{Buffer, Spare, Workers};
 use std::ops::Range;
 
 pub use super::walk::Frozen;
-pub use engine::{Engine, InputTable, Judgement, ObjectiveRef, ParamsAndGrads, Update, Updated};
+pub use engine::{Engine, InputTable, Judgement, LookAgain, ObjectiveRef, ParamsAndGrads, Update, Updated};
 
 /// A network, its parameters, their gradients, and the maps of the batch at hand, stored as `T`.
 pub struct Network<T: Element> {

@@ -6,7 +6,7 @@ use crate::graph::init::Rng;
 use crate::shape::{Shape, Tensor};
 use crate::train::data::Annotated;
 use crate::train::loader::Batch;
-use crate::train::network::Judgement;
+use crate::train::network::{Judgement, LookAgain};
 use crate::train::objective::{Losses, Whole};
 
 impl Trainer {
@@ -18,10 +18,9 @@ impl Trainer {
     }
 
     /// Runs the network on a batch and judges its outputs where they are, so that they need not come down; None where that cannot be, and
-    /// nothing is done then: where boxes are chosen by the outputs, and where other processes have a part of the batch, whose counts
-    /// losses are divided by.
+    /// nothing is done then: where other processes have a part of the batch, whose counts losses are divided by.
     pub(super) fn judge_on_device(&mut self, batch: &Batch, shape: Shape) -> Result<Option<Losses>> {
-        if self.second_look.is_some() || self.ranks.is_some() {
+        if self.ranks.is_some() {
             return Ok(None);
         }
         let (draws, images) = (self.draws(), batch.faces.len());
@@ -44,7 +43,10 @@ impl Trainer {
         });
         let judgements: Vec<Judgement<'_>> = [own].into_iter().chain(others).collect();
         let judged = self.engine.forward_judged(&batch.pixels, shape, &self.table, &judgements)?;
-        Ok(judged.and_then(|losses| losses.into_iter().reduce(with)))
+        let Some(losses) = judged.and_then(|losses| losses.into_iter().reduce(with)) else { return Ok(None) };
+        let Some(look) = &self.second_look else { return Ok(Some(losses)) };
+        let again = LookAgain { look, faces: &batch.faces, seeds: seeds(images) };
+        Ok(Some(with(losses, self.engine.look_again(&again)?)))
     }
 
     /// Runs the network on a batch and judges its outputs on the host: losses, and the outputs' gradients.

@@ -98,11 +98,16 @@ use kernels;
 
 /// Memory that grows as needed, of whatever it holds.
 #[derive(Default)]
-struct Room(Option<DeviceBuffer>);
+pub struct Room(Option<DeviceBuffer>);
 
 impl Room {
+    /// It, once it was made.
+    pub fn there(&self) -> Result<&DeviceBuffer> {
+        self.0.as_ref().ok_or_else(|| Error::Internal("no room".into()))
+    }
+
     /// The address of so many bytes.
-    fn bytes(&mut self, device: &Device, bytes: usize) -> Result<u64> {
+    pub fn bytes(&mut self, device: &Device, bytes: usize) -> Result<u64> {
         match &self.0 {
             Some(buffer) if buffer.len() >= bytes => Ok(buffer.address()),
             _ => {

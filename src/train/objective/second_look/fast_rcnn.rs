@@ -17,6 +17,9 @@ use crate::train::sampler::SamplerRecipe;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
+/// Score that a proposal must pass: any.
+pub(super) const LEAST_SCORE: f32 = 0.0;
+
 /// How the second stage is trained.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
@@ -108,7 +111,7 @@ impl GroupedFastRcnn {
         let views = outputs.iter().map(|o| View::new(Shape { n: 1, ..o.shape }, 0, [0; 4]));
         let maps: Vec<Map<'_>> = data.zip(views).map(|(data, view)| Map::new(data, view)).collect();
         let mut proposals = Vec::new();
-        self.detector.decode(&maps, &Window::whole(), 0.0, &mut |face| {
+        self.detector.decode(&maps, &Window::whole(), LEAST_SCORE, &mut |face| {
             proposals.push(Proposal { bbox: face.bbox, score: face.score, level: 0 });
         });
         proposals

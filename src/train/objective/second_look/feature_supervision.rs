@@ -12,9 +12,6 @@ use crate::train::objective::pictures::{face_boxes, parallel, Whole};
 use crate::train::objective::TwoStep;
 use serde::{Deserialize, Serialize};
 
-/// Detections that enter the suppression: as many as at inference (section 3.6).
-const BEFORE_NMS: usize = 5000;
-
 /// Settings of the module.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
@@ -62,6 +59,9 @@ pub struct FeatureSupervision {
 }
 
 impl FeatureSupervision {
+    /// Detections that enter the suppression: as many as at inference (section 3.6).
+    pub(in crate::train) const BEFORE_NMS: usize = 5000;
+
     pub(super) fn loss(&self) -> LossRecipe {
         let Focal { alpha, gamma } = self.focal;
         LossRecipe { classification: ClassLoss::Focal { alpha, gamma }, margin: 0.0, ..self.detector.loss }
@@ -99,7 +99,7 @@ impl FeatureSupervision {
         let FeatureSupervisionRecipe { nms, proposals, .. } = self.recipe;
         let mut chosen: Vec<Proposal> = faces.iter().filter(|f| !f.ignore).map(|f| self.face(f)).collect();
         let room = proposals.saturating_sub(chosen.len());
-        chosen.extend(suppressed(found, BEFORE_NMS, nms, room));
+        chosen.extend(suppressed(found, Self::BEFORE_NMS, nms, room));
         chosen.truncate(proposals);
         let boxes: Vec<BBox> = chosen.iter().map(|p| p.bbox).collect();
         let matches = match_boxes(&boxes, faces, &self.recipe.matching);
@@ -110,12 +110,16 @@ impl FeatureSupervision {
     }
 
     fn face(&self, face: &FaceBox) -> Proposal {
+        Proposal { bbox: face.bbox, score: f32::INFINITY, level: self.level_of(&face.bbox) }
+    }
+
+    /// The level that a face comes from.
+    pub(in crate::train) fn level_of(&self, face: &BBox) -> usize {
         let sides = |(level, sizes): (usize, &Vec<[f32; 2]>)| {
             sizes.iter().map(move |[w, h]| (level, (w * h).sqrt())).collect::<Vec<_>>()
         };
         let levels = self.detector.levels.iter().map(|(level, _)| &level.anchors).enumerate();
         let (level_of, scales): (Vec<usize>, Vec<f32>) = levels.flat_map(sides).unzip();
-        let nearest = reference_scale(face.bbox.width(), face.bbox.height(), &scales);
-        Proposal { bbox: face.bbox, score: f32::INFINITY, level: level_of[nearest] }
+        level_of[reference_scale(face.width(), face.height(), &scales)]
     }
 }

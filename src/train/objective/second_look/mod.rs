@@ -3,6 +3,8 @@
 
 mod fast_rcnn;
 mod feature_supervision;
+#[cfg(feature = "cuda")]
+mod placed;
 #[cfg(test)]
 mod tests;
 
@@ -97,12 +99,26 @@ impl SecondLook {
         }
     }
 
-    /// Losses of what the second phase puts out of `looks`, and their gradients; nothing is counted.
-    pub fn judge(&self, looks: &Looks, outputs: &[Tensor]) -> Result<(Losses, Vec<Tensor>)> {
-        let (loss, refines) = match self {
+    /// By what it judges, and whether boxes are moved, too.
+    pub(in crate::train) fn loss(&self) -> (LossRecipe, bool) {
+        match self {
             SecondLook::FeatureSupervision(s) => (s.loss(), false),
             SecondLook::FastRcnn(s) => (s.loss, true),
-        };
+        }
+    }
+
+    /// How many of the first phase's outputs it looks at: the detector's, which come first.
+    #[cfg(feature = "cuda")]
+    pub(in crate::train) fn first_outputs(&self) -> usize {
+        match self {
+            SecondLook::FeatureSupervision(s) => s.detector.outputs(),
+            SecondLook::FastRcnn(s) => 2 * s.detector.levels().count(),
+        }
+    }
+
+    /// Losses of what the second phase puts out of `looks`, and their gradients; nothing is counted.
+    pub fn judge(&self, looks: &Looks, outputs: &[Tensor]) -> Result<(Losses, Vec<Tensor>)> {
+        let (loss, refines) = self.loss();
         judge(&loss, refines, looks, outputs)
     }
 }

@@ -1,6 +1,6 @@
 //! What is asked of a batch before kernels read it.
 
-use super::{AnchorGroup, Batch, ClassRule, Rules};
+use super::{AnchorGroup, Batch, ClassRule, Rules, Values};
 use crate::error::{Error, Result};
 
 pub(super) fn count_of(values: usize) -> Result<u32> {
@@ -11,7 +11,6 @@ pub(super) fn count_of(values: usize) -> Result<u32> {
 pub(super) fn checked(batch: &Batch<'_>, rules: &Rules) -> Result<u32> {
     let bad = |what: &str| Err(Error::Internal(format!("an objective on a device: {what}")));
     let pictures = batch.faces.len();
-    batch.outputs.address(batch.outputs.len)?;
     if batch.inside.is_some_and(|inside| inside.len() != pictures) {
         return bad("not a border for each picture");
     }
@@ -38,8 +37,22 @@ pub(super) fn checked(batch: &Batch<'_>, rules: &Rules) -> Result<u32> {
             return bad("rules that are not for two steps");
         }
     }
+    let first = batch.first.map_or(&[][..], |first| first.groups);
+    checked_groups(batch.groups, first, batch.outputs, rules.loss.class.logits(), pictures)
+}
+
+/// Anchors of a picture, where groups number them in a row, and their values and those of a first step lie in the outputs.
+pub(super) fn checked_groups(
+    groups: &[AnchorGroup],
+    first: &[AnchorGroup],
+    outputs: Values<'_>,
+    logits: u32,
+    pictures: usize,
+) -> Result<u32> {
+    let bad = |what: &str| Err(Error::Internal(format!("an objective on a device: {what}")));
+    outputs.address(outputs.len)?;
     let mut count = 0u64;
-    for g in batch.groups {
+    for g in groups {
         if u64::from(g.first) != count {
             return bad("anchors are not numbered in a row");
         }
@@ -48,7 +61,7 @@ pub(super) fn checked(batch: &Batch<'_>, rules: &Rules) -> Result<u32> {
             return bad("a group's cells are no rows");
         }
     }
-    for g in batch.groups.iter().chain(batch.first.map_or(&[][..], |first| first.groups)) {
+    for g in groups.iter().chain(first) {
         if g.cells == 0 {
             continue;
         }
@@ -56,11 +69,10 @@ pub(super) fn checked(batch: &Batch<'_>, rules: &Rules) -> Result<u32> {
             let pictures = i128::from(picture) * (pictures as i128 - 1).max(0);
             let cells = i128::from(cell) * i128::from(g.cells - 1);
             let last = i128::from(first) + pictures + cells + i128::from(more);
-            g.parts & part == 0 || first >= 0 && picture >= 0 && last < batch.outputs.len as i128
+            g.parts & part == 0 || first >= 0 && picture >= 0 && last < outputs.len as i128
         };
-        let more = rules.loss.class.logits() - 1;
-        if !inside(LOGITS, g.logits, g.logit_picture, g.logit_cell, more)
-            || !inside(BOXES, g.boxes, g.box_picture, g.box_cell, 3 * g.box_step)
+        if !inside(AnchorGroup::LOGITS, g.logits, g.logit_picture, g.logit_cell, logits - 1)
+            || !inside(AnchorGroup::BOXES, g.boxes, g.box_picture, g.box_cell, 3 * g.box_step)
         {
             return bad("a group's values lie outside the outputs");
         }

@@ -57,6 +57,7 @@ struct MatchArgs {
     starts: u64,
     inside: u64,
     seen: u64,
+    boxes: u64,
     label: u64,
     best: u64,
     overlap: u64,
@@ -116,6 +117,7 @@ impl Kernels {
             starts: p.starts,
             inside: p.inside,
             seen: p.seen,
+            boxes: p.boxes,
             label: p.label,
             best: p.mined,
             overlap: p.overlap,
@@ -135,7 +137,7 @@ impl Kernels {
             match rule.second {
                 SecondPass::None | SecondPass::All => {}
                 SecondPass::Best => self.match_second.launch(stream, p.grid(), THREADS, 0, &args)?,
-                SecondPass::Force if p.anchors.moved != 0 => {
+                SecondPass::Force if p.anchors.moved != 0 || p.boxes != 0 => {
                     self.match_force_moved.launch(stream, p.grid(), THREADS, 0, &args)?
                 }
                 SecondPass::Force => self.match_force.launch(stream, faces, THREADS, 0, &args)?,

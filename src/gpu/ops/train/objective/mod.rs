@@ -5,16 +5,18 @@
 //! seeds go up in one copy; a few sums come down.
 
 mod check;
+mod look;
 mod loss;
 mod matching;
 mod sample;
 
+pub use look::{Choice, LookRules, Looks, Proposed, Score, Turn};
 pub use loss::{BoxRule, ClassRule, LossRule};
 pub use matching::{MatchRule, MineRule, SecondPass};
 pub use sample::{Miner, SampleRule};
 
 use super::{Room, Values};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gpu::driver::Stream;
 use crate::gpu::ops::Device;
 use crate::gpu::upload::Upload;
@@ -80,7 +82,7 @@ struct Face {
 }
 
 /// `Anchors` of `cuda/common.cuh`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[repr(C)]
 struct Anchors {
     groups: u64,
@@ -160,8 +162,8 @@ pub struct Judge {
     room: Room,
 }
 
-/// Where the arrays of a batch lie on the device.
-#[derive(Clone, Copy)]
+/// Where the arrays of a batch lie on the device; 0 of what is not there.
+#[derive(Clone, Copy, Default)]
 struct Places {
     anchors: Anchors,
     /// Of the first step; as `anchors` without one.
@@ -187,6 +189,8 @@ struct Places {
     chosen: u64,
     /// Of two steps alone, as `anchors.moved`: whether the second sees an anchor.
     seen: u64,
+    /// Of boxes that are anywhere alone: they themselves.
+    boxes: u64,
     // The first byte behind what is zeros at first, and behind everything.
     zeros: u64,
     end: u64,
@@ -202,6 +206,8 @@ struct Places {
     /// Four words a choice, then two floats a choice.
     choices: u64,
     weights: u64,
+    /// Two floats an anchor, where each has weights of its own.
+    own: u64,
     partial: u64,
     /// Of the step; the sums of a first step stand behind those of the second.
     total: u64,
@@ -229,6 +235,33 @@ impl Pieces {
     }
 }
 
+/// Faces of all pictures one behind the other, and where those of each begin; the end behind them.
+fn face_list(pictures: &[Vec<([f32; 4], bool)>]) -> Result<(Vec<Face>, Vec<u32>)> {
+    let (mut faces, mut starts) = (Vec::new(), vec![0u32]);
+    for (picture, own) in (0..).zip(pictures) {
+        faces.extend(own.iter().map(|&(corners, ignored)| {
+            let [x1, y1, x2, y2] = corners;
+            let whole = corners.iter().all(|v| v.is_finite()) && x2 > x1 && y2 > y1;
+            let flags = if ignored { FACE_IGNORED } else { 0 } | if whole { FACE_WHOLE } else { 0 };
+            Face { corners, flags, picture }
+        }));
+        starts.push(count_of(faces.len())?);
+    }
+    Ok((faces, starts))
+}
+
+/// Brings arrays to the device in one copy; the address of each.
+fn bring<const N: usize>(upload: &mut Upload, stream: &Stream, parts: [&[u8]; N]) -> Result<[u64; N]> {
+    let mut ends = Pieces(0);
+    let at = parts.map(|part| ends.take(part.len() as u64, 1));
+    let there = upload.upload(stream, ends.0 as usize, |to| {
+        for (part, at) in parts.iter().zip(at) {
+            to[at as usize..at as usize + part.len()].copy_from_slice(part);
+        }
+    })?;
+    Ok(at.map(|at| there.address() + at))
+}
+
 impl Judge {
     /// On a device.
     pub fn new(device: &Arc<Device>) -> Result<Self> {
@@ -253,7 +286,7 @@ impl Judge {
             return Ok(Sums::default());
         }
         let places = self.places(stream, batch, count)?;
-        let buffer = self.room.0.as_ref().ok_or_else(|| Error::Internal("no room".into()))?;
+        let buffer = self.room.there()?;
         let clear = || buffer.fill(stream, 0..(places.zeros - buffer.address()) as usize, 0);
         clear()?;
         // SAFETY: `checked` found the groups' values in outputs and gradients, which are as long; the other arrays were made as large as
@@ -295,16 +328,7 @@ impl Judge {
 
     /// Brings what the host knows to the device, and makes room for the rest.
     fn places(&mut self, stream: &Stream, batch: &Batch<'_>, count: u32) -> Result<Places> {
-        let (mut faces, mut starts) = (Vec::new(), vec![0u32]);
-        for (picture, own) in (0..).zip(batch.faces) {
-            faces.extend(own.iter().map(|&(corners, ignored)| {
-                let [x1, y1, x2, y2] = corners;
-                let whole = corners.iter().all(|v| v.is_finite()) && x2 > x1 && y2 > y1;
-                let flags = if ignored { FACE_IGNORED } else { 0 } | if whole { FACE_WHOLE } else { 0 };
-                Face { corners, flags, picture }
-            }));
-            starts.push(count_of(faces.len())?);
-        }
+        let (faces, starts) = face_list(batch.faces)?;
         let inside = batch.inside.unwrap_or(&[]);
         let first = batch.first.map_or(&[][..], |first| first.groups);
         let parts: [&[u8]; 6] = [
@@ -315,15 +339,8 @@ impl Judge {
             bytemuck::cast_slice(&starts),
             bytemuck::cast_slice(inside),
         ];
-        let mut ends = Pieces(0);
-        let at = parts.map(|part| ends.take(part.len() as u64, 1));
-        let there = self.upload.upload(stream, ends.0 as usize, |to| {
-            for (part, at) in parts.iter().zip(at) {
-                to[at as usize..at as usize + part.len()].copy_from_slice(part);
-            }
-        })?;
         let [groups, first_groups, seeds, face_list, start_list, inside_list] =
-            at.map(|at| there.address() + at);
+            bring(&mut self.upload, stream, parts)?;
 
         let group_count = count_of(batch.groups.len())?;
         let (pictures, face_count) = (count_of(batch.faces.len())?, count_of(faces.len())?);
@@ -364,6 +381,7 @@ impl Judge {
                 work: pieces.take(all, 16),
                 chosen: pieces.take(all, 1),
                 seen,
+                boxes: 0,
                 zeros,
                 end: 0,
                 hit,
@@ -374,6 +392,7 @@ impl Judge {
                 counts,
                 choices: pieces.take(choices, 16),
                 weights: pieces.take(choices, 8),
+                own: 0,
                 partial: pieces.take(blocks * loss::SUMS as u64, 8),
                 total: pieces.take((steps * loss::SUMS) as u64, 8),
             };

@@ -109,12 +109,30 @@ impl Kernels {
         rule: &SampleRule,
         logits: u32,
     ) -> Result<()> {
+        // SAFETY: the caller's contract; the args are the kernels' struct.
+        unsafe {
+            self.sample_prepare.launch(stream, p.grid(), THREADS, 0, &args_of(p, rule, logits))?;
+            self.draw(stream, p, rule, logits)
+        }
+    }
+
+    /// As [`Self::choose`], where nothing was mined and nothing is chosen yet, by a miner that does not look at losses or behind what it
+    /// looks at.
+    ///
+    /// # Safety
+    /// As there.
+    pub(super) unsafe fn draw(
+        &self,
+        stream: &Stream,
+        p: &Places,
+        rule: &SampleRule,
+        logits: u32,
+    ) -> Result<()> {
         let args = args_of(p, rule, logits);
         let ranges = if rule.grouped { p.anchors.group_count } else { 1 };
         let grid = [ranges, p.pictures, 1];
-        // SAFETY: the caller's contract; the args are the kernels' struct.
+        // SAFETY: as above.
         unsafe {
-            self.sample_prepare.launch(stream, p.grid(), THREADS, 0, &args)?;
             self.sample_list.launch(stream, grid, THREADS, LIST_SHARED, &args)?;
             let sides = [2 * ranges, p.pictures, 1];
             self.sample_choose.launch(stream, sides, THREADS, CHOOSE_SHARED, &args)?;
