@@ -35,7 +35,8 @@ KERNEL(pack_weights, PackArgs, 256)
     }
     int ky = a.first[0] + a.step[0] * ty, kx = a.first[1] + a.step[1] * tx;
     int each = a.outputs / a.groups; // output channels of a group
-    bool real = c < (a.turned ? each : a.inputs);
+    // Rows behind the last are a library's, whose maps have whole vectors of channels.
+    bool real = a.turned ? c < each : c < a.inputs && row < a.outputs;
     float v = 0.0f;
     if (real) {
         int output = a.turned ? row / a.inputs * each + c : row, input = a.turned ? row % a.inputs : c;
@@ -243,8 +244,9 @@ KERNEL(conv_weights_bf16_64x64, WeightArgs, 128) { conv_weights_tiles<bf16, 64, 
 KERNEL(conv_weights_bf16_32x64, WeightArgs, 64) { conv_weights_tiles<bf16, 32, 64, 32, 32>(a); }
 
 struct WeightSumArgs {
-    const float *partial; // [range][output channel][tap][channel]
-    float *d_weights;     // [output channel][input channel][tap], added to
+    const void *partial; // [range][output channel][tap][channel]
+    float *d_weights;    // [output channel][input channel][tap], added to
+    int type;            // of `partial`, as Map has it
     int ranges, outputs, taps, channels;
     int inputs; // channels that there are
 };
@@ -258,10 +260,10 @@ KERNEL(conv_weights_finish, WeightSumArgs, 256)
     int tap = (int)(rest % (u32)a.taps), output = (int)(rest / (u32)a.taps);
     if (output >= a.outputs || c >= a.inputs)
         return;
-    const float *from = a.partial + output * depth + (i64)tap * a.channels + c;
+    i64 from = output * depth + (i64)tap * a.channels + c;
     float sum = 0.0f;
-    for (int r = 0; r < a.ranges; r++)
-        sum += from[r * range];
+    for (int r = 0; r < a.ranges; r++, from += range)
+        sum += a.type == 2 ? to_float(((const bf16 *)a.partial)[from]) : ((const float *)a.partial)[from];
     a.d_weights[((i64)output * a.inputs + c) * a.taps + tap] += sum;
 }
 

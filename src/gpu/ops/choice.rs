@@ -120,6 +120,19 @@ impl Choices {
         Self { libraries, made: Mutex::default() }
     }
 
+    /// What was asked for.
+    #[cfg(feature = "train")]
+    pub(super) fn libraries(&self) -> ConvLibraries {
+        self.libraries
+    }
+
+    /// cuDNN, where it is there and may compute convolutions.
+    #[cfg(feature = "train")]
+    pub(super) fn cudnn(&self, device: &Device) -> Result<Option<Arc<Cudnn>>> {
+        let mut made = self.made.lock().unwrap_or_else(|e| e.into_inner());
+        made.cudnn(device, self.libraries)
+    }
+
     /// Whether anything but our kernels may compute a convolution.
     pub(super) fn uses_libraries(&self) -> bool {
         self.libraries != ConvLibraries::Own
@@ -127,7 +140,7 @@ impl Choices {
 }
 
 /// What a library or one of its calls gave: with [`ConvLibraries::Auto`], who fails is no candidate.
-fn unless_auto<T>(libraries: ConvLibraries, result: Result<Option<T>>) -> Result<Option<T>> {
+pub(super) fn unless_auto<T>(libraries: ConvLibraries, result: Result<Option<T>>) -> Result<Option<T>> {
     match result {
         Err(Error::Cuda(_) | Error::Unsupported(_)) if libraries == ConvLibraries::Auto => Ok(None),
         other => other,
@@ -173,20 +186,20 @@ impl Made {
 }
 
 /// The fastest of candidates that come one by one.
-struct Fastest<T> {
-    best: Option<(T, f32)>,
+pub(super) struct Fastest<T> {
+    pub(super) best: Option<(T, f32)>,
 }
 
 impl<T> Fastest<T> {
     /// Whoever comes later has to take less than this part of the time: noise must not bring other bits.
     const MARGIN: f32 = 0.97;
 
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { best: None }
     }
 
     /// Offers one that took so many milliseconds in some runs; their median counts.
-    fn offer(&mut self, candidate: T, times: &mut [f32]) {
+    pub(super) fn offer(&mut self, candidate: T, times: &mut [f32]) {
         times.sort_by(f32::total_cmp);
         let Some(&time) = times.get(times.len() / 2) else { return };
         if self.best.as_ref().is_none_or(|(_, best)| time < best * Self::MARGIN) {
@@ -204,6 +217,28 @@ pub(in crate::gpu) struct Bench<'a> {
 
 /// Runs of a candidate that are timed, behind one that is not.
 const RUNS: usize = 5;
+
+/// Milliseconds of some runs of what `give` gives to the stream; None where it says that a library does not compute it so.
+pub(super) fn times<T>(
+    on: &mut T,
+    stream: impl Fn(&T) -> &Stream,
+    [before, after]: &[Event; 2],
+    give: impl Fn(&mut T) -> Result<bool>,
+) -> Result<Option<[f32; RUNS]>> {
+    if !give(on)? {
+        return Ok(None);
+    }
+    stream(on).synchronize()?;
+    let mut times = [0.0; RUNS];
+    for time in &mut times {
+        before.record(stream(on))?;
+        give(on)?;
+        after.record(stream(on))?;
+        after.synchronize()?;
+        *time = after.since(before)?;
+    }
+    Ok(Some(times))
+}
 
 impl<'a> Bench<'a> {
     pub fn new(device: &'a Device) -> Self {
@@ -335,21 +370,8 @@ impl<'a> Trial<'a> {
         unsafe { route.try_launch(self.op, &task) }
     }
 
-    /// Milliseconds of some runs; None where a library does not compute it so.
     fn times(&self, chosen: Chosen) -> Result<Option<[f32; RUNS]>> {
-        if !self.run(chosen)? {
-            return Ok(None);
-        }
-        let [before, after] = self.events;
-        let mut times = [0.0; RUNS];
-        for time in &mut times {
-            before.record(self.stream)?;
-            self.give(chosen)?;
-            after.record(self.stream)?;
-            after.synchronize()?;
-            *time = after.since(before)?;
-        }
-        Ok(Some(times))
+        times(&mut &*self, |trial| trial.stream, self.events, |trial| trial.give(chosen))
     }
 
     /// The fastest of all candidates; our kernels by their rule where there is no other.

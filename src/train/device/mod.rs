@@ -25,7 +25,7 @@ use crate::gpu::map::{DeviceView, Element};
 use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::ops::train::objective::{Judge, Looks};
 use crate::gpu::ops::train::{MapIn, Room, Taken, TrainOps};
-use crate::gpu::ops::{Device, DeviceOp};
+use crate::gpu::ops::{ConvLibraries, Device, DeviceOp};
 use crate::gpu::upload::Upload;
 use crate::graph::{Graph, Weights};
 use crate::shape::{Shape, Tensor};
@@ -110,6 +110,11 @@ impl DeviceEngine {
             reduction: None,
             threads,
         })
+    }
+
+    /// As [`TrainOps::convolutions_by_cudnn`].
+    pub fn convolutions_by_cudnn(&self) -> [usize; 3] {
+        self.ops.convolutions_by_cudnn()
     }
 
     /// Outputs `range` of the graph, as f32 one behind the other in `outside`; their shapes and bytes.
@@ -398,6 +403,11 @@ impl Engine for DeviceEngine {
             1 => String::new(),
             world => format!(", one of {world} processes"),
         };
-        format!("{} (sm_{major}{minor}){together}", context.name())
+        let by = match self.ops.convolutions() {
+            ConvLibraries::Own | ConvLibraries::CublasLt => "",
+            ConvLibraries::Cudnn => ", convolutions by cuDNN",
+            ConvLibraries::Auto => ", convolutions by whoever is faster",
+        };
+        format!("{} (sm_{major}{minor}){by}{together}", context.name())
     }
 }

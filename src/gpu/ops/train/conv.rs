@@ -4,6 +4,7 @@
 //! input's pixels fall into phases (of stride 2, four), each of which meets other taps of the kernel and at each of them neighbouring
 //! pixels of the gradient: a convolution of stride 1 a phase, which writes every second pixel.
 
+use super::library::{Pass, Task};
 use super::phase::{every, Phase};
 use super::{fits, kernels, MapIn, TrainOps, Values};
 use crate::error::{Error, Result};
@@ -101,8 +102,21 @@ impl TrainOps {
         y: MapIn<'_>,
         slope: f32,
     ) -> Result<()> {
-        let from = filter.check(&weights)?;
+        let weights = filter.check(&weights)?;
         fits("a convolution", &[(&x, filter.inputs), (&y, filter.outputs)])?;
+        self.by_the_fastest(&Task { pass: Pass::Forward { bias, slope }, filter, x, y, weights })
+    }
+
+    /// As [`TrainOps::conv`], by our kernels, of weights at this address.
+    pub(super) fn conv_own(
+        &mut self,
+        filter: &Filter,
+        from: u64,
+        bias: Option<Values<'_>>,
+        x: MapIn<'_>,
+        y: MapIn<'_>,
+        slope: f32,
+    ) -> Result<()> {
         let bias = self.bias(bias, filter.outputs)?;
         let w = &filter.window;
         let (kernel, stride, dilation, pad) = (pair(w.kernel), pair(w.stride), pair(w.dilation), pair(w.pad));
@@ -164,6 +178,22 @@ impl TrainOps {
     ) -> Result<()> {
         let from = filter.check(&weights)?;
         fits("a convolution's gradient", &[(&x, filter.inputs), (&d, filter.outputs)])?;
+        match bias {
+            None => self.by_the_fastest(&Task { pass: Pass::Input { add }, filter, x, y: d, weights: from }),
+            Some(_) => self.conv_back_own(filter, from, bias, d, x, add),
+        }
+    }
+
+    /// As [`TrainOps::conv_back`], by our kernels, of weights at this address.
+    pub(super) fn conv_back_own(
+        &mut self,
+        filter: &Filter,
+        from: u64,
+        bias: Option<Values<'_>>,
+        d: MapIn<'_>,
+        x: MapIn<'_>,
+        add: bool,
+    ) -> Result<()> {
         let (gradient, input) = (d.map()?, x.map()?);
         let w = &filter.window;
         if filter.is_depthwise() && bias.is_none() {
@@ -234,24 +264,34 @@ impl TrainOps {
 
     /// The address of a convolution's weights as its kernels read them, and the channels of a tap with the padding.
     fn pack(&mut self, f: &Filter, from: u64) -> Result<(u64, usize)> {
-        let inputs = f.inputs / f.groups;
-        let channels = inputs.next_multiple_of(self.element.vector());
-        let args = PackArgs {
+        let channels = (f.inputs / f.groups).next_multiple_of(self.element.vector());
+        Ok((self.pack_to(f, from, [f.outputs, channels], self.element)?, channels))
+    }
+
+    /// The address of the weights as `[row][tap][channel]`, so many rows and channels of them, zeros where there are more than the
+    /// convolution has.
+    pub(super) fn pack_to(
+        &mut self,
+        f: &Filter,
+        from: u64,
+        [rows, channels]: [usize; 2],
+        element: Element,
+    ) -> Result<u64> {
+        self.launch_pack(PackArgs {
             from,
             to: 0,
-            rows: f.outputs as i32,
+            rows: rows as i32,
             channels: channels as i32,
-            element: self.element as i32,
+            element: element as i32,
             outputs: f.outputs as i32,
-            inputs: inputs as i32,
+            inputs: (f.inputs / f.groups) as i32,
             groups: f.groups as i32,
             kernel: pair(f.window.kernel),
             turned: 0,
             first: [0; 2],
             step: [1; 2],
             count: pair(f.window.kernel),
-        };
-        Ok((self.launch_pack(args)?, channels))
+        })
     }
 
     /// As [`TrainOps::pack`], for the gradient of a phase of the input.
@@ -295,6 +335,41 @@ impl TrainOps {
             step: [-1; 2],
             count: kernel,
         })
+    }
+
+    /// The address of `bias` in this type, `channels` values of it, zeros where there are more than it has.
+    pub(super) fn whole_bias(
+        &mut self,
+        bias: Option<Values<'_>>,
+        len: usize,
+        channels: usize,
+        element: Element,
+    ) -> Result<u64> {
+        let Some(bias) = bias else { return self.zeros(channels) };
+        let from = bias.address(len)?;
+        if element == Element::F32 && len == channels && from.is_multiple_of(16) {
+            return Ok(from);
+        }
+        let to = self.low_bias.bytes(&self.device, channels * 4)?;
+        let one = [1; 2];
+        let args = PackArgs {
+            from,
+            to,
+            rows: 1,
+            channels: channels as i32,
+            element: element as i32,
+            outputs: 1,
+            inputs: len as i32,
+            groups: 1,
+            kernel: one,
+            turned: 0,
+            first: [0; 2],
+            step: one,
+            count: one,
+        };
+        // SAFETY: a bias is a row of one tap; there is room for it.
+        unsafe { self.weights.plain.pack_weights.launch(&self.stream, blocks(channels), THREADS, 0, &args)? };
+        Ok(to)
     }
 
     fn launch_pack(&mut self, args: PackArgs) -> Result<u64> {

@@ -5,6 +5,7 @@
 //! from the inputs unless it is said that it may be one of them; where it is not, what it holds is of no use, but nothing else is touched.
 
 mod conv;
+mod library;
 mod maps;
 mod norm;
 pub mod objective;
@@ -130,10 +131,13 @@ pub struct TrainOps {
     norms: norm::Kernels,
     maps: maps::Kernels,
     steps: step::Kernels,
+    libraries: library::Libraries,
     /// Sums of blocks and ranges, until they are added up.
     partial: Room,
     /// Weights in the order that a convolution reads them in.
     packed: Room,
+    /// A bias in the maps' type.
+    low_bias: Room,
     /// A bias of nothing.
     zeros: Room,
     zeros_len: usize,
@@ -152,8 +156,10 @@ impl TrainOps {
             norms: norm::Kernels::new(device)?,
             maps: maps::Kernels::new(device)?,
             steps: step::Kernels::new(device)?,
+            libraries: library::Libraries::default(),
             partial: Room::default(),
             packed: Room::default(),
+            low_bias: Room::default(),
             zeros: Room::default(),
             zeros_len: 0,
         })

@@ -1,6 +1,7 @@
 //! Gradients of convolutions' weights: sums over ranges of output pixels, added up in their order.
 
 use super::conv::{Filter, Plain};
+use super::library::{Pass, Task};
 use super::{fits, kernel, MapIn, TrainOps, Values};
 use crate::error::{Error, Result};
 use crate::gpu::kernels::Kernel;
@@ -92,6 +93,7 @@ struct DepthwiseWeightArgs {
 struct WeightSumArgs {
     partial: u64,
     d_weights: u64,
+    element: i32,
     ranges: i32,
     outputs: i32,
     taps: i32,
@@ -108,8 +110,19 @@ impl TrainOps {
         d: MapIn<'_>,
         gradient: Values<'_>,
     ) -> Result<()> {
-        let d_weights = filter.check(&gradient)?;
+        let weights = filter.check(&gradient)?;
         fits("a convolution's weight gradient", &[(&x, filter.inputs), (&d, filter.outputs)])?;
+        self.by_the_fastest(&Task { pass: Pass::Weights, filter, x, y: d, weights })
+    }
+
+    /// As [`TrainOps::conv_weights_back`], by our kernels, to this address.
+    pub(super) fn conv_weights_own(
+        &mut self,
+        filter: &Filter,
+        x: MapIn<'_>,
+        d: MapIn<'_>,
+        d_weights: u64,
+    ) -> Result<()> {
         let w = &filter.window;
         let (taps, s) = (filter.taps(), d.view.shape);
         let pixels = s.n * s.h * s.w;
@@ -183,17 +196,31 @@ impl TrainOps {
                 }
             }
         }
+        let sums = (args.partial, Element::F32, ranges);
+        self.add_weights(filter, sums, args.channels as usize, d_weights)
+    }
+
+    /// Adds up sums of ranges, as `[range][output channel][tap][channel]` at an address, of a type, in this number, where a tap has
+    /// `channels` of which those behind the convolution's are left out; and adds that to the gradient at `d_weights`.
+    pub(super) fn add_weights(
+        &mut self,
+        filter: &Filter,
+        (partial, element, ranges): (u64, Element, usize),
+        channels: usize,
+        d_weights: u64,
+    ) -> Result<()> {
         let finish = WeightSumArgs {
-            partial: args.partial,
+            partial,
             d_weights,
+            element: element as i32,
             ranges: ranges as i32,
             outputs: filter.outputs as i32,
-            taps: taps as i32,
-            channels: args.channels,
-            inputs: inputs as i32,
+            taps: filter.taps() as i32,
+            channels: channels as i32,
+            inputs: (filter.inputs / filter.groups) as i32,
         };
-        let threads = filter.outputs * taps * args.channels as usize;
-        // SAFETY: as above.
+        let threads = filter.outputs * filter.taps() * channels;
+        // SAFETY: the sums are as many, and the gradient is there, as `Filter::check` has seen.
         unsafe {
             self.weights.plain.conv_weights_finish.launch(&self.stream, blocks(threads), THREADS, 0, &finish)
         }

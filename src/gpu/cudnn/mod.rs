@@ -1,5 +1,11 @@
 //! Convolutions by cuDNN 9: its fused call for convolution, bias, residual sum and ReLU.
 
+#[cfg(feature = "train")]
+mod gradients;
+
+#[cfg(feature = "train")]
+pub(in crate::gpu) use gradients::{ConvGradient, CudnnGradient, CudnnGradients, Gradient, GradientPointers};
+
 use super::driver::{Context, Stream};
 use super::fused::{FusedConv, Pointers, Side, WORKSPACE};
 use super::map::Element;
@@ -115,81 +121,29 @@ impl Cudnn {
             return Ok(None);
         }
         let api = &self.api;
-        let ([kh, kw], [sh, sw], [dh, dw], [ph, pw]) = (conv.kernel, conv.stride, conv.dilation, conv.pad);
-        let int = |v: usize| v as c_int;
-        let data = data_type(conv.input.element);
-        let made = CudnnConv {
-            input: Owned::new(
-                api,
-                "cudnnCreateTensorDescriptor",
-                api.cudnnCreateTensorDescriptor,
-                api.cudnnDestroyTensorDescriptor,
-            )?,
-            output: Owned::new(
-                api,
-                "cudnnCreateTensorDescriptor",
-                api.cudnnCreateTensorDescriptor,
-                api.cudnnDestroyTensorDescriptor,
-            )?,
-            bias: Owned::new(
-                api,
-                "cudnnCreateTensorDescriptor",
-                api.cudnnCreateTensorDescriptor,
-                api.cudnnDestroyTensorDescriptor,
-            )?,
-            filter: Owned::new(
-                api,
-                "cudnnCreateFilterDescriptor",
-                api.cudnnCreateFilterDescriptor,
-                api.cudnnDestroyFilterDescriptor,
-            )?,
-            conv: Owned::new(
-                api,
-                "cudnnCreateConvolutionDescriptor",
-                api.cudnnCreateConvolutionDescriptor,
-                api.cudnnDestroyConvolutionDescriptor,
-            )?,
-            activation: Owned::new(
-                api,
-                "cudnnCreateActivationDescriptor",
-                api.cudnnCreateActivationDescriptor,
-                api.cudnnDestroyActivationDescriptor,
-            )?,
-            adds: conv.add.is_some(),
-            algorithms: algorithms(conv),
-        };
-        self.set_tensor(&made.input, &conv.input)?;
-        self.set_tensor(&made.output, &conv.output)?;
-        let channels = conv.output.channels;
+        let (element, channels) = (conv.input.element, conv.output.channels);
         let one_pixel = Side { size: [1; 3], pixel: channels, ..conv.output };
-        self.set_tensor(&made.bias, &one_pixel)?;
-        let format = sys::cudnnTensorFormat_t::CUDNN_TENSOR_NHWC;
-        let (mode, single) =
-            (sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION, sys::cudnnDataType_t::CUDNN_DATA_FLOAT);
-        // The default would round f32 to TF32.
-        let math = match conv.input.element {
-            Element::F32 if !conv.tf32 => sys::cudnnMathType_t::CUDNN_FMA_MATH,
-            _ => sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH,
-        };
-        let activation = if conv.relu {
+        let [rows, columns] = conv.kernel;
+        let mode = if conv.relu {
             sys::cudnnActivationMode_t::CUDNN_ACTIVATION_RELU
         } else {
             sys::cudnnActivationMode_t::CUDNN_ACTIVATION_IDENTITY
         };
+        let (create, destroy) = (api.cudnnCreateActivationDescriptor, api.cudnnDestroyActivationDescriptor);
+        let activation = Owned::new(api, "cudnnCreateActivationDescriptor", create, destroy)?;
         let nan = sys::cudnnNanPropagation_t::CUDNN_NOT_PROPAGATE_NAN;
-        // SAFETY: the descriptors were made above.
-        unsafe {
-            let (k, c) = (int(channels), int(conv.input.channels));
-            cudnn!(api, cudnnSetFilter4dDescriptor(made.filter.raw, data, format, k, c, int(kh), int(kw)))?;
-            let [ph, pw, sh, sw, dh, dw] = [ph, pw, sh, sw, dh, dw].map(int);
-            cudnn!(
-                api,
-                cudnnSetConvolution2dDescriptor(made.conv.raw, ph, pw, sh, sw, dh, dw, mode, single)
-            )?;
-            cudnn!(api, cudnnSetConvolutionMathType(made.conv.raw, math))?;
-            cudnn!(api, cudnnSetActivationDescriptor(made.activation.raw, activation, nan, 0.0))?;
-        }
-        Ok(Some(made))
+        // SAFETY: the descriptor was made above.
+        unsafe { cudnn!(api, cudnnSetActivationDescriptor(activation.raw, mode, nan, 0.0))? };
+        Ok(Some(CudnnConv {
+            input: self.tensor(&conv.input)?,
+            output: self.tensor(&conv.output)?,
+            bias: self.tensor(&one_pixel)?,
+            filter: self.filter(element, [channels, conv.input.channels, rows, columns])?,
+            conv: self.convolution(conv.pad, conv.stride, conv.dilation, math(element, conv.tf32))?,
+            activation,
+            adds: conv.add.is_some(),
+            algorithms: algorithms(conv),
+        }))
     }
 
     /// Bytes of workspace that an algorithm takes; None where cuDNN does not compute this convolution by it, or only with more than
@@ -266,15 +220,53 @@ impl Cudnn {
     }
 
     /// N, C, H, W with the strides of channels last.
-    fn set_tensor(&self, tensor: &Owned<Tensor>, side: &Side) -> Result<()> {
+    fn tensor(&self, side: &Side) -> Result<Owned<Tensor>> {
+        let api = &self.api;
+        let (create, destroy) = (api.cudnnCreateTensorDescriptor, api.cudnnDestroyTensorDescriptor);
+        let tensor = Owned::new(api, "cudnnCreateTensorDescriptor", create, destroy)?;
         let [n, h, w] = side.size;
         let dims = [n, side.channels, h, w].map(|v| v as c_int);
         let strides = [h * w * side.pixel, 1, w * side.pixel, side.pixel].map(|v| v as c_int);
-        let (data, api) = (data_type(side.element), &self.api);
-        // SAFETY: four numbers each.
+        let data = data_type(side.element);
+        // SAFETY: the descriptor was made above; four numbers each.
         unsafe {
-            cudnn!(api, cudnnSetTensorNdDescriptor(tensor.raw, data, 4, dims.as_ptr(), strides.as_ptr()))
+            cudnn!(api, cudnnSetTensorNdDescriptor(tensor.raw, data, 4, dims.as_ptr(), strides.as_ptr()))?;
         }
+        Ok(tensor)
+    }
+
+    /// Output channels, input channels, rows and columns; in memory `[output channel][tap][channel]`.
+    fn filter(&self, element: Element, sizes: [usize; 4]) -> Result<Owned<Filter>> {
+        let api = &self.api;
+        let (create, destroy) = (api.cudnnCreateFilterDescriptor, api.cudnnDestroyFilterDescriptor);
+        let filter = Owned::new(api, "cudnnCreateFilterDescriptor", create, destroy)?;
+        let (data, format) = (data_type(element), sys::cudnnTensorFormat_t::CUDNN_TENSOR_NHWC);
+        let [k, c, h, w] = sizes.map(|v| v as c_int);
+        // SAFETY: the descriptor was made above.
+        unsafe { cudnn!(api, cudnnSetFilter4dDescriptor(filter.raw, data, format, k, c, h, w))? };
+        Ok(filter)
+    }
+
+    /// A window as our layers have it, with sums of f32.
+    fn convolution(
+        &self,
+        pad: [usize; 2],
+        stride: [usize; 2],
+        dilation: [usize; 2],
+        math: sys::cudnnMathType_t,
+    ) -> Result<Owned<Convolution>> {
+        let api = &self.api;
+        let (create, destroy) = (api.cudnnCreateConvolutionDescriptor, api.cudnnDestroyConvolutionDescriptor);
+        let conv = Owned::new(api, "cudnnCreateConvolutionDescriptor", create, destroy)?;
+        let (mode, single) =
+            (sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION, sys::cudnnDataType_t::CUDNN_DATA_FLOAT);
+        let [[ph, pw], [sh, sw], [dh, dw]] = [pad, stride, dilation].map(|pair| pair.map(|v| v as c_int));
+        // SAFETY: the descriptor was made above.
+        unsafe {
+            cudnn!(api, cudnnSetConvolution2dDescriptor(conv.raw, ph, pw, sh, sw, dh, dw, mode, single))?;
+            cudnn!(api, cudnnSetConvolutionMathType(conv.raw, math))?;
+        }
+        Ok(conv)
     }
 }
 
@@ -358,6 +350,14 @@ fn data_type(element: Element) -> sys::cudnnDataType_t {
     }
 }
 
+/// How products are made. The default would round f32 to TF32.
+fn math(element: Element, tf32: bool) -> sys::cudnnMathType_t {
+    match element {
+        Element::F32 if !tf32 => sys::cudnnMathType_t::CUDNN_FMA_MATH,
+        _ => sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH,
+    }
+}
+
 /// The algorithms that the fused call takes for it: the identity wants IMPLICIT_PRECOMP_GEMM. Winograd's transforms lose what f16 and
 /// bf16 have to spare, so that they are for f32 alone, as on the CPU.
 fn algorithms(conv: &FusedConv) -> &'static [Algorithm] {
@@ -375,25 +375,35 @@ fn algorithms(conv: &FusedConv) -> &'static [Algorithm] {
     }
 }
 
-/// Whether the fused call can say it: one type throughout; a padding that is the same on both sides, or does as well as if it were; a
-/// map to be added that lies as the output does and is not the input.
+/// Whether a window's axis has a padding that is the same on both sides, or does as well as if it were: from `from` pixels with `pad`
+/// before them to `to`.
+fn is_symmetric(window: [usize; 4], from: usize, to: usize) -> bool {
+    let [kernel, stride, dilation, pad] = window;
+    let reach = dilation * (kernel - 1) + 1;
+    // Outputs whose window sees nothing of the map are no library's usual case.
+    pad < reach && from + 2 * pad >= reach && (from + 2 * pad - reach) / stride + 1 == to
+}
+
+/// Whether cuDNN counts the elements of a map, and where tensor cores copy it, its pixels begin at multiples of sixteen bytes.
+fn is_countable(side: &Side) -> bool {
+    let aligned = side.element == Element::F32 || (side.align >= 16 && side.pixel.is_multiple_of(8));
+    side.pixels() * side.pixel <= i32::MAX as usize && aligned
+}
+
+/// Whether the fused call can say it: one type throughout; a symmetric padding; a map to be added that lies as the output does and is
+/// not the input.
 fn is_expressible(conv: &FusedConv) -> bool {
-    let FusedConv { input, output, .. } = conv;
-    let side = |axis: usize| {
-        let window = conv.dilation[axis] * (conv.kernel[axis] - 1) + 1;
-        let (from, to, pad) = (input.size[axis + 1], output.size[axis + 1], conv.pad[axis]);
-        // Outputs whose window sees nothing of the map are no library's usual case.
-        pad < window && from + 2 * pad >= window && (from + 2 * pad - window) / conv.stride[axis] + 1 == to
+    let FusedConv { input, output, kernel, stride, dilation, pad, .. } = conv;
+    let axis = |i: usize| {
+        let window = [kernel[i], stride[i], dilation[i], pad[i]];
+        is_symmetric(window, input.size[i + 1], output.size[i + 1])
     };
-    let fits = |s: &Side| s.pixels() * s.pixel <= i32::MAX as usize;
-    // Sixteen bytes, which tensor cores' copies want.
-    let aligned = |s: &Side| s.element == Element::F32 || (s.align >= 16 && s.pixel.is_multiple_of(8));
     input.element == output.element
         && !conv.adds_input
-        && side(0)
-        && side(1)
-        && [input, output].into_iter().all(|s| fits(s) && aligned(s))
-        && conv.add.is_none_or(|add| add.is_like(output) && aligned(&add))
+        && axis(0)
+        && axis(1)
+        && [input, output].into_iter().all(is_countable)
+        && conv.add.is_none_or(|add| add.is_like(output) && is_countable(&add))
 }
 
 #[cfg(test)]
