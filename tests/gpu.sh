@@ -67,6 +67,8 @@ print(":".join(sorted({p for f in folders for p in glob.glob(f + "/nvidia/*/lib"
     step "parity of our kernels" env FARFACE_CUDA_CONV=own "$folder/cuda-tests" --test-threads 1
     step "parity of the fastest" env FARFACE_CUDA_CONV=auto "$folder/cuda-tests" --test-threads 1 kernels:: fusion:: random:: sessions::
     step "parity of cuDNN" env FARFACE_CUDA_CONV=cudnn "$folder/cuda-tests" --test-threads 1 kernels::dense_convolution
+    step "training by the fastest" env FARFACE_CUDA_CONV=auto "$folder/cuda-tests" --test-threads 1 train:: trainer::
+    step "training by cuDNN" env FARFACE_CUDA_CONV=cudnn "$folder/cuda-tests" --test-threads 1 --nocapture train:: trainer:: gradients::
     step "parity of cuBLASLt" env FARFACE_CUDA_CONV=cublaslt "$folder/cuda-tests" --test-threads 1 kernels::dense_convolution
     if command -v compute-sanitizer > /dev/null; then
         for tool in memcheck racecheck; do

@@ -28,7 +28,7 @@ preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 env FARFACE_TEST_SANITIZE=1 LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 "$tests" --test-threads 2 \
     stem_convolution depthwise pooling resizing roi_align pixels:: every_detectors_maps recorded_launches \
     candidates_without_room threads_share a_picture_on_the_device tiles:: objective::an_objective objective::ties \
-    two_step::an_objective second_look::feature second_look::grouped || failed=1
+    two_step::an_objective second_look::feature second_look::grouped gradients::convolutions_trained || failed=1
 wait "$kernels" || failed=1
 cat "$work/kernels.log"
 exit "$failed"

@@ -59,6 +59,12 @@ impl Emulator {
         unsafe { self.driver.get::<unsafe extern "C" fn(i32)>(b"farface_emulator_late").unwrap()(on.into()) }
     }
 
+    /// Where cuDNN refuses what it could compute: 1 when it is asked for the workspace, 2 when it is given the work, 0 nowhere.
+    pub fn refuse(&self, at: i32) {
+        // SAFETY: as above.
+        unsafe { self.driver.get::<unsafe extern "C" fn(i32)>(b"farface_emulator_refuse").unwrap()(at) }
+    }
+
     /// Makes the call of NCCL of this number, counted from 1, fail; 0 for none.
     pub fn nccl_fail_at(&self, n: i64) {
         // SAFETY: the function of nccl.cpp, with its type.

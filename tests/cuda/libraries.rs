@@ -238,6 +238,8 @@ fn without_the_libraries_our_kernels_compute_all_unless_one_is_forced() {
     let kernels = kernels(ConvLibraries::Auto, Element::F16);
     assert!(kernels.iter().all(|(_, kernel)| !kernel.starts_with("cu")), "{kernels:?}");
     assert!(kernels.iter().any(|(_, kernel)| kernel.contains('x')), "no tile was chosen: {kernels:?}");
+    #[cfg(feature = "train")]
+    crate::gradients::without_cudnn_our_kernels_train();
 }
 
 #[test]

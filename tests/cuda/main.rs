@@ -16,6 +16,8 @@ mod faces;
 mod failures;
 #[path = "../parity/fusion.rs"]
 mod fusion;
+#[cfg(feature = "train")]
+mod gradients;
 #[path = "../parity/kernels.rs"]
 mod kernels;
 mod libraries;

@@ -14,8 +14,8 @@ use farface::train::network::{Engine, Frozen, InputTable};
 use std::sync::Arc;
 
 /// Types of maps with the largest error allowed, as [`worst`] measures it.
-const F32: (Element, f64) = (Element::F32, 2e-5);
-const BF16: (Element, f64) = (Element::Bf16, 0.03);
+pub const F32: (Element, f64) = (Element::F32, 2e-5);
+pub const BF16: (Element, f64) = (Element::Bf16, 0.03);
 
 /// Values that bf16 has, too, in the order of the pixel's channels turned round.
 pub fn table() -> InputTable {
@@ -92,15 +92,22 @@ pub fn on_device(
 }
 
 /// One step of `graph` on the device against the plain loops in f64.
-fn check(
+fn check(what: &str, graph: &Graph, batch: &Batch, seed: u64, frozen: bool, bounds: (Element, f64)) {
+    if let Some(device) = device() {
+        check_on(&device, what, graph, batch, seed, frozen, bounds);
+    }
+}
+
+/// As [`check`], on this device; the engine after the step.
+pub fn check_on(
+    device: &Arc<Device>,
     what: &str,
     graph: &Graph,
     batch: &Batch,
     seed: u64,
     frozen: bool,
     (element, tolerance): (Element, f64),
-) {
-    let Some(device) = device() else { return };
+) -> DeviceEngine {
     let weights = Weights::random(graph, seed);
     let wide = |t: &Tensor| Tensor::from_vec(t.shape, t.data.iter().map(|&v| v.into()).collect());
     let mut inputs = vec![batch.input()];
@@ -108,7 +115,7 @@ fn check(
     let plain =
         plain_step(graph, &weights, &inputs, &batch.d_outputs.iter().map(wide).collect::<Vec<_>>(), frozen);
     let still = Frozen { statistics: if frozen { vec![String::new()] } else { vec![] }, ..Frozen::default() };
-    let mut engine = on_device(graph, &weights, &still, &device, element);
+    let mut engine = on_device(graph, &weights, &still, device, element);
     let (outputs, result) = step(&mut engine, batch);
     for (i, want) in plain.outputs.iter().enumerate() {
         let e = worst(&outputs[i].data, &want.data);
@@ -130,15 +137,16 @@ fn check(
     }
     if let Some(Driver::Emulated(emulator)) = driver() {
         emulator.backwards(true);
-        let mut engine = on_device(graph, &weights, &still, &device, element);
-        let (_, again) = step(&mut engine, batch);
+        let mut again = on_device(graph, &weights, &still, device, element);
+        let (_, again) = step(&mut again, batch);
         emulator.backwards(false);
         assert!(result == again, "{what}, {element:?}: other bits in another order");
     }
+    engine
 }
 
 /// A graph whose input has `channels` channels that are to be learnt, so that gradients come back to it.
-fn behind(
+pub fn behind(
     channels: usize,
     body: impl FnOnce(&mut Builder, farface::graph::NodeId) -> farface::graph::NodeId,
 ) -> Graph {

@@ -45,7 +45,7 @@ fn options(graph: &Graph, trainable: &[bool]) -> Vec<ParamOptions> {
     graph.params.iter().zip(trainable).enumerate().map(option).collect()
 }
 
-const RULES: [OptimizerRecipe; 3] = [
+pub const RULES: [OptimizerRecipe; 3] = [
     OptimizerRecipe::Sgd { momentum: 0.9, weight_decay: 5e-4, nesterov: false },
     OptimizerRecipe::Sgd { momentum: 0.8, weight_decay: 1e-3, nesterov: true },
     OptimizerRecipe::AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-3, weight_decay: 0.01 },
@@ -72,8 +72,8 @@ fn waves(shape: Shape, rng: &mut Rng) -> Vec<u8> {
 }
 
 /// A training of `small_nano` towards fixed targets: the mean squared distance of its outputs from them.
-struct Course<E> {
-    engine: E,
+pub struct Course<E> {
+    pub engine: E,
     optimizer: Optimizer,
     average: Ema,
     rng: Rng,
@@ -82,7 +82,7 @@ struct Course<E> {
 }
 
 impl<E: Engine> Course<E> {
-    fn new(mut engine: E, side: usize, rule: OptimizerRecipe) -> Self {
+    pub fn new(mut engine: E, side: usize, rule: OptimizerRecipe) -> Self {
         let options = options(engine.graph(), engine.trainable());
         let average = Ema::new(EmaRecipe::default(), engine.params().unwrap()).unwrap();
         Self {
@@ -96,7 +96,7 @@ impl<E: Engine> Course<E> {
     }
 
     /// The loss and the gradient's norm.
-    fn step(&mut self, clip: f32) -> (f64, f64) {
+    pub fn step(&mut self, clip: f32) -> (f64, f64) {
         let shape = Shape::new(4, 3, self.side, self.side);
         let pixels = waves(shape, &mut self.rng);
         let outputs = self.engine.forward(&pixels, shape, &table()).unwrap();
@@ -125,14 +125,15 @@ impl<E: Engine> Course<E> {
     }
 
     /// Parameters, averages and the optimiser's buffers.
-    fn state(&mut self) -> [Vec<f32>; 3] {
+    pub fn state(&mut self) -> [Vec<f32>; 3] {
         self.engine.settle(&mut self.optimizer, Some(&mut self.average)).unwrap();
         let buffers = self.optimizer.save().buffers.into_values().flatten().collect();
         [self.engine.params().unwrap().concat(), self.average.average.concat(), buffers]
     }
 }
 
-fn distance(a: &[f32], b: &[f32]) -> f64 {
+/// How far apart two vectors are, relative to the second's length.
+pub fn distance(a: &[f32], b: &[f32]) -> f64 {
     let squares = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
     assert_eq!(a.len(), b.len());
     squares(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)))

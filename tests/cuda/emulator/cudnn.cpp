@@ -1,10 +1,11 @@
-// A libcudnn.so.9 of the fused convolution alone, in plain loops: it refuses what cuDNN's documentation says that it refuses, and what
-// would be slow or of another precision there.
+// A libcudnn.so.9 of the fused convolution and of a convolution's gradients alone, in plain loops: it refuses what cuDNN's documentation
+// says that it refuses, and what would be slow, of another precision or of other bits every time there.
 
 #include "library.hpp"
 
 #include <atomic>
 #include <mutex>
+#include <vector>
 
 using library::Type;
 
@@ -23,6 +24,8 @@ enum Status {
 };
 
 enum { IMPLICIT_GEMM = 0, IMPLICIT_PRECOMP_GEMM = 1, WINOGRAD = 6, WINOGRAD_NONFUSED = 7 };
+// Of both gradients; those between are transforms.
+enum { GRADIENT_0 = 0, GRADIENT_1 = 1, FILTER_GRADIENT_3 = 3 };
 enum { DEFAULT_MATH = 0, TENSOR_OP_MATH = 1, FMA_MATH = 3 };
 enum { RELU = 1, IDENTITY = 5 };
 
@@ -85,7 +88,7 @@ std::size_t extent(const Tensor &t)
 }
 
 // What all calls demand of a convolution's descriptors.
-int check(const Tensor &x, const Filter &w, const Convolution &c, const Tensor &y, int algo)
+int check(const Tensor &x, const Filter &w, const Convolution &c, const Tensor &y)
 {
     if (!is_type(x.type) || w.type != x.type || y.type != x.type || c.mode != 1 || c.compute != 0)
         return BAD_PARAM;
@@ -105,6 +108,13 @@ int check(const Tensor &x, const Filter &w, const Convolution &c, const Tensor &
         return NOT_SUPPORTED;
     if (single && c.math != FMA_MATH && c.math != TENSOR_OP_MATH)
         return BAD_PARAM;
+    return SUCCESS;
+}
+
+int check_forward(const Tensor &x, const Filter &w, const Convolution &c, const Tensor &y, int algo)
+{
+    if (int bad = check(x, w, c, y))
+        return bad;
     switch (algo) {
     case IMPLICIT_GEMM:
     case IMPLICIT_PRECOMP_GEMM: return SUCCESS;
@@ -126,6 +136,122 @@ std::size_t workspace_of(const Tensor &x, const Filter &w, const Tensor &y, int 
     case WINOGRAD_NONFUSED: return (std::size_t)(x.dims[1] + w.k) * y.dims[2] * y.dims[3] * 16;
     default: return 0;
     }
+}
+
+// Whether a map's pixels lie one behind the other, all of their channels described: what gradients demand where the filter is NHWC.
+bool packed(const Tensor &t)
+{
+    int c = t.dims[1], w = t.dims[3];
+    return t.strides[1] == 1 && t.strides[3] == c && t.strides[2] == w * c && t.strides[0] == t.dims[2] * w * c;
+}
+
+// What both gradients demand. Filters are NHWC here (cudnnSetFilter4dDescriptor sees to it), for which the documentation lists ALGO_0
+// and ALGO_1, the second of which is deterministic: nobody is to ask for another that runs.
+int check_gradient(const Tensor &x, const Filter &w, const Convolution &c, const Tensor &y, int algo, bool of_filter)
+{
+    if (algo == GRADIENT_0 || (of_filter && algo == FILTER_GRADIENT_3))
+        return BAD_PARAM;
+    if (int bad = check(x, w, c, y))
+        return bad;
+    if (!packed(x) || !packed(y))
+        return NOT_SUPPORTED_LAYOUT;
+    // Gradients in f32 are to stay so.
+    if (x.type == 0 && c.math != FMA_MATH)
+        return BAD_PARAM;
+    return algo == GRADIENT_1 ? SUCCESS : NOT_SUPPORTED;
+}
+
+std::size_t gradient_workspace(const Filter &w, bool of_filter)
+{
+    return of_filter ? (std::size_t)w.k * w.c * w.h * w.w * 8 + 512 : 768;
+}
+
+std::int64_t place(const Tensor &t, int n, int y, int x)
+{
+    return (std::int64_t)n * t.strides[0] + (std::int64_t)y * t.strides[2] + (std::int64_t)x * t.strides[3];
+}
+
+// Calls `f(n, output row and column, input row and column, tap)` for all of them that lie within both maps.
+template <class F> void each_tap(const Tensor &x, const Filter &w, const Convolution &c, const Tensor &y, F f)
+{
+    for (int n = 0; n < y.dims[0]; n++)
+        for (int oy = 0; oy < y.dims[2]; oy++)
+            for (int ox = 0; ox < y.dims[3]; ox++)
+                for (int ky = 0; ky < w.h; ky++)
+                    for (int kx = 0; kx < w.w; kx++) {
+                        int iy = oy * c.stride[0] - c.pad[0] + ky * c.dilation[0];
+                        int ix = ox * c.stride[1] - c.pad[1] + kx * c.dilation[1];
+                        if (iy >= 0 && iy < x.dims[2] && ix >= 0 && ix < x.dims[3])
+                            f(place(y, n, oy, ox), place(x, n, iy, ix), ky * w.w + kx);
+                    }
+}
+
+// alpha * sums + beta * what is there, rounded once; what is there is not read where beta is 0.
+void blend(Type t, void *to, std::int64_t at, float alpha, float sum, float beta)
+{
+    library::store(t, to, at, beta == 0 ? alpha * sum : alpha * sum + beta * library::load(t, to, at));
+}
+
+// A gradient of x (written to dx) or of the filter (written to dw).
+int gradient(Handle *handle, const float *alpha, const float *beta, const Tensor *xd, void *x, const Filter *wd, void *w,
+             const Tensor *yd, const void *dy, const Convolution *cd, int algo, void *workspace, std::size_t size,
+             bool of_filter)
+{
+    ENTRY(true);
+    Use use(handle);
+    if (!use.alone)
+        return INTERNAL_ERROR;
+    if (!alpha || !beta || !x || !w || !dy || x == dy || w == x || w == dy)
+        return BAD_PARAM;
+    if (int bad = check_gradient(*xd, *wd, *cd, *yd, algo, of_filter))
+        return bad;
+    if (farface_emulator_refuses() == 2)
+        return NOT_SUPPORTED;
+    Type t = type_of(xd->type);
+    for (const void *p : {(const void *)x, (const void *)w, dy})
+        if (!library::aligned(p, t == Type::F32 ? 4 : 16))
+            return BAD_PARAM_MISALIGNED_POINTER;
+    if (size < gradient_workspace(*wd, of_filter) || !library::aligned(workspace, 256))
+        return BAD_PARAM_SIZE_INSUFFICIENT;
+    std::size_t weights = (std::size_t)wd->k * wd->c * wd->h * wd->w;
+    if (!library::inside(x, extent(*xd)) || !library::inside(dy, extent(*yd)) ||
+        !library::inside(w, weights * library::bytes(t)) || !library::inside(workspace, size))
+        return INTERNAL_ERROR;
+    std::function<int()> work = [=, alpha = *alpha, beta = *beta, xd = *xd, wd = *wd, cd = *cd, yd = *yd] {
+        library::spoil(workspace, size);
+        std::vector<float> sums(of_filter ? weights : extent(xd) / library::bytes(t));
+        int taps = wd.h * wd.w;
+        each_tap(xd, wd, cd, yd, [&](std::int64_t from, std::int64_t to, int tap) {
+            for (int k = 0; k < wd.k; k++) {
+                float d = library::load(t, dy, from + k);
+                std::int64_t row = ((std::int64_t)k * taps + tap) * wd.c;
+                for (int c = 0; c < wd.c; c++)
+                    if (of_filter)
+                        sums[row + c] += d * library::load(t, x, to + c);
+                    else
+                        sums[to + c] += d * library::load(t, w, row + c);
+            }
+        });
+        for (std::size_t i = 0; i < sums.size(); i++)
+            blend(t, of_filter ? w : x, (std::int64_t)i, alpha, sums[i], beta);
+        return 0;
+    };
+    return farface_emulator_run(handle->stream, &work) ? EXECUTION_FAILED_CUDA_DRIVER : SUCCESS;
+}
+
+int size_of_gradient(Handle *handle, const Tensor *x, const Filter *w, const Convolution *c, const Tensor *y, int algo,
+                     bool of_filter, std::size_t *size)
+{
+    ENTRY(true);
+    Use use(handle);
+    if (!use.alone)
+        return INTERNAL_ERROR;
+    if (int bad = check_gradient(*x, *w, *c, *y, algo, of_filter))
+        return bad;
+    if (farface_emulator_refuses() == 1)
+        return NOT_SUPPORTED;
+    *size = gradient_workspace(*w, of_filter);
+    return SUCCESS;
 }
 
 } // namespace
@@ -211,8 +337,10 @@ int cudnnGetConvolutionForwardWorkspaceSize(Handle *handle, const Tensor *x, con
     Use use(handle);
     if (!use.alone)
         return INTERNAL_ERROR;
-    if (int bad = check(*x, *w, *c, *y, algo))
+    if (int bad = check_forward(*x, *w, *c, *y, algo))
         return bad;
+    if (farface_emulator_refuses() == 1)
+        return NOT_SUPPORTED;
     *size = workspace_of(*x, *w, *y, algo);
     return SUCCESS;
 }
@@ -226,8 +354,10 @@ int cudnnConvolutionBiasActivationForward(Handle *handle, const float *alpha1, c
     Use use(handle);
     if (!use.alone)
         return INTERNAL_ERROR;
-    if (int bad = check(*xd, *wd, *cd, *yd, algo))
+    if (int bad = check_forward(*xd, *wd, *cd, *yd, algo))
         return bad;
+    if (farface_emulator_refuses() == 2)
+        return NOT_SUPPORTED;
     if ((ad->mode != RELU && ad->mode != IDENTITY) || ad->nan != 0)
         return BAD_PARAM;
     if (ad->mode == IDENTITY && algo != IMPLICIT_PRECOMP_GEMM)
@@ -282,6 +412,29 @@ int cudnnConvolutionBiasActivationForward(Handle *handle, const float *alpha1, c
         return 0;
     };
     return farface_emulator_run(handle->stream, &work) ? EXECUTION_FAILED_CUDA_DRIVER : SUCCESS;
+}
+
+int cudnnGetConvolutionBackwardDataWorkspaceSize(Handle *handle, const Filter *w, const Tensor *dy, const Convolution *c,
+                                                 const Tensor *dx, int algo, std::size_t *size)
+{
+    return size_of_gradient(handle, dx, w, c, dy, algo, false, size);
+}
+int cudnnGetConvolutionBackwardFilterWorkspaceSize(Handle *handle, const Tensor *x, const Tensor *dy,
+                                                   const Convolution *c, const Filter *dw, int algo, std::size_t *size)
+{
+    return size_of_gradient(handle, x, dw, c, dy, algo, true, size);
+}
+int cudnnConvolutionBackwardData(Handle *handle, const float *alpha, const Filter *wd, const void *w, const Tensor *yd,
+                                 const void *dy, const Convolution *cd, int algo, void *workspace, std::size_t size,
+                                 const float *beta, const Tensor *xd, void *dx)
+{
+    return gradient(handle, alpha, beta, xd, dx, wd, (void *)w, yd, dy, cd, algo, workspace, size, false);
+}
+int cudnnConvolutionBackwardFilter(Handle *handle, const float *alpha, const Tensor *xd, const void *x, const Tensor *yd,
+                                   const void *dy, const Convolution *cd, int algo, void *workspace, std::size_t size,
+                                   const float *beta, const Filter *wd, void *dw)
+{
+    return gradient(handle, alpha, beta, xd, (void *)x, wd, dw, yd, dy, cd, algo, workspace, size, true);
 }
 
 } // extern "C"

@@ -74,6 +74,7 @@ std::recursive_mutex lock;
 std::map<Pointer, std::size_t> allocations; // device and pinned memory by its first byte
 long calls, fail_at, live;
 bool initialized, idle, late;
+int refused;
 int retained, capability = 90, loaded;
 Stream default_stream;
 std::set<Stream *> streams{&default_stream};
@@ -205,6 +206,9 @@ long farface_emulator_calls() { return calls; }
 long farface_emulator_live() { return live; }
 // Kernels do nothing, and memory is zeros: for what does not ask for results.
 void farface_emulator_idle(int on) { idle = on != 0; }
+// Libraries refuse what they could compute, where they can be told to (library.hpp).
+void farface_emulator_refuse(int where) { refused = where; }
+int farface_emulator_refuses() { return refused; }
 // Work is done when somebody waits for it, or asks after what waits for it: what is not ordered by an event shows.
 void farface_emulator_late(int on) { late = on != 0; }
 // Of nccl.cpp: counts what it has made, and gives work to a stream that writes so many bytes at `to`.

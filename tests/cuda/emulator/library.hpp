@@ -19,6 +19,8 @@ int farface_emulator_begin(int needs_context);
 void farface_emulator_made(int count);
 // Whether so many bytes lie within one allocation.
 int farface_emulator_inside(unsigned long long address, std::size_t bytes);
+// Where a library is to refuse what it could compute: 1 when it is asked for the workspace, 2 when it is given the work.
+int farface_emulator_refuses();
 // Does the work, or records it where the stream is recorded. A driver's result.
 int farface_emulator_run(void *stream, const std::function<int()> *work);
 }
