@@ -14,7 +14,8 @@ use farface::layers::{Conv2d, ConvTranspose2d, Linear};
 use farface::shape::Shape;
 use farface::train::device::DeviceEngine;
 use farface::train::network::{Engine, Frozen};
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 
 /// A device whose convolutions cuDNN computes where it can; None where there is neither.
 fn by_cudnn() -> Option<Arc<Device>> {
@@ -160,16 +161,33 @@ fn a_cudnn_that_fails_at_any_call_of_a_training_is_an_error_where_it_is_forced()
     let graph = one(Conv2d::new(8, 8, 3));
     let weights = Weights::random(&graph, 1);
     let batch = Batch::random(&graph, Shape::new(1, 3, 4, 4), &[], &mut Rng::new(3));
+    let errors = Mutex::new(BTreeSet::new());
     // Given back in between: memory that grew.
     fail_at_each_but(emulator, "a training by cuDNN", 8, || {
-        let device = Device::with_convolutions(0, ConvLibraries::Cudnn)?;
-        let frozen = Frozen::default();
-        let mut engine = DeviceEngine::new(graph.clone(), &weights, &frozen, &device, Element::Bf16, 1)?;
-        engine.forward(&batch.pixels, batch.shape, &table())?;
-        engine.backward(&batch.d_outputs)?;
-        engine.params_and_grads()?;
-        Ok((engine, device))
+        let step = || -> farface::Result<(DeviceEngine, Arc<Device>)> {
+            let device = Device::with_convolutions(0, ConvLibraries::Cudnn)?;
+            let frozen = Frozen::default();
+            let mut engine = DeviceEngine::new(graph.clone(), &weights, &frozen, &device, Element::Bf16, 1)?;
+            engine.forward(&batch.pixels, batch.shape, &table())?;
+            engine.backward(&batch.d_outputs)?;
+            engine.params_and_grads()?;
+            Ok((engine, device))
+        };
+        step().inspect_err(|e| {
+            errors.lock().unwrap().insert(e.to_string());
+        })
     });
+    let errors = errors.into_inner().unwrap();
+    for call in [
+        "cudnnGetConvolutionForwardWorkspaceSize",
+        "cudnnConvolutionBiasActivationForward",
+        "cudnnGetConvolutionBackwardDataWorkspaceSize",
+        "cudnnConvolutionBackwardData",
+        "cudnnGetConvolutionBackwardFilterWorkspaceSize",
+        "cudnnConvolutionBackwardFilter",
+    ] {
+        assert!(errors.iter().any(|e| e.contains(&format!("{call} failed"))), "{call}: {errors:?}");
+    }
 }
 
 #[test]
