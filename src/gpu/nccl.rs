@@ -35,8 +35,12 @@ struct RawId([u8; ID_BYTES]);
 const OLDEST: c_int = 21_000;
 /// ncclSuccess.
 const SUCCESS: Status = 0;
-/// ncclFloat32.
+/// ncclUint32, ncclFloat32.
+const UINT32: c_int = 3;
 const FLOAT32: c_int = 7;
+/// ncclSum, ncclAvg.
+const SUM: c_int = 0;
+const AVG: c_int = 4;
 /// How often somebody who waits asks whether the others are there.
 const LOOK: Duration = Duration::from_millis(20);
 /// A wait's first part, which does not sleep: most are short.
@@ -44,13 +48,26 @@ const SPIN: Duration = Duration::from_millis(1);
 /// How long an abort may take, which is a matter of all ranks of a machine: one that was killed does not take part.
 const ABORT: Duration = Duration::from_secs(10);
 
-/// What becomes of the ranks' values (ncclRedOp_t).
+/// What becomes of the ranks' values, of four bytes each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reduce {
-    /// Their sum.
-    Sum = 0,
-    /// Their mean.
-    Mean = 4,
+    /// Their sum, of f32.
+    Sum,
+    /// Their mean, of f32.
+    Mean,
+    /// Their sum, of u32.
+    Counts,
+}
+
+impl Reduce {
+    /// As NCCL names it: ncclDataType_t, ncclRedOp_t.
+    fn names(self) -> (c_int, c_int) {
+        match self {
+            Reduce::Sum => (FLOAT32, SUM),
+            Reduce::Mean => (FLOAT32, AVG),
+            Reduce::Counts => (UINT32, SUM),
+        }
+    }
 }
 
 /// A function of the library.
@@ -170,8 +187,8 @@ impl Communicator {
         Ok(self.raw)
     }
 
-    /// Gives every rank, in place, what `reduce` makes of the ranks' f32 values at the bytes `ranges` of `buffer`, in the stream's order.
-    /// Every rank asks for the same ranges in the same order; what they get is the same bits.
+    /// Gives every rank, in place, what `reduce` makes of the ranks' values at the bytes `ranges` of `buffer`, in the stream's order.
+    /// Every rank asks for the same in the same order, of several streams too; what they get is the same bits.
     pub fn all_reduce(
         &self,
         stream: &Stream,
@@ -188,13 +205,14 @@ impl Communicator {
         }
         let (start, end) = (symbol::<Group>("ncclGroupStart")?, symbol::<Group>("ncclGroupEnd")?);
         let each = symbol::<AllReduce>("ncclAllReduce")?;
+        let (number, operation) = reduce.names();
         let _current = self.context.bind()?;
         // SAFETY: the communicator lives; a group that was begun is ended whatever happened in between.
         check("ncclGroupStart", unsafe { start() }, raw)?;
         let given = ranges.iter().filter(|r| !r.is_empty()).try_for_each(|r| {
             let (at, count) = (buffer.address() + r.start as u64, r.len() / 4);
             // SAFETY: the bytes were checked above to be in the buffer, which whoever gives this keeps until the stream has done it.
-            let status = unsafe { each(at, at, count, FLOAT32, reduce as c_int, raw, stream.raw().cast()) };
+            let status = unsafe { each(at, at, count, number, operation, raw, stream.raw().cast()) };
             check("ncclAllReduce", status, raw)
         });
         // SAFETY: begun above.
@@ -212,7 +230,8 @@ impl Communicator {
         done
     }
 
-    fn watch(&self, stream: &Stream, alive: &dyn Fn() -> Result<()>) -> Result<()> {
+    /// As [`Self::wait`], where the caller ends the communicator after an error.
+    pub fn watch(&self, stream: &Stream, alive: &dyn Fn() -> Result<()>) -> Result<()> {
         let began = Instant::now();
         let mut looked = began;
         while !stream.is_idle()? {
@@ -250,8 +269,8 @@ impl Communicator {
         check("ncclCommDestroy", unsafe { destroy(raw) }, null_mut())
     }
 
-    /// Ends it and what it still does on the device, whatever the other ranks do.
-    fn abort(&mut self) {
+    /// Ends it and what it still does on the device, whatever the other ranks do; nothing where it has ended.
+    pub fn abort(&mut self) {
         struct Owned(Raw);
         // SAFETY: as a communicator.
         unsafe impl Send for Owned {}

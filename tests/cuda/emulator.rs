@@ -41,6 +41,25 @@ impl Emulator {
         unsafe { self.driver.get::<unsafe extern "C" fn() -> i64>(b"farface_emulator_calls").unwrap()() }
     }
 
+    /// As [`Self::fail_at`], of this thread's calls alone.
+    pub fn fail_here(&self, n: i64) {
+        // SAFETY: as above.
+        unsafe { self.driver.get::<unsafe extern "C" fn(i64)>(b"farface_emulator_fail_here").unwrap()(n) }
+    }
+
+    /// This thread's calls since `fail_here`.
+    pub fn calls_here(&self) -> i64 {
+        // SAFETY: as above.
+        unsafe { self.driver.get::<unsafe extern "C" fn() -> i64>(b"farface_emulator_calls_here").unwrap()() }
+    }
+
+    /// How often a kernel was launched.
+    pub fn launches(&self, kernel: &std::ffi::CStr) -> i64 {
+        type Launches = unsafe extern "C" fn(*const std::ffi::c_char) -> i64;
+        // SAFETY: as above; a name that ends with a zero.
+        unsafe { self.driver.get::<Launches>(b"farface_emulator_launches").unwrap()(kernel.as_ptr()) }
+    }
+
     /// What was made and not given back.
     pub fn live(&self) -> i64 {
         // SAFETY: as above.

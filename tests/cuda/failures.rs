@@ -34,6 +34,22 @@ pub fn fail_at_each<T>(emulator: &Emulator, what: &str, run: impl Fn() -> Result
 
 /// As [`fail_at_each`], where up to `given_back` of the calls that `run` makes give something back, and fail unnoticed.
 pub fn fail_at_each_but<T>(emulator: &Emulator, what: &str, given_back: usize, run: impl Fn() -> Result<T>) {
+    fail_at_some(emulator, what, 1, given_back, run);
+}
+
+/// Of the calls of a run that makes too many, every how manieth fails: `usual`, or as FARFACE_TEST_STRIDE says (1: each).
+pub fn stride(usual: usize) -> usize {
+    std::env::var("FARFACE_TEST_STRIDE").map_or(usual, |s| s.parse().expect("FARFACE_TEST_STRIDE: a number"))
+}
+
+/// As [`fail_at_each_but`], of the first call and every `stride`th after it.
+pub fn fail_at_some<T>(
+    emulator: &Emulator,
+    what: &str,
+    stride: usize,
+    given_back: usize,
+    run: impl Fn() -> Result<T>,
+) {
     let mut unnoticed = 0;
     // What kernels compute does not matter here. Once before, for what is made once a process.
     emulator.idle(true);
@@ -45,7 +61,7 @@ pub fn fail_at_each_but<T>(emulator: &Emulator, what: &str, given_back: usize, r
     drop(made);
     let all = emulator.calls();
     assert!(calls > 20, "{what}: {calls} calls");
-    for n in 1..=all {
+    for n in (1..=all).step_by(stride) {
         emulator.fail_at(n);
         match run() {
             Ok(made) => {
@@ -64,7 +80,8 @@ pub fn fail_at_each_but<T>(emulator: &Emulator, what: &str, given_back: usize, r
         assert_eq!(emulator.live(), held, "{what}: call {n} of {calls} fails and something is kept");
     }
     drop(run().unwrap());
-    println!("{what}: {calls} calls and {} of giving back, each failed once", all - calls);
+    let which = if stride == 1 { "each".into() } else { format!("one of {stride}") };
+    println!("{what}: {calls} calls and {} of giving back, {which} failed once", all - calls);
 }
 
 fn small_network() -> Graph {

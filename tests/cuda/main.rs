@@ -36,11 +36,15 @@ mod ranks;
 #[cfg(feature = "train")]
 mod second_look;
 mod sessions;
+#[cfg(feature = "train")]
+mod shared_batches;
 mod support;
 mod tiles;
 #[cfg(feature = "train")]
 mod train;
 #[cfg(feature = "train")]
 mod trainer;
+#[cfg(feature = "train")]
+mod training_failures;
 #[cfg(feature = "train")]
 mod two_step;

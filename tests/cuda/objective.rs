@@ -113,7 +113,8 @@ pub fn judged(
     let outputs = DeviceBuffer::of(stream, &values)?;
     let gradient = DeviceBuffer::new(stream.context(), values.len() * 4 + GUARD)?;
     gradient.fill(stream, 0..gradient.len(), 0xff)?;
-    let losses = judge(kernels, stream, [&outputs, &gradient], &shapes, std::slice::from_ref(judgement))?;
+    let losses =
+        judge(kernels, stream, [&outputs, &gradient], &shapes, std::slice::from_ref(judgement), None)?;
     Ok((losses[0], [outputs, gradient]))
 }
 

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Threads as ranks share the emulated device; of NCCL's they would each need their own.
-fn emulator() -> Option<&'static Emulator> {
+pub fn emulator() -> Option<&'static Emulator> {
     match driver() {
         Some(Driver::Emulated(emulator)) => Some(emulator),
         _ => None,
@@ -34,7 +34,7 @@ fn free_port() -> u16 {
 }
 
 /// `f` of two ranks, each in a thread; who is done first lets go of its connections.
-fn two<R: Send>(f: impl Fn(Arc<Ranks>) -> R + Sync) -> [R; 2] {
+pub fn two<R: Send>(f: impl Fn(Arc<Ranks>) -> R + Sync) -> [R; 2] {
     let port = free_port();
     let meet = |rank| {
         let launch = Launch {
@@ -48,8 +48,13 @@ fn two<R: Send>(f: impl Fn(Arc<Ranks>) -> R + Sync) -> [R; 2] {
         };
         f(Arc::new(Ranks::meet(&launch, Duration::from_secs(60)).unwrap()))
     };
+    // Who does not find rank 0 yet asks again after 100 ms.
+    let later = || {
+        std::thread::sleep(Duration::from_millis(2));
+        meet(1)
+    };
     std::thread::scope(|scope| {
-        let other = scope.spawn(|| meet(1));
+        let other = scope.spawn(later);
         [meet(0), other.join().unwrap()]
     })
 }
@@ -137,16 +142,19 @@ precision = "f32"
 checkpoint-every = 2
 "#;
 
-fn recipe(model: &str) -> String {
+pub fn recipe(model: &str) -> String {
     format!("[model]\ndetector = \"farface-nano\"\nwidth = 4\nchannels = 12\n{model}{RECIPE}")
 }
 
-fn resources() -> Resources {
+pub fn resources() -> Resources {
     Resources { device: Some(0), threads: 1, workers: 1 }
 }
 
-/// `count` steps of two ranks, from a checkpoint where one is named; their reports, and their states as checkpoints have them.
-fn train(text: &str, dir: &Path, count: usize, from: Option<&Path>) -> [(Vec<StepReport>, Vec<u8>); 2] {
+/// Reports of steps, and the state after them as a checkpoint has it.
+pub type Trained = (Vec<StepReport>, Vec<u8>);
+
+/// `count` steps of two ranks, from a checkpoint where one is named.
+pub fn train(text: &str, dir: &Path, count: usize, from: Option<&Path>) -> [Trained; 2] {
     two(|ranks| {
         let rank = ranks.rank();
         let from = from.filter(|_| rank == 0);
@@ -168,19 +176,22 @@ fn params(bytes: &[u8]) -> Vec<(String, Vec<f32>)> {
     params
 }
 
-#[test]
-fn two_ranks_train_what_one_process_trains() {
-    let Some(emulator) = emulator() else { return };
-    let dir = tempfile::tempdir().unwrap();
-    drawing::draw(dir.path(), 7, 100, 1);
-    // Where no normalisation looks at the batch, order of summation is all that differs.
-    let text = recipe("freeze-statistics = [\"\"]\n");
-    let mut alone = Trainer::new(&text, dir.path(), resources()).unwrap();
-    let expected: Vec<StepReport> = (0..6).map(|_| alone.step().unwrap()).collect();
-    let path = dir.path().join("alone.checkpoint");
-    alone.save(&path).unwrap();
-    let expected_params = params(&std::fs::read(&path).unwrap());
-    let [(reports, first), (others, second)] = train(&text, dir.path(), 6, None);
+/// `count` steps of one process.
+pub fn train_alone(text: &str, dir: &Path, count: usize) -> Trained {
+    let mut trainer = Trainer::new(text, dir, resources()).unwrap();
+    let reports = (0..count).map(|_| trainer.step().unwrap()).collect();
+    let path = dir.join("alone.checkpoint");
+    trainer.save(&path).unwrap();
+    (reports, std::fs::read(path).unwrap())
+}
+
+/// Holds steps of two ranks to those of one process, where order of summation is all that differs; the first rank's.
+pub fn follow(
+    text: &str,
+    dir: &Path,
+    [(reports, first), (others, second)]: [Trained; 2],
+    (expected, alone): Trained,
+) -> Trained {
     assert!(reports == others && first == second, "ranks differ");
     let mut worst = [0.0f64; 3];
     for (got, e) in reports.iter().zip(&expected) {
@@ -200,14 +211,24 @@ fn two_ranks_train_what_one_process_trains() {
         let pairs = from.iter().zip(to).flat_map(|(a, b)| a.1.iter().zip(&b.1));
         pairs.map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
     };
-    let mut start = Trainer::new(&text, dir.path(), resources()).unwrap();
-    start.save(&path).unwrap();
-    let start = params(&std::fs::read(&path).unwrap());
+    let (start, end) = (params(&train_alone(text, dir, 0).1), params(&alone));
     // Of the way that the parameters went.
-    worst[2] = moved(&params(&first), &expected_params) / moved(&start, &expected_params);
+    worst[2] = moved(&params(&first), &end) / moved(&start, &end);
     println!("losses, norms and parameters off by {worst:?}");
     assert!(worst[0] < 1e-5 && worst[1] < 1e-4 && worst[2] < 1e-4, "{worst:?}");
     assert!(expected.iter().all(|r| r.losses.matched > 0), "something is matched");
+    (reports, first)
+}
+
+#[test]
+fn two_ranks_train_what_one_process_trains() {
+    let Some(emulator) = emulator() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    drawing::draw(dir.path(), 7, 100, 1);
+    // Where no normalisation looks at the batch.
+    let text = recipe("freeze-statistics = [\"\"]\n");
+    let both = train(&text, dir.path(), 6, None);
+    let (reports, first) = follow(&text, dir.path(), both, train_alone(&text, dir.path(), 6));
 
     // The same bits in another order of threads and of work, and stopped and gone on with.
     emulator.late(true);

@@ -408,7 +408,7 @@ fn a_device_that_is_not_there_is_named() {
     assert!(error.contains("no CUDA device 99"), "{error}");
 }
 
-const HEAD: &str = r#"
+pub const HEAD: &str = r#"
 [model]
 detector = "DETECTOR"
 width = 4
@@ -419,7 +419,7 @@ train = [{ kind = "wider", list = "faces.txt", images = "images" }]
 size = 2
 sides = [{ side = 64, share = 1.0 }]
 "#;
-const TAIL: &str = r#"
+pub const TAIL: &str = r#"
 [optimizer]
 kind = "sgd"
 [schedule]
@@ -431,7 +431,7 @@ clip = 10.0
 precision = "f32"
 "#;
 /// HAMBox with its pyramid anchors, whose losses are judged apart.
-const HAMBOX: &str = r#"
+pub const HAMBOX: &str = r#"
 [matching]
 kind = "first-step"
 [mining]
@@ -442,7 +442,7 @@ box = { kind = "smooth-l1" }
 [pyramid-anchors]
 "#;
 /// RefineFace in two steps.
-const REFINEFACE: &str = r#"
+pub const REFINEFACE: &str = r#"
 [matching]
 kind = "thresholds"
 negative = 0.4

@@ -14,8 +14,10 @@ impl DeviceEngine {
     pub(super) fn run_back(&mut self) -> Result<()> {
         for u in (0..self.walk.units.len()).rev() {
             if let Some(dy) = self.batch.take_left_gradient(u) {
-                self.backward_unit(u, &dy)?;
+                let done = self.backward_unit(u, &dy);
+                // Given back only when no sum over ranks waits any more.
                 self.batch.give_spare(dy);
+                done?;
             }
             self.reduce_after(u)?;
         }
@@ -114,9 +116,9 @@ impl DeviceEngine {
     ) -> Result<()> {
         let Some(i) = i.filter(|&i| self.walk.wanted[i]) else { return Ok(()) };
         let (dx, add) = self.batch.take_gradient(i, &self.ops)?;
-        back(self, MapIn { buffer: &dx, view: self.batch.view(i) }, add)?;
+        let done = back(self, MapIn { buffer: &dx, view: self.batch.view(i) }, add);
         self.batch.put_gradient(i, dx);
-        Ok(())
+        done
     }
 
     fn taken_unit_back(&mut self, i: Option<usize>, taken: Taken, d: MapIn<'_>) -> Result<()> {
@@ -169,10 +171,10 @@ impl DeviceEngine {
             let bytes = dx.buffer.len();
             let spare = e.batch.take_spare(bytes, &e.ops)?;
             let own = MapIn { buffer: &spare, view: dx.view };
-            e.ops.conv(filter, e.store.value(weight), None, d, own, 1.0)?;
-            e.ops.taken_back(Taken::From([0; 2]), own, dx, true)?;
+            let done = e.ops.conv(filter, e.store.value(weight), None, d, own, 1.0);
+            let done = done.and_then(|()| e.ops.taken_back(Taken::From([0; 2]), own, dx, true));
             e.batch.give_spare(spare);
-            Ok(())
+            done
         })
     }
 }

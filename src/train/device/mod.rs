@@ -23,7 +23,7 @@ mod update;
 use crate::error::{Error, Result};
 use crate::gpu::map::{DeviceView, Element};
 use crate::gpu::memory::DeviceBuffer;
-use crate::gpu::ops::train::objective::{Judge, Looks};
+use crate::gpu::ops::train::objective::{Judge, Looks, Others};
 use crate::gpu::ops::train::{MapIn, Room, Taken, TrainOps};
 use crate::gpu::ops::{ConvLibraries, Device, DeviceOp};
 use crate::gpu::upload::Upload;
@@ -44,6 +44,8 @@ use update::Moments;
 
 /// A network on a device, its parameters, their gradients, and the maps of the batch at hand.
 pub struct DeviceEngine {
+    /// Where several processes train together. The first to go: memory is given back when no sum waits for others any more.
+    reduction: Option<Reduction>,
     graph: Graph,
     walk: Walk,
     ops: TrainOps,
@@ -68,8 +70,6 @@ pub struct DeviceEngine {
     /// before.
     boxes: Room,
     box_rows: Vec<usize>,
-    /// Where several processes train together.
-    reduction: Option<Reduction>,
     threads: usize,
 }
 
@@ -91,6 +91,7 @@ impl DeviceEngine {
             walk.units.iter().map(|unit| forward::plain_op(unit, device)).collect::<Result<Vec<_>>>()?;
         let batch = Batch::new(walk.units.len(), element);
         Ok(Self {
+            reduction: None,
             graph,
             walk,
             ops,
@@ -107,7 +108,6 @@ impl DeviceEngine {
             judged: 0,
             boxes: Room::default(),
             box_rows: Vec::new(),
-            reduction: None,
             threads,
         })
     }
@@ -193,6 +193,22 @@ impl DeviceEngine {
         self.box_rows = rows;
         self.store.upload(&self.ops)?;
         self.run(self.walk.second_phase..self.walk.units.len())
+    }
+
+    /// Judges what the forward pass has put out, where it is; of a batch that is shared, together with the other ranks.
+    fn judge_outputs(&mut self, judgements: &[Judgement<'_>]) -> Result<Vec<Losses>> {
+        let (shapes, bytes) = self.gather(0..self.walk.first_outputs(&self.graph))?;
+        if self.judge.is_none() {
+            self.judge = Some(Judge::new(self.ops.device())?);
+        }
+        let outputs = self.outside.device(&self.ops, bytes)?;
+        let slopes = room(&mut self.slopes[0], &self.ops, bytes)?;
+        let judge = self.judge.as_mut().ok_or_else(|| Error::Internal("no judge".into()))?;
+        let others = self.reduction.as_ref().map(|r| r as &dyn Others);
+        let stream = self.ops.stream();
+        let losses = objective::judge(judge, stream, [outputs, slopes], &shapes, judgements, others)?;
+        self.judged = 1;
+        Ok(losses)
     }
 
     /// Forgets the gradients of an earlier batch. The units that the outputs are of, and how their gradients lie one behind the other.
@@ -302,16 +318,8 @@ impl Engine for DeviceEngine {
         judgements: &[Judgement<'_>],
     ) -> Result<Option<Vec<Losses>>> {
         self.run_first(pixels, shape, table)?;
-        let (shapes, bytes) = self.gather(0..self.walk.first_outputs(&self.graph))?;
-        if self.judge.is_none() {
-            self.judge = Some(Judge::new(self.ops.device())?);
-        }
-        let outputs = self.outside.device(&self.ops, bytes)?;
-        let slopes = room(&mut self.slopes[0], &self.ops, bytes)?;
-        let judge = self.judge.as_mut().ok_or_else(|| Error::Internal("no judge".into()))?;
-        let losses = objective::judge(judge, self.ops.stream(), [outputs, slopes], &shapes, judgements)?;
-        self.judged = 1;
-        Ok(Some(losses))
+        let losses = self.judge_outputs(judgements);
+        self.or_end(losses).map(Some)
     }
 
     fn look_again(&mut self, again: &LookAgain<'_>) -> Result<Losses> {
@@ -345,7 +353,8 @@ impl Engine for DeviceEngine {
         let (units, shapes) = self.begin_back()?;
         let (first, second) = shapes.split_at(self.walk.first_outputs(&self.graph));
         let views = [side_by_side(first).0, side_by_side(second).0].concat();
-        self.back_from(From::Judge, &units, &views)
+        let done = self.back_from(From::Judge, &units, &views);
+        self.or_end(done)
     }
 
     fn forward_boxes(&mut self, boxes: Vec<Tensor>) -> Result<Vec<Tensor>> {
@@ -377,7 +386,8 @@ impl Engine for DeviceEngine {
                 to = rest;
             }
         })?;
-        self.back_from(From::Host, &units, &views)
+        let done = self.back_from(From::Host, &units, &views);
+        self.or_end(done)
     }
 
     fn part(&mut self) -> Result<()> {

@@ -5,8 +5,8 @@ use crate::error::{Error, Result};
 use crate::gpu::driver::Stream;
 use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::ops::train::objective::{
-    AnchorGroup, Batch, BoxRule, ClassRule, FirstStep, Judge, LossRule, MatchRule, MineRule, Miner, Rules,
-    SampleRule, SecondPass,
+    AnchorGroup, Batch, BoxRule, ClassRule, FirstStep, Judge, LossRule, MatchRule, MineRule, Miner, Others,
+    Rules, SampleRule, SecondPass,
 };
 use crate::gpu::ops::train::Values;
 use crate::shape::Shape;
@@ -20,13 +20,15 @@ use crate::train::objective::{
 use crate::train::sampler::{self, Reduction, SamplerRecipe};
 
 /// Judges outputs that lie one behind the other, as f32, at the beginning of `outputs`; their gradients go to the same places of
-/// `gradient`. Each of the judgements takes as many of the `shapes` as it has outputs.
+/// `gradient`. Each of the judgements takes as many of the `shapes` as it has outputs. Where `others` have parts of the batch, losses and
+/// gradients are shares of the whole one's.
 pub fn judge(
     judge: &mut Judge,
     stream: &Stream,
     [outputs, gradient]: [&DeviceBuffer; 2],
     shapes: &[Shape],
     judgements: &[Judgement<'_>],
+    others: Option<&dyn Others>,
 ) -> Result<Vec<Losses>> {
     let wanted: usize = judgements.iter().map(|j| j.objective.outputs()).sum();
     if wanted != shapes.len() {
@@ -37,7 +39,7 @@ pub fn judge(
         let (own, rest) = shapes.split_at(j.objective.outputs());
         let len = own.iter().map(|s| s.len()).sum();
         let [outputs, gradient] = [outputs, gradient].map(|buffer| Values { buffer, at: first * 4, len });
-        all.push(judged(judge, stream, [outputs, gradient], own, j)?);
+        all.push(judged(judge, stream, [outputs, gradient], own, j, others)?);
         (shapes, first) = (rest, first + len);
     }
     Ok(all)
@@ -49,10 +51,12 @@ fn judged(
     [outputs, gradient]: [Values<'_>; 2],
     shapes: &[Shape],
     judgement: &Judgement<'_>,
+    others: Option<&dyn Others>,
 ) -> Result<Losses> {
     let Judgement { objective, faces, inside, seeds, weight } = judgement;
     let boxes = corners_of(faces);
-    let outer = Batch { groups: &[], first: None, faces: &boxes, inside: None, seeds, outputs, gradient };
+    let outer =
+        Batch { groups: &[], first: None, faces: &boxes, inside: None, seeds, outputs, gradient, others };
     let sums = match objective {
         ObjectiveRef::OneStep(objective) => {
             let (grid, channels) = objective.placed(shapes, faces.len())?;

@@ -2,14 +2,17 @@
 //!
 //! Gradients lie one behind the other as the graph's parameters do. The backward pass ends with the first of them: they are cut into
 //! buckets from the end on, and what a bucket has is added up, in a stream of its own, as soon as the last unit that adds to it has run.
-//! Running statistics, which each forward pass moves by its own part of the batch, become the ranks' mean at the same time. All ranks
-//! have the same graph, so that they ask for the same sums in the same order.
+//! Running statistics, which each forward pass moves by its own part of the batch, become the ranks' mean at the same time. Before that,
+//! in the forward pass's own stream, the counts are added up that losses are divided by. All ranks have the same graph and the same
+//! objective, so that they ask for the same sums in the same order; neither stream has any under way when the other is given one.
 
 use super::store::Store;
 use super::DeviceEngine;
 use crate::error::Result;
 use crate::gpu::driver::{Event, Stream};
+use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::nccl::{new_id, Communicator, Id, Reduce};
+use crate::gpu::ops::train::objective::Others;
 use crate::graph::build::ParamId;
 use crate::train::ranks::{Ranks, What};
 use crate::train::walk::Walk;
@@ -40,6 +43,20 @@ pub(super) struct Reduction {
     given: usize,
     /// Whether the sums of a backward pass were not yet waited for.
     pending: bool,
+}
+
+impl Others for Reduction {
+    fn parts(&self) -> usize {
+        self.ranks.world()
+    }
+
+    fn sum(&self, stream: &Stream, buffer: &DeviceBuffer, range: Range<usize>) -> Result<()> {
+        self.communicator.all_reduce(stream, Reduce::Counts, buffer, &[range])
+    }
+
+    fn wait(&self, stream: &Stream) -> Result<()> {
+        self.communicator.watch(stream, &|| self.ranks.check())
+    }
 }
 
 /// What is trained of the gradients, in ranges of at least `least` bytes (but for what is left over), each with the last unit that adds
@@ -103,6 +120,8 @@ impl DeviceEngine {
         })?;
         let (world, rank) = (ranks.world() as u32, ranks.rank() as u32);
         let communicator = Communicator::join(context, &id, world, rank, &|| ranks.check())?;
+        self.ops.keep_outgrown();
+        let context = self.ops.device().context();
         let with_event = |(after, bytes)| Ok(Bucket { after, bytes, ready: Event::new(context)? });
         let buckets = buckets(&self.walk, &self.store, bucket);
         self.reduction = Some(Reduction {
@@ -155,7 +174,16 @@ impl DeviceEngine {
         let Reduction { communicator, ranks, stream, .. } = r;
         communicator.wait(stream, &|| ranks.check())?;
         r.pending = false;
+        self.ops.give_outgrown_back();
         self.store.clear_untrained(&self.graph, &self.walk.trainable, &self.ops)
+    }
+
+    /// Ends all sums where a pass is `done` with an error: others may never come to them, and what is given back waits for them.
+    pub(super) fn or_end<T>(&mut self, done: Result<T>) -> Result<T> {
+        if let (Err(_), Some(r)) = (&done, &mut self.reduction) {
+            r.communicator.abort();
+        }
+        done
     }
 
     /// Leaves the others; all do so.

@@ -28,7 +28,8 @@ pub trait Engine: Send {
     fn forward(&mut self, pixels: &[u8], shape: Shape, table: &InputTable) -> Result<Vec<Tensor>>;
     /// As [`Engine::forward`], where the engine can judge the outputs itself: the losses of each of the judgements, which take the
     /// outputs in their order, all of them. The gradients stay where they are, for [`Engine::backward_judged`]; where the network has boxes,
-    /// [`Engine::look_again`] comes first. None, with nothing done, where the caller has to judge.
+    /// [`Engine::look_again`] comes first. Of a part of a batch that several processes share, losses and gradients are shares of the whole
+    /// one's; each of them judges its part. None, with nothing done, where the caller has to judge.
     fn forward_judged(
         &mut self,
         _pixels: &[u8],

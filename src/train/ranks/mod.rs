@@ -1,8 +1,8 @@
 //! Processes that train together, one a GPU: how they find each other, and what they tell each other beside NCCL's sums.
 //!
-//! Rank 0 waits at a TCP port, the others connect to it and stay connected: counts that losses are divided by, the losses themselves,
-//! the state that all start from, and whether to go on, go that way, small messages in one order. A rank that ends, however it does, closes its
-//! connection; then rank 0 ends with an error, then the others do, so that nobody waits for what will not come.
+//! Rank 0 waits at a TCP port, the others connect to it and stay connected: losses (and, where the host judges, the counts that they are
+//! divided by), the state that all start from, and whether to go on, go that way, small messages in one order. A rank that ends, however
+//! it does, closes its connection; then rank 0 ends with an error, then the others do, so that nobody waits for what will not come.
 
 mod launch;
 #[cfg(test)]
@@ -37,7 +37,7 @@ pub enum What {
     State = 2,
     /// Whether there is a next step.
     GoOn = 3,
-    /// Counts of a batch.
+    /// Counts of a batch that the host judges.
     Counts = 4,
     /// Losses of a batch.
     Losses = 5,

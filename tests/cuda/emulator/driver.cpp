@@ -2,8 +2,8 @@
 // waits for other ranks (nccl.cpp) or for an event behind that; or, if wanted, as late as may be (farface_emulator_late).
 //
 // It is stricter than the driver where that finds faults: memory must be inside one allocation, a context current on the thread that
-// calls, an argument as large as the kernel's. Any call can be made to fail (farface_emulator_fail_at), and what was made and not
-// given back is counted (farface_emulator_live).
+// calls, an argument as large as the kernel's. Any call can be made to fail (farface_emulator_fail_at; of one thread alone,
+// farface_emulator_fail_here), and what was made and not given back is counted (farface_emulator_live).
 
 #include "fibers.hpp"
 #include "library.hpp"
@@ -16,6 +16,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <unistd.h>
 #include <utility>
 #include <vector>
@@ -51,6 +52,8 @@ struct Stream {
     // Given and not yet done.
     std::deque<std::function<int()>> work;
     int failed = SUCCESS;
+    // Whose it is: ranks that share the device are threads, and on devices of their own would not wait for each other.
+    std::thread::id thread = std::this_thread::get_id();
 };
 struct Passing {
     long marked = 0, passed = 0;
@@ -68,6 +71,7 @@ struct Function {
     std::size_t bytes;
     emulator::Body body;
     int shared = 48 << 10;
+    long launches = 0;
 };
 
 std::recursive_mutex lock;
@@ -78,14 +82,23 @@ int refused;
 int retained, capability = 90, loaded;
 Stream default_stream;
 std::set<Stream *> streams{&default_stream};
+std::map<std::string, std::unique_ptr<Function>> functions; // they live as long as the library, as kernels do
 thread_local std::vector<void *> contexts; // the last is current
+thread_local long own_calls, own_fail_at;
 char context;
+
+// Counts a call; whether it is one that shall fail.
+bool fails()
+{
+    calls++;
+    own_calls++;
+    return calls == fail_at || own_calls == own_fail_at;
+}
 
 // Whether a call may go on.
 int begin(bool needs_context)
 {
-    calls++;
-    if (calls == fail_at)
+    if (fails())
         return UNKNOWN;
     if (!initialized)
         return NOT_INITIALIZED;
@@ -174,16 +187,27 @@ int allocate(void **p, std::size_t bytes)
     return SUCCESS;
 }
 
+// As the driver, which waits for the device: for whatever this thread has given it, sums that wait for other ranks too.
 int release(void *p)
 {
-    // As the driver, which waits for the device.
-    for (Stream *s : streams)
-        advance_for(*s);
-    if (!allocations.erase((Pointer)p))
-        return INVALID_VALUE;
-    std::free(p);
-    live--;
-    return SUCCESS;
+    for (;;) {
+        {
+            std::lock_guard<std::recursive_mutex> guard(lock);
+            bool done = true;
+            for (Stream *s : streams) {
+                advance_for(*s);
+                done = done && (s->thread != std::this_thread::get_id() || s->work.empty());
+            }
+            if (done) {
+                if (!allocations.erase((Pointer)p))
+                    return INVALID_VALUE;
+                std::free(p);
+                live--;
+                return SUCCESS;
+            }
+        }
+        usleep(100);
+    }
 }
 
 } // namespace
@@ -203,6 +227,20 @@ void farface_emulator_fail_at(long n)
     fail_at = n;
 }
 long farface_emulator_calls() { return calls; }
+// The same of the thread that calls this, and of its calls alone.
+void farface_emulator_fail_here(long n)
+{
+    own_calls = 0;
+    own_fail_at = n;
+}
+long farface_emulator_calls_here() { return own_calls; }
+// How often a kernel was launched.
+long farface_emulator_launches(const char *kernel)
+{
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    auto found = functions.find(kernel);
+    return found == functions.end() ? 0 : found->second->launches;
+}
 long farface_emulator_live() { return live; }
 // Kernels do nothing, and memory is zeros: for what does not ask for results.
 void farface_emulator_idle(int on) { idle = on != 0; }
@@ -255,7 +293,7 @@ int farface_emulator_run(void *stream, const std::function<int()> *work)
 int cuInit(unsigned)
 {
     std::lock_guard<std::recursive_mutex> guard(lock);
-    if (++calls == fail_at)
+    if (fails())
         return UNKNOWN;
     initialized = true;
     return SUCCESS;
@@ -334,21 +372,13 @@ int cuMemAlloc_v2(Pointer *p, std::size_t bytes)
     ENTRY(true);
     return allocate((void **)p, bytes);
 }
-int cuMemFree_v2(Pointer p)
-{
-    std::lock_guard<std::recursive_mutex> guard(lock);
-    return release((void *)p);
-}
+int cuMemFree_v2(Pointer p) { return release((void *)p); }
 int cuMemHostAlloc(void **p, std::size_t bytes, unsigned)
 {
     ENTRY(true);
     return allocate(p, bytes);
 }
-int cuMemFreeHost(void *p)
-{
-    std::lock_guard<std::recursive_mutex> guard(lock);
-    return release(p);
-}
+int cuMemFreeHost(void *p) { return release(p); }
 int cuMemcpyHtoDAsync_v2(Pointer to, const void *from, std::size_t bytes, void *stream)
 {
     ENTRY(true);
@@ -560,8 +590,6 @@ int cuModuleGetFunction(void **function, void *module, const char *name)
     ENTRY(true);
     if (((Module *)module)->ptx && !((Module *)module)->names.count(name))
         return NOT_FOUND;
-    // They live as long as the library, as kernels do.
-    static std::map<std::string, std::unique_ptr<Function>> functions;
     auto &f = functions[name];
     if (!f) {
         Function made{};
@@ -597,6 +625,7 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
     }
     auto arguments = std::make_shared<std::vector<u64>>((bytes + 7) / 8);
     std::memcpy(arguments->data(), extra[1], bytes);
+    f->launches++;
     return run(stream, [=] {
         if (!idle)
             emulator::launch(f->body, arguments->data(), {gx, gy, gz}, {bx, by, bz}, shared);

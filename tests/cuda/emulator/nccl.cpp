@@ -20,7 +20,7 @@
 namespace {
 
 enum Result { SUCCESS = 0, SYSTEM_ERROR = 2, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6 };
-constexpr int FLOAT32 = 7, SUM = 0, MEAN = 4;
+constexpr int UINT32 = 3, FLOAT32 = 7, SUM = 0, MEAN = 4;
 
 struct Id {
     char internal[128];
@@ -29,13 +29,16 @@ struct Id {
 // What a rank says of a sum before its values.
 struct Head {
     std::uint64_t count;
-    int reduce;
+    int type, reduce;
 };
 
 struct Shared {
     std::string folder;
     int ranks, rank;
     long next = 0;
+    // Of the last sum; whatever was given to another stream before has to be done by then.
+    void *stream = nullptr;
+    std::atomic<long> done{0};
     std::atomic<bool> aborted{false};
     std::atomic<int> failed{SUCCESS};
 
@@ -85,8 +88,8 @@ bool all_there(const Shared &s, const std::string &name)
 // A sum, asked again until it returns no -1.
 struct Reduction {
     std::shared_ptr<Shared> shared;
-    const float *from;
-    float *to;
+    const void *from;
+    void *to;
     Head head;
     long number;
     bool given = false;
@@ -106,27 +109,35 @@ struct Reduction {
         }
         if (!all_there(s, name))
             return -1;
-        std::vector<float> sum(head.count), values(head.count);
+        bool added = head.type == UINT32 ? add<std::uint32_t>(s, name) : add<float>(s, name);
+        // All are past the sum before.
+        if (added && number > 0)
+            s.remove_own(std::to_string(number - 1));
+        s.done++;
+        return SUCCESS;
+    }
+
+    // Whether all ranks ask for the same.
+    template <class T> bool add(Shared &s, const std::string &name)
+    {
+        std::vector<T> sum(head.count), values(head.count);
         for (int r = 0; r < s.ranks; r++) {
             std::ifstream in(s.file(name, r), std::ios::binary);
             Head other{};
             in.read((char *)&other, sizeof other);
-            if (other.count != head.count || other.reduce != head.reduce) {
+            if (other.count != head.count || other.type != head.type || other.reduce != head.reduce) {
                 std::fprintf(stderr, "ranks ask for different sums\n");
                 s.failed = INVALID_USAGE;
-                return SUCCESS;
+                return false;
             }
             in.read((char *)values.data(), (std::streamsize)(head.count * 4));
             for (std::size_t i = 0; i < head.count; i++)
                 sum[i] = r == 0 ? values[i] : sum[i] + values[i];
         }
-        float share = head.reduce == MEAN ? 1.0f / (float)s.ranks : 1.0f;
+        T share = head.reduce == MEAN ? T(1) / T(s.ranks) : T(1);
         for (std::size_t i = 0; i < head.count; i++)
-            to[i] = sum[i] * share;
-        // All are past the sum before.
-        if (number > 0)
-            s.remove_own(std::to_string(number - 1));
-        return SUCCESS;
+            ((T *)to)[i] = sum[i] * share;
+        return true;
     }
 };
 
@@ -215,11 +226,17 @@ int ncclAllReduce(const void *from, void *to, std::size_t values, int type, int 
 {
     if (fails())
         return SYSTEM_ERROR;
-    if (!comm || type != FLOAT32 || (reduce != SUM && reduce != MEAN) || group == 0)
+    bool known = type == FLOAT32 ? reduce == SUM || reduce == MEAN : type == UINT32 && reduce == SUM;
+    if (!comm || !known || group == 0)
         return INVALID_ARGUMENT;
     auto &shared = ((Comm *)comm)->shared;
-    Head head{values, reduce};
-    auto work = std::make_shared<Reduction>(Reduction{shared, (const float *)from, (float *)to, head, shared->next++});
+    if (shared->stream && shared->stream != stream && shared->done != shared->next) {
+        std::fprintf(stderr, "sums in two streams at once\n");
+        return INVALID_USAGE;
+    }
+    shared->stream = stream;
+    Head head{values, type, reduce};
+    auto work = std::make_shared<Reduction>(Reduction{shared, from, to, head, shared->next++});
     using Give = int (*)(void *, std::uint64_t, std::size_t, std::function<int()> *);
     std::function<int()> run = [work] { return (*work)(); };
     return of_driver<Give>("farface_emulator_give")(stream, (std::uint64_t)to, values * 4, &run) ? INVALID_ARGUMENT : SUCCESS;

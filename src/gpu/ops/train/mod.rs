@@ -99,22 +99,28 @@ use kernels;
 
 /// Memory that grows as needed, of whatever it holds.
 #[derive(Default)]
-pub struct Room(Option<DeviceBuffer>);
+pub struct Room {
+    buffer: Option<DeviceBuffer>,
+    /// Buffers that it grew out of, kept for [`TrainOps::give_outgrown_back`] where `keeps`.
+    outgrown: Vec<DeviceBuffer>,
+    keeps: bool,
+}
 
 impl Room {
     /// It, once it was made.
     pub fn there(&self) -> Result<&DeviceBuffer> {
-        self.0.as_ref().ok_or_else(|| Error::Internal("no room".into()))
+        self.buffer.as_ref().ok_or_else(|| Error::Internal("no room".into()))
     }
 
     /// The address of so many bytes.
     pub fn bytes(&mut self, device: &Device, bytes: usize) -> Result<u64> {
-        match &self.0 {
+        match &self.buffer {
             Some(buffer) if buffer.len() >= bytes => Ok(buffer.address()),
             _ => {
-                self.0 = None;
+                let outgrown = self.buffer.take();
+                self.outgrown.extend(outgrown.filter(|_| self.keeps));
                 let buffer = DeviceBuffer::new(device.context(), bytes)?;
-                Ok(self.0.insert(buffer).address())
+                Ok(self.buffer.insert(buffer).address())
             }
         }
     }
@@ -175,6 +181,21 @@ impl TrainOps {
         &self.stream
     }
 
+    fn rooms(&mut self) -> [&mut Room; 4] {
+        [&mut self.partial, &mut self.packed, &mut self.low_bias, &mut self.zeros]
+    }
+
+    /// Memory that is grown out of is from now on given back when [`Self::give_outgrown_back`] says so: the driver waits for all of a
+    /// device's work before it takes memory back, so for sums over ranks of which one may be gone.
+    pub fn keep_outgrown(&mut self) {
+        self.rooms().into_iter().for_each(|room| room.keeps = true);
+    }
+
+    /// As it says: to be called where no work of the device waits for anybody.
+    pub fn give_outgrown_back(&mut self) {
+        self.rooms().into_iter().for_each(|room| room.outgrown.clear());
+    }
+
     /// The type of its maps.
     pub fn element(&self) -> Element {
         self.element
@@ -197,7 +218,7 @@ impl TrainOps {
     /// The address of `len` zeros.
     fn zeros(&mut self, len: usize) -> Result<u64> {
         let address = self.zeros.bytes(&self.device, len * 4)?;
-        if let Some(buffer) = self.zeros.0.as_ref().filter(|_| self.zeros_len < len) {
+        if let Some(buffer) = self.zeros.buffer.as_ref().filter(|_| self.zeros_len < len) {
             buffer.fill(&self.stream, 0..buffer.len(), 0)?;
             self.zeros_len = buffer.len() / 4;
         }

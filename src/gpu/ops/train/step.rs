@@ -194,7 +194,7 @@ impl TrainOps {
                 &of(parts as u32),
             )?;
         }
-        let sums = self.partial.0.as_ref().ok_or_else(|| Error::Internal("no sums".into()))?;
+        let sums = self.partial.buffer.as_ref().ok_or_else(|| Error::Internal("no sums".into()))?;
         Ok(sums.values::<f64>(&self.stream, 0, 1)?[0].sqrt())
     }
 }

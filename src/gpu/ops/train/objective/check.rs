@@ -81,5 +81,9 @@ pub(super) fn checked_groups(
     if count * pictures as u64 > i32::MAX as u64 || pictures > 65_535 {
         return Err(Error::LimitExceeded("a batch has too many anchors for the device".into()));
     }
+    // Counts of all parts are summed up in 32 bits.
+    if u128::from(count) * batch.whole() as u128 > u128::from(u32::MAX) {
+        return Err(Error::LimitExceeded("a batch of all processes has too many anchors".into()));
+    }
     Ok(count as u32)
 }

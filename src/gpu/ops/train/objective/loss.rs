@@ -164,7 +164,7 @@ impl Kernels {
             counts: p.counts,
             partial: p.partial,
             variances: rules.variances,
-            share: 1.0 / p.pictures as f32,
+            share: 1.0 / p.whole as f32,
             alpha,
             gamma,
             margin: rule.margin,

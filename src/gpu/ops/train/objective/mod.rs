@@ -2,7 +2,8 @@
 //! step and of two. Knows arrays and numbers; what they mean to a recipe is said in `train/device`.
 //!
 //! Anchors are numbered group by group, cell by cell; every picture has the same. A batch's faces, the layout of its anchors and its
-//! seeds go up in one copy; a few sums come down.
+//! seeds go up in one copy; a few sums come down. Of a batch that several processes share each judges its part; what losses are divided
+//! by is summed up over all ([`Others`]) between the kernels that count and those that divide.
 
 mod check;
 mod look;
@@ -18,14 +19,18 @@ pub use sample::{Miner, SampleRule};
 use super::{Room, Values};
 use crate::error::Result;
 use crate::gpu::driver::Stream;
+use crate::gpu::memory::DeviceBuffer;
 use crate::gpu::ops::Device;
 use crate::gpu::upload::Upload;
 use bytemuck::{Pod, Zeroable};
 use check::{checked, count_of};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Threads of every block.
 const THREADS: u32 = 256;
+/// What losses may be divided by, of [`Places::counts`].
+const COUNTS: usize = 2;
 /// Of [`Face::flags`]: neither face nor background; corners are numbers and in order.
 const FACE_IGNORED: u32 = 1;
 const FACE_WHOLE: u32 = 2;
@@ -104,7 +109,18 @@ pub struct FirstStep<'a> {
     pub survives: f32,
 }
 
-/// A batch that is judged.
+/// Those who have the other parts of a batch, each as many pictures.
+pub trait Others {
+    /// How many parts there are, the one at hand counted.
+    fn parts(&self) -> usize;
+    /// Makes the u32s at bytes `range` of `buffer` their sums over all parts, in the stream's order. Every part asks for the same, in the
+    /// same order.
+    fn sum(&self, stream: &Stream, buffer: &DeviceBuffer, range: Range<usize>) -> Result<()>;
+    /// Waits until the stream has done what it has, these sums too; an error where one of the others is gone.
+    fn wait(&self, stream: &Stream) -> Result<()>;
+}
+
+/// A batch that is judged, or a part of it: losses and gradients are shares of the whole one's.
 pub struct Batch<'a> {
     /// Of every picture.
     pub groups: &'a [AnchorGroup],
@@ -120,6 +136,15 @@ pub struct Batch<'a> {
     pub outputs: Values<'a>,
     /// Where their gradients go; what is there is overwritten.
     pub gradient: Values<'a>,
+    /// Where this is a part.
+    pub others: Option<&'a dyn Others>,
+}
+
+impl Batch<'_> {
+    /// Pictures of the whole one.
+    fn whole(&self) -> usize {
+        self.faces.len().saturating_mul(self.others.map_or(1, |others| others.parts()))
+    }
 }
 
 /// How it is judged.
@@ -169,6 +194,8 @@ struct Places {
     /// Of the first step; as `anchors` without one.
     first_anchors: Anchors,
     pictures: u32,
+    /// Pictures of the whole batch.
+    whole: u32,
     faces: u64,
     face_count: u32,
     starts: u64,
@@ -288,6 +315,9 @@ impl Judge {
         let places = self.places(stream, batch, count)?;
         let buffer = self.room.there()?;
         let clear = || buffer.fill(stream, 0..(places.zeros - buffer.address()) as usize, 0);
+        let counts = (places.counts - buffer.address()) as usize;
+        let sum_counts =
+            || batch.others.map_or(Ok(()), |o| o.sum(stream, buffer, counts..counts + COUNTS * 4));
         clear()?;
         // SAFETY: `checked` found the groups' values in outputs and gradients, which are as long; the other arrays were made as large as
         // `places` says, those that kernels add to or compare are zeros.
@@ -300,6 +330,7 @@ impl Judge {
                     ..places
                 };
                 self.matches.assign(stream, &own, &first.matching)?;
+                sum_counts()?;
                 self.losses.losses(stream, &own, &Rules { sampling: None, ..*rules })?;
                 self.matches.pass_on(stream, &places, first.survives)?;
                 clear()?;
@@ -316,7 +347,14 @@ impl Judge {
                 }
                 None => {}
             }
+            // A sampler's choices are divided by themselves, and by the pictures.
+            if rules.sampling.is_none() {
+                sum_counts()?;
+            }
             self.losses.losses(stream, &places, rules)?;
+        }
+        if let Some(others) = batch.others {
+            others.wait(stream)?;
         }
         let at = (places.total - buffer.address()) as usize;
         let steps = if batch.first.is_some() { 2 } else { 1 };
@@ -344,6 +382,7 @@ impl Judge {
 
         let group_count = count_of(batch.groups.len())?;
         let (pictures, face_count) = (count_of(batch.faces.len())?, count_of(faces.len())?);
+        let whole = count_of(batch.whole())?;
         let first_anchors = Anchors { groups: first_groups, moved: 0, group_count, count };
         let moves = first.iter().any(|g| g.parts & AnchorGroup::BOXES != 0);
         let steps = if batch.first.is_some() { 2 } else { 1 };
@@ -358,7 +397,7 @@ impl Judge {
             let found = pieces.take(of_faces, 4);
             let claims = pieces.take(of_faces, 8);
             let listed = pieces.take(u64::from(pictures), 4);
-            let counts = pieces.take(2, 4);
+            let counts = pieces.take(COUNTS as u64, 4);
             let zeros = pieces.0;
             let moved = if moves { pieces.take(all, 16) } else { 0 };
             let seen = if batch.first.is_some() { pieces.take(all, 1) } else { 0 };
@@ -366,6 +405,7 @@ impl Judge {
                 anchors: Anchors { groups, moved, ..first_anchors },
                 first_anchors,
                 pictures,
+                whole,
                 faces: face_list,
                 face_count,
                 starts: start_list,
