@@ -107,6 +107,13 @@ pub struct Room {
 }
 
 impl Room {
+    /// Takes a buffer that is no longer asked for, to be given back with those that it grew out of.
+    fn grow_out_of(&mut self, buffer: DeviceBuffer) {
+        if self.keeps {
+            self.outgrown.push(buffer);
+        }
+    }
+
     /// It, once it was made.
     pub fn there(&self) -> Result<&DeviceBuffer> {
         self.buffer.as_ref().ok_or_else(|| Error::Internal("no room".into()))
@@ -117,8 +124,9 @@ impl Room {
         match &self.buffer {
             Some(buffer) if buffer.len() >= bytes => Ok(buffer.address()),
             _ => {
-                let outgrown = self.buffer.take();
-                self.outgrown.extend(outgrown.filter(|_| self.keeps));
+                if let Some(buffer) = self.buffer.take() {
+                    self.grow_out_of(buffer);
+                }
                 let buffer = DeviceBuffer::new(device.context(), bytes)?;
                 Ok(self.buffer.insert(buffer).address())
             }

@@ -38,7 +38,12 @@ pub(super) fn checked(batch: &Batch<'_>, rules: &Rules) -> Result<u32> {
         }
     }
     let first = batch.first.map_or(&[][..], |first| first.groups);
-    checked_groups(batch.groups, first, batch.outputs, rules.loss.class.logits(), pictures)
+    let count = checked_groups(batch.groups, first, batch.outputs, rules.loss.class.logits(), pictures)?;
+    // Counts of all parts are summed up in 32 bits.
+    if u128::from(count) * batch.whole() as u128 > u128::from(u32::MAX) {
+        return Err(Error::LimitExceeded("a batch of all processes has too many anchors".into()));
+    }
+    Ok(count)
 }
 
 /// Anchors of a picture, where groups number them in a row, and their values and those of a first step lie in the outputs.
@@ -80,10 +85,6 @@ pub(super) fn checked_groups(
     // Kernels count anchors in 31 bits, pictures along a grid's second axis.
     if count * pictures as u64 > i32::MAX as u64 || pictures > 65_535 {
         return Err(Error::LimitExceeded("a batch has too many anchors for the device".into()));
-    }
-    // Counts of all parts are summed up in 32 bits.
-    if u128::from(count) * batch.whole() as u128 > u128::from(u32::MAX) {
-        return Err(Error::LimitExceeded("a batch of all processes has too many anchors".into()));
     }
     Ok(count as u32)
 }
