@@ -19,6 +19,9 @@ use std::time::{Duration, Instant};
 /// How long a run may take that takes a fraction of a second.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Most calls that give back what the first step outgrows, and fail unnoticed.
+const OUTGROWN: usize = 18;
+
 /// The smallest network, four pictures a batch.
 const RECIPE: &str = r#"
 [model]
@@ -59,8 +62,7 @@ fn a_training_whose_driver_fails_at_any_call_is_an_error() {
     }
     let dir = tempfile::tempdir().unwrap();
     drawing::draw(dir.path(), 4, 40, 1);
-    // Buffers that the first step outgrows go unnoticed.
-    fail_at_some(emulator, "a training", stride(41), 18, || {
+    fail_at_some(emulator, "a training", stride(41), OUTGROWN, || {
         let mut trainer = Trainer::new(RECIPE, dir.path(), resources())?;
         trainer.step()?;
         trainer.step()?;
@@ -137,6 +139,7 @@ fn of_two_ranks_a_call_that_fails_is_an_error_of_one_and_ends_the_other() {
     let mut failed = 0;
     for (failing, [trained, all]) in calls.into_iter().enumerate() {
         assert!(trained > 500, "{calls:?} calls");
+        let mut unnoticed = 0;
         // The ranks' calls fail in between each other's.
         for n in (1 + failing as i64 * stride as i64 / 2..=all).step_by(stride) {
             let what = format!("rank {failing}, call {n} of {calls:?}");
@@ -168,8 +171,8 @@ fn of_two_ranks_a_call_that_fails_is_an_error_of_one_and_ends_the_other() {
                 // What is given back in the end fails unnoticed; how often a wait looks is chance, so that a late call may not come.
                 (Ok(()), other) => {
                     other.unwrap_or_else(|e| panic!("{what}: the other: {e}"));
-                    let [trained, all] = own.calls;
-                    assert!(n > trained || all < n, "{what}: fails unnoticed");
+                    unnoticed += usize::from(n <= own.calls[0]);
+                    assert!(unnoticed <= OUTGROWN, "{what}: fails unnoticed");
                 }
             }
             // A thread that waits in vain to join holds the context until it gives up.

@@ -109,26 +109,33 @@ struct Reduction {
         }
         if (!all_there(s, name))
             return -1;
-        bool added = head.type == UINT32 ? add<std::uint32_t>(s, name) : add<float>(s, name);
+        int added = head.type == UINT32 ? add<std::uint32_t>(s, name) : add<float>(s, name);
+        // Who went meanwhile has taken its values along: nothing comes any more.
+        if (added == SYSTEM_ERROR)
+            return -1;
+        if (added != SUCCESS) {
+            s.failed = added;
+            return SUCCESS;
+        }
         // All are past the sum before.
-        if (added && number > 0)
+        if (number > 0)
             s.remove_own(std::to_string(number - 1));
         s.done++;
         return SUCCESS;
     }
 
-    // Whether all ranks ask for the same.
-    template <class T> bool add(Shared &s, const std::string &name)
+    // SYSTEM_ERROR where a rank's values are gone, INVALID_USAGE where not all ask for the same.
+    template <class T> int add(Shared &s, const std::string &name)
     {
         std::vector<T> sum(head.count), values(head.count);
         for (int r = 0; r < s.ranks; r++) {
             std::ifstream in(s.file(name, r), std::ios::binary);
             Head other{};
-            in.read((char *)&other, sizeof other);
+            if (!in.read((char *)&other, sizeof other))
+                return SYSTEM_ERROR;
             if (other.count != head.count || other.type != head.type || other.reduce != head.reduce) {
                 std::fprintf(stderr, "ranks ask for different sums\n");
-                s.failed = INVALID_USAGE;
-                return false;
+                return INVALID_USAGE;
             }
             in.read((char *)values.data(), (std::streamsize)(head.count * 4));
             for (std::size_t i = 0; i < head.count; i++)
@@ -137,7 +144,7 @@ struct Reduction {
         T share = head.reduce == MEAN ? T(1) / T(s.ranks) : T(1);
         for (std::size_t i = 0; i < head.count; i++)
             ((T *)to)[i] = sum[i] * share;
-        return true;
+        return SUCCESS;
     }
 };
 
