@@ -279,6 +279,7 @@ impl Looks {
         let places = Places {
             anchors,
             pictures: 1,
+            whole: 1,
             faces: rows.faces,
             starts: rows.starts,
             outputs: outputs.address(outputs.len)?,
