@@ -143,7 +143,7 @@ impl Case {
         let shapes = |outputs: &[Tensor]| outputs.iter().map(|t| t.shape).collect::<Vec<_>>();
         let first = upload(&self.outputs)?;
         let again = LookAgain { look: &self.look, faces: &self.faces, seeds: self.seeds.clone() };
-        let rows = choose(looks, stream, &first, &shapes(&self.outputs), &again, room)?;
+        let rows = choose(looks, stream, &first, &shapes(&self.outputs), &again, None, room)?;
         let outputs = self.second(&rows);
         let second = upload(&outputs)?;
         let gradient = DeviceBuffer::new(stream.context(), second.len() + GUARD)?;

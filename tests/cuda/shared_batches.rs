@@ -7,7 +7,7 @@ use crate::failures::alone;
 use crate::objective::{levels, random_faces, FOCAL};
 use crate::ranks::{emulator, follow, train, train_alone, two};
 use crate::train::{on_device, table};
-use crate::trainer::{HAMBOX, HEAD, REFINEFACE, TAIL};
+use crate::trainer::{GROUP_SAMPLING, HAMBOX, HEAD, REFINEFACE, SUPERVISED, TAIL};
 use farface::detect::BBox;
 use farface::gpu::map::Element;
 use farface::graph::init::Rng;
@@ -265,7 +265,14 @@ fn trainings_that_ranks_judge_on_the_device_are_those_of_one_process() {
         )
         .replace("[mining]", "[sampler]\nminer = { kind = \"wrs\" }\nsamples = 64\n[mining]");
     let launches = || emulator.launches(c"anchor_losses");
-    for (detector, own) in [("hambox-baseline-r18", sampled.as_str()), ("refineface-r18", REFINEFACE)] {
+    let supervised = format!("{REFINEFACE}{SUPERVISED}");
+    let kinds = [
+        ("hambox-baseline-r18", &sampled[..]),
+        ("refineface-r18", REFINEFACE),
+        ("refineface-r18", &supervised),
+        ("fpn-finest-rcnn-r18", GROUP_SAMPLING),
+    ];
+    for (detector, own) in kinds {
         // Where no normalisation looks at the batch.
         let head = HEAD.replace("DETECTOR", detector).replace("[data]", "freeze-statistics = [\"\"]\n[data]");
         let text = format!("{head}{own}{TAIL}");

@@ -463,12 +463,12 @@ margin = 15.0
 
 /// With its feature supervision module. Whatever a box overlaps, it is looked at: of anchors that know nothing yet rounding alone says
 /// which is better.
-const SUPERVISED: &str = r#"
+pub const SUPERVISED: &str = r#"
 [feature-supervision]
 nms = 1.0
 "#;
 /// Group Sampling with its second stage.
-const GROUP_SAMPLING: &str = r#"
+pub const GROUP_SAMPLING: &str = r#"
 [matching]
 kind = "two-pass-scan"
 lambda1 = 0.6

@@ -26,7 +26,7 @@ pub struct Args {
     /// Picture size that shapes, multiply-adds and memory are told for
     #[arg(long, value_name = "WxH", default_value = "640x480")]
     size: PictureSize,
-    /// Arithmetic of the network: `auto` (int8 of a quantized model, else f32), `f32`, `bf16`, `f16`, `int8`
+    /// Arithmetic of the network: `auto` (int8 of a quantized model where the CPU is faster in it, else f32), `f32`, `bf16`, `f16`, `int8`
     #[arg(long, value_name = "NUMBERS", value_parser = parse_precision, default_value = "auto")]
     precision: Precision,
     /// Print JSON

@@ -40,7 +40,7 @@ pub struct Settings {
     /// Threads; 0 = one a core, which is the default but for `bench`, where it is 1
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Arithmetic of the network: `auto` (int8 of a quantized model, else f32), `f32`, `bf16`, `f16`, `int8`, or
+    /// Arithmetic of the network: `auto` (int8 of a quantized model where the CPU is faster in it, else f32), `f32`, `bf16`, `f16`, `int8`, or
     /// on a CUDA device of compute capability 8.0 or later `tf32`
     #[arg(long, value_name = "NUMBERS", value_parser = parse_precision)]
     precision: Option<Precision>,

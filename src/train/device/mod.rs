@@ -211,6 +211,33 @@ impl DeviceEngine {
         Ok(losses)
     }
 
+    /// Chooses boxes by what was judged, runs the second phase on them and judges it; of a batch that is shared, together with the other
+    /// ranks.
+    fn judge_boxes(&mut self, again: &LookAgain<'_>) -> Result<Losses> {
+        if self.judged != 1 || self.phases() == 1 {
+            return Err(Error::Internal("a second look without a first, or at no boxes".into()));
+        }
+        let (first, own) = (self.walk.first_outputs(&self.graph), again.look.first_outputs());
+        let outputs = self.graph.outputs.iter().take(first.min(own));
+        let shapes: Vec<Shape> = outputs.map(|(_, node)| self.batch.shapes[self.shown(node.0)]).collect();
+        if self.looks.is_none() {
+            self.looks = Some(Looks::new(self.ops.device())?);
+        }
+        let Self { looks, ops, outside, boxes, reduction, .. } = self;
+        let others = reduction.as_ref().map(|r| r as &dyn Others);
+        let looks = looks.as_mut().ok_or_else(|| Error::Internal("nobody looks".into()))?;
+        let rows = second_look::choose(looks, ops.stream(), outside.there()?, &shapes, again, others, boxes)?;
+        self.begin_second(&rows.iter().map(|&rows| Shape::new(rows, 5, 1, 1)).collect::<Vec<_>>())?;
+        self.run_second(rows)?;
+        let (shapes, bytes) = self.gather(first..self.graph.outputs.len())?;
+        let Self { looks, ops, outside, slopes, box_rows, .. } = self;
+        let looks = looks.as_mut().ok_or_else(|| Error::Internal("nobody looks".into()))?;
+        let buffers = [outside.device(ops, bytes)?, room(&mut slopes[1], ops, bytes)?];
+        let losses = second_look::judge(looks, ops.stream(), buffers, &shapes, box_rows, again.look)?;
+        self.judged = 2;
+        Ok(losses)
+    }
+
     /// Forgets the gradients of an earlier batch. The units that the outputs are of, and how their gradients lie one behind the other.
     fn begin_back(&mut self) -> Result<(Vec<usize>, Vec<Shape>)> {
         if self.box_rows.is_empty() && self.phases() == 2 {
@@ -323,27 +350,8 @@ impl Engine for DeviceEngine {
     }
 
     fn look_again(&mut self, again: &LookAgain<'_>) -> Result<Losses> {
-        if self.judged != 1 || self.phases() == 1 {
-            return Err(Error::Internal("a second look without a first, or at no boxes".into()));
-        }
-        let (first, own) = (self.walk.first_outputs(&self.graph), again.look.first_outputs());
-        let outputs = self.graph.outputs.iter().take(first.min(own));
-        let shapes: Vec<Shape> = outputs.map(|(_, node)| self.batch.shapes[self.shown(node.0)]).collect();
-        if self.looks.is_none() {
-            self.looks = Some(Looks::new(self.ops.device())?);
-        }
-        let Self { looks, ops, outside, boxes, .. } = self;
-        let looks = looks.as_mut().ok_or_else(|| Error::Internal("nobody looks".into()))?;
-        let rows = second_look::choose(looks, ops.stream(), outside.there()?, &shapes, again, boxes)?;
-        self.begin_second(&rows.iter().map(|&rows| Shape::new(rows, 5, 1, 1)).collect::<Vec<_>>())?;
-        self.run_second(rows)?;
-        let (shapes, bytes) = self.gather(first..self.graph.outputs.len())?;
-        let Self { looks, ops, outside, slopes, box_rows, .. } = self;
-        let looks = looks.as_mut().ok_or_else(|| Error::Internal("nobody looks".into()))?;
-        let buffers = [outside.device(ops, bytes)?, room(&mut slopes[1], ops, bytes)?];
-        let losses = second_look::judge(looks, ops.stream(), buffers, &shapes, box_rows, again.look)?;
-        self.judged = 2;
-        Ok(losses)
+        let losses = self.judge_boxes(again);
+        self.or_end(losses)
     }
 
     fn backward_judged(&mut self) -> Result<()> {

@@ -7,7 +7,9 @@ use crate::detect::group_sampling::SECOND_STAGE_VARIANCES;
 use crate::error::{Error, Result};
 use crate::gpu::driver::Stream;
 use crate::gpu::memory::DeviceBuffer;
-use crate::gpu::ops::train::objective::{AnchorGroup, Choice, LookRules, Looks, Proposed, Score, Turn};
+use crate::gpu::ops::train::objective::{
+    AnchorGroup, Choice, LookRules, Looks, Others, Proposed, Score, Turn,
+};
 use crate::gpu::ops::train::{Room, Values};
 use crate::shape::Shape;
 use crate::train::data::Annotated;
@@ -16,13 +18,15 @@ use crate::train::objective::second_look::{FeatureSupervision, GroupedFastRcnn};
 use crate::train::objective::{Losses, SecondLook};
 
 /// Chooses a batch's boxes by the detector's outputs, of these `shapes`, which lie one behind the other, as f32, at the beginning of
-/// `outputs`, and writes them to `boxes`: of each input R x 5, image and corners. R of each input.
+/// `outputs`, and writes them to `boxes`: of each input R x 5, image and corners. R of each input. Where `others` have parts of the batch,
+/// what its losses are divided by is the whole one's.
 pub fn choose(
     looks: &mut Looks,
     stream: &Stream,
     outputs: &DeviceBuffer,
     shapes: &[Shape],
     again: &LookAgain<'_>,
+    others: Option<&dyn Others>,
     boxes: &mut Room,
 ) -> Result<Vec<usize>> {
     let len = shapes.iter().map(|s| s.len()).sum();
@@ -36,6 +40,7 @@ pub fn choose(
         face_inputs: &[],
         seeds,
         outputs: Values { buffer: outputs, at: 0, len },
+        others,
     };
     match look {
         SecondLook::FeatureSupervision(s) => {
@@ -57,7 +62,8 @@ pub fn choose(
             let none: Vec<Vec<u32>> = annotated.iter().map(|own| vec![0; own.len()]).collect();
             let turns = turns_of_cells(s, &groups)?;
             let batch = Proposed { turns: &turns, face_inputs: &none, groups: &groups, ..outer };
-            looks.choose(stream, &batch, &rcnn_rules(s, faces.len()), boxes)
+            let images = faces.len() * others.map_or(1, |others| others.parts());
+            looks.choose(stream, &batch, &rcnn_rules(s, images), boxes)
         }
     }
 }

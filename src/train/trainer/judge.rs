@@ -18,11 +18,8 @@ impl Trainer {
     }
 
     /// Runs the network on a batch and judges its outputs where they are, so that they need not come down; None where that cannot be, and
-    /// nothing is done then: where boxes are chosen by the outputs of a batch of which other processes have a part.
+    /// nothing is done then.
     pub(super) fn judge_on_device(&mut self, batch: &Batch, shape: Shape) -> Result<Option<Losses>> {
-        if self.second_look.is_some() && self.ranks.is_some() {
-            return Ok(None);
-        }
         // Pictures are counted in the whole batch, of which the ones here may be a part.
         let (draws, images, part) = (self.draws(), self.recipe.batch.size, self.part.start);
         let seeds = |first: usize| (0..batch.faces.len()).map(|n| draws(part + n + first)).collect();

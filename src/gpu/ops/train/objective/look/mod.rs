@@ -5,8 +5,8 @@ mod plan;
 
 use super::check::{checked_groups, count_of};
 use super::{
-    bring, face_list, loss, matching, sample, AnchorGroup, Anchors, LossRule, MatchRule, Pieces, Places,
-    Room, Rules, SampleRule, SecondPass, Sums, Values, THREADS,
+    bring, face_list, loss, matching, sample, AnchorGroup, Anchors, LossRule, MatchRule, Others, Pieces,
+    Places, Room, Rules, SampleRule, SecondPass, Sums, Values, COUNTS, THREADS,
 };
 use crate::error::{Error, Result};
 use crate::gpu::driver::Stream;
@@ -70,6 +70,8 @@ pub struct Proposed<'a> {
     pub seeds: &'a [u64],
     /// The outputs, in the places that the groups tell.
     pub outputs: Values<'a>,
+    /// Where this is a part of a batch.
+    pub others: Option<&'a dyn Others>,
 }
 
 /// What boxes are ordered by.
@@ -225,11 +227,20 @@ impl Looks {
             k.look_rank.launch(stream, over(sizes.before), THREADS, RANK_SHARED, &propose)?;
             k.look_choose.launch(stream, pictures, BLOCK, CHOOSE_SHARED, &propose)?;
             self.matches.assign(stream, &places, &rules.matching)?;
-            if let Choice::Sampled { rule, .. } = &rules.choice {
-                self.samples.draw(stream, &places, rule, 1)?;
+            match (&rules.choice, batch.others) {
+                (Choice::Sampled { rule, .. }, _) => self.samples.draw(stream, &places, rule, 1)?,
+                // What is matched in all parts divides.
+                (Choice::All { .. }, Some(others)) => {
+                    let counts = (places.counts - base) as usize;
+                    others.sum(stream, buffer, counts..counts + COUNTS * 4)?;
+                }
+                (Choice::All { .. }, None) => {}
             }
             k.look_count.launch(stream, over(sizes.slots()), THREADS, 0, &write)?;
             k.look_write.launch(stream, [sizes.runs, sizes.pictures, 1], BLOCK, WRITE_SHARED, &write)?;
+        }
+        if let Some(others) = batch.others {
+            others.wait(stream)?;
         }
         let totals = buffer.values::<u32>(stream, (parts.totals - base) as usize, sizes.inputs as usize)?;
         let counts: Vec<u32> = totals.into_iter().map(|count| count.max(1)).collect();

@@ -1,7 +1,7 @@
 //! Sizes of a choice, where its arrays lie, and the kernels' structs.
 
 use super::super::check::{checked_groups, count_of};
-use super::super::{AnchorGroup, Anchors, Miner, Pieces, Places};
+use super::super::{AnchorGroup, Anchors, Miner, Pieces, Places, COUNTS};
 use super::{Choice, LookRules, Proposed, Score};
 use crate::error::{Error, Result};
 
@@ -190,7 +190,7 @@ impl Parts {
             hit: pieces.take(faces, 4),
             held: pieces.take(faces, 4),
             claims: pieces.take(faces, 8),
-            counts: pieces.take(2, 4),
+            counts: pieces.take(COUNTS as u64, 4),
             tally: pieces.take(u64::from(sizes.runs) * pictures, 4),
             totals: pieces.take(u64::from(sizes.inputs), 4),
             filled: pieces.take(slots, 1),
@@ -257,6 +257,11 @@ pub(super) fn checked(batch: &Proposed<'_>, rules: &LookRules<'_>) -> Result<Siz
         if !matches!(rule.miner, Miner::All | Miner::Random) || batch.seeds.len() != batch.faces.len() {
             return bad("a sampler that looks at losses, or not a seed for each picture");
         }
+    }
+    // Counts of all parts are summed up in 32 bits.
+    let parts = batch.others.map_or(1, |others| others.parts()) as u128;
+    if parts * u128::from(sizes.slots()) * u128::from(sizes.pictures) > u128::from(u32::MAX) {
+        return Err(Error::LimitExceeded("a batch of all processes has too many boxes".into()));
     }
     // As RoIAlign wants them; of proposals no others are left.
     let wanted = batch.faces.iter().flatten().filter(|(_, ignored)| !ignored);
