@@ -45,8 +45,14 @@ networks="fpn-finest-r50@800x800 fpn-finest-r18@800x800 refineface-r18@640x480 r
     refineface-r152@640x480 hambox-r50@640x480 farface-nano@640x480 farface-nano@1920x1080
     farface-small@640x480 farface-small@1920x1080"
 
+# Those whose training is compared.
+trained="fpn-finest-r50@640x640 farface-nano@320x320"
+
 describe() {
-    mkdir -p "$folder/networks"
+    mkdir -p "$folder/networks" "$folder/trained"
+    for network in $trained; do
+        "$folder/cuda_worker" --describe "$folder/trained/$network" "${network%@*}" || return 1
+    done
     for network in $networks; do
         "$folder/cuda_worker" --describe "$folder/networks/$network" "${network%@*}" || return 1
     done
@@ -82,6 +88,8 @@ print(":".join(sorted({p for f in folders for p in glob.glob(f + "/nvidia/*/lib"
     step "steps of fpn-finest-r50" layers fpn-finest-r50@800x800
     step "networks for PyTorch" describe
     step "against PyTorch" python3 "$folder/cuda_compare.py" --ours "$folder/cuda_worker" --compile "$folder/networks"
+    step "training against PyTorch" python3 "$folder/cuda_compare.py" --ours "$folder/cuda_worker" --compile --train \
+        --batches 8 -- "$folder/trained"
     step "detection" "$folder/farface" bench --device cuda:0 --size 1920x1080
     printf '\n%s passed, %s failed\n' "$passed" "$failed"
     [ "$failed" -eq 0 ]

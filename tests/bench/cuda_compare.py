@@ -2,11 +2,17 @@
 """Our networks on a CUDA device against PyTorch: same weights, same input, interleaved in one run, medians by the device's clock.
 
     python3 tests/bench/cuda_compare.py --ours cuda_worker FOLDER [--batches 1 8] [--seconds 3] [--compile]
+    python3 tests/bench/cuda_compare.py --ours cuda_worker --train FOLDER [--batches 8] [--seconds 3] [--compile]
     python3 tests/bench/cuda_compare.py --check FOLDER          # no device: PyTorch on the CPU computes what the worker has printed
 
 FOLDER has, for every network, `NAME@WxH.json` and `.safetensors` as `cuda_worker --describe` writes them. PyTorch runs in f16,
 channels_last, with cudnn.benchmark, batch normalisation folded into the convolutions before it; once replayed as a CUDA graph, and
 with --compile once by torch.compile (max-autotune). Ratios are ours / the faster of both: below 1 ours is faster.
+
+--train times steps of a training in bf16, by the wall clock: forward with the batch's statistics, backward of half the outputs' mean
+squares, SGD with momentum, the gradients' norm clipped and read. PyTorch: autocast, channels_last, cudnn.benchmark, once as it is
+and with --compile once compiled; its pictures lie on the device, ours come up with every step. --check takes NAME@WxH.train-prints too,
+of steps in f32.
 """
 import argparse
 import json
@@ -40,9 +46,9 @@ def load(path):
 
 
 class Net(torch.nn.Module):
-    """A network as described, batch normalisations behind convolutions folded in."""
+    """A network as described; batch normalisations behind convolutions folded in, or, to be trained, by the batch's statistics."""
 
-    def __init__(self, stem):
+    def __init__(self, stem, train=False):
         super().__init__()
         described = json.loads(stem.with_name(stem.name + ".json").read_text())
         weights = load(stem.with_name(stem.name + ".safetensors"))
@@ -53,10 +59,15 @@ class Net(torch.nn.Module):
                 readers[i] += 1
         for i in self.outputs:
             readers[i] += 1
-        self.folded = {}
+        self.folded, self.trains, shared = {}, train, {}
         for i, node in enumerate(self.nodes):
             params = [weights[name] for name in node["params"]]
-            if node["kind"] == "batchnorm":
+            if train:
+                # Levels may share a parameter.
+                own = [shared.setdefault(name, torch.nn.Parameter(p)) for name, p in zip(node["params"], params)]
+                for slot, p in zip("wb", own[:2]):
+                    setattr(self, f"{slot}{i}", p)
+            elif node["kind"] == "batchnorm":
                 scale, shift, mean, var = params
                 factor = scale / torch.sqrt(var + node["layer"]["eps"])
                 shift = shift - mean * factor
@@ -94,6 +105,8 @@ class Net(torch.nn.Module):
             return F.conv2d(F.pad(y, (left, right, top, bottom)), weight, bias, p["stride"], 0, p["dilation"], p["groups"])
         if kind == "conv_transpose2d":
             return F.conv_transpose2d(x[0], weight, bias, p["stride"], p["padding"][:2], groups=p["groups"])
+        if kind == "batchnorm" and self.trains:
+            return F.batch_norm(x[0], None, None, weight, bias, training=True, eps=p["eps"])
         if kind == "batchnorm":
             return x[0] if i in self.folded else x[0] * weight + bias
         if kind == "activation":
@@ -142,6 +155,13 @@ def agree(name, ours, theirs):
             sys.exit(f"error: {name}: output {i // 2} differs: ours {a}, PyTorch {b}")
 
 
+def agree_of_training(name, ours, outputs, net):
+    agree(name, ours[:-1], prints(outputs))
+    theirs = gradient(net)
+    if not abs(ours[-1] - theirs) <= 5e-2 * theirs:
+        sys.exit(f"error: {name}: the mean gradient differs: ours {ours[-1]}, PyTorch {theirs}")
+
+
 def size_of(stem):
     width, height = stem.name.split("@")[1].split("x")
     return int(width), int(height)
@@ -150,10 +170,11 @@ def size_of(stem):
 class Worker:
     """Our side: speaks the lines that cuda_worker.rs documents."""
 
-    def __init__(self, path, stem, batch):
+    def __init__(self, path, stem, batch, train=False):
         width, height = size_of(stem)
         name = stem.name.split("@")[0]
-        command = [path, name, str(width), str(height), str(batch), "f16"]
+        size = [name, str(width), str(height), str(batch)]
+        command = [path, "--train", *size, "bf16"] if train else [path, *size, "f16"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         line = self.process.stdout.readline()
         if not line.startswith("ready"):
@@ -198,6 +219,57 @@ def timer(run):
     return time_runs
 
 
+def loss(outputs):
+    return sum(0.5 * o.float().square().mean() for o in outputs)
+
+
+def gradient(net):
+    """Mean magnitude."""
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).abs().double().mean().item()
+
+
+def stepper(net, forward, x):
+    """A step of a training as the worker's, and its outputs."""
+    rule = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
+
+    def step():
+        rule.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            outputs = forward(x)
+        loss(outputs).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0).item()
+        rule.step()
+        return outputs
+
+    def time_steps(count):
+        times = []
+        for _ in range(count):
+            began = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - began))
+        return times
+    return time_steps
+
+
+def compare_training(stem, batch, args):
+    torch.set_grad_enabled(True)
+    width, height = size_of(stem)
+    net = Net(stem, train=True).cuda().to(memory_format=torch.channels_last)
+    x = pictures(batch, height, width).cuda().to(memory_format=torch.channels_last)
+    ours = Worker(args.ours, stem, batch, train=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        outputs = net(x)
+    loss(outputs).backward()
+    agree_of_training(stem.name, ours.prints, outputs, net)
+    engines = {"farface": ours, "PyTorch": stepper(net, net, x)}
+    if args.compile:
+        engines["PyTorch, compiled"] = stepper(net, torch.compile(net), x)
+    for run in engines.values():
+        run(3)
+    report(stem, batch, engines, args.seconds)
+
+
 def compare(stem, batch, args):
     width, height = size_of(stem)
     net = Net(stem).half().cuda().to(memory_format=torch.channels_last)
@@ -213,12 +285,16 @@ def compare(stem, batch, args):
         for _ in range(3):
             compiled(x)
         engines["PyTorch, max-autotune"] = timer(lambda: compiled(x))
+    report(stem, batch, engines, args.seconds)
+
+
+def report(stem, batch, engines, seconds):
     times = {e: [] for e in engines}
-    end = time.time() + args.seconds * len(engines)
+    end = time.time() + seconds * len(engines)
     while time.time() < end or len(times["farface"]) < 50:
         for e, run in engines.items():
             times[e] += run(10)
-    ours.close()
+    engines["farface"].close()
     medians = {e: statistics.median(t) for e, t in times.items()}
     best = min(m for e, m in medians.items() if e != "farface")
     for e, m in medians.items():
@@ -234,6 +310,7 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--train", action="store_true", help="steps of a training")
     args = parser.parse_args()
     stems = [p.with_suffix("") for p in sorted(args.folder.glob("*.json"))]
     if not stems:
@@ -243,15 +320,25 @@ def main():
         for stem in stems:
             width, height = size_of(stem)
             theirs = prints(Net(stem)(pictures(1, height, width)))
-            agree(stem.name, json.loads(stem.with_name(stem.name + ".prints").read_text()), theirs)
-            print(f"{stem.name}: {len(theirs) // 2} outputs agree")
+            if stem.with_name(stem.name + ".prints").exists():
+                agree(stem.name, json.loads(stem.with_name(stem.name + ".prints").read_text()), theirs)
+                print(f"{stem.name}: {len(theirs) // 2} outputs agree")
+            trained = stem.with_name(stem.name + ".train-prints")
+            if trained.exists():
+                torch.set_grad_enabled(True)
+                net = Net(stem, train=True)
+                outputs = net(pictures(2, height, width))
+                loss(outputs).backward()
+                agree_of_training(stem.name, json.loads(trained.read_text()), outputs, net)
+                torch.set_grad_enabled(False)
+                print(f"{stem.name}: outputs and gradients of a training agree")
         return
     torch.backends.cudnn.benchmark = True
     print("| network | batch | engine | median ms | fastest ms | ours / best |")
     print("|---|---|---|---|---|---|")
     for stem in stems:
         for batch in args.batches:
-            compare(stem, batch, args)
+            (compare_training if args.train else compare)(stem, batch, args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,11 @@
 //! `cuda_worker NETWORK WIDTH HEIGHT BATCH f16|bf16|tf32|f32` speaks the lines of the other worker: prints `ready SECONDS [prints of the
 //! outputs]`, then for every number N read the milliseconds of N runs by the device's own clock; `q` ends it. `--layers` before them
 //! prints every step's time instead. `cuda_worker --describe STEM NETWORK` writes the network as `STEM.json` and `STEM.safetensors`.
+//!
+//! `cuda_worker --train NETWORK WIDTH HEIGHT BATCH bf16|f32` times steps of a training in the same way, by the wall clock: pixels up,
+//! forward with the batch's statistics, outputs down, the gradient of the sum over the outputs of half their mean square up (that of
+//! the first step, every time), backward, and SGD with momentum and a clipped norm, which comes down. Its prints are of the outputs,
+//! then the mean magnitude of all gradients.
 
 mod networks;
 
@@ -83,8 +88,102 @@ fn description(graph: &Graph) -> Value {
     json!({"nodes": graph.nodes.iter().map(node).collect::<Vec<_>>(), "outputs": outputs})
 }
 
+/// Steps of a training on the device.
+#[cfg(feature = "train")]
+mod training {
+    use super::{networks, prints, times, Result};
+    use farface::gpu::map::Element;
+    use farface::gpu::ops::Device;
+    use farface::shape::{Shape, Tensor};
+    use farface::train::device::DeviceEngine;
+    use farface::train::network::{Engine, Frozen, InputTable, Update, Updated};
+    use farface::train::optim::{Optimizer, OptimizerRecipe, ParamOptions};
+    use std::time::Instant;
+
+    /// As the pictures of cuda_compare.py: value v of a pixel is (v - 100) / 128.
+    fn table() -> InputTable {
+        let value = || (0..256).map(|v| (v as f32 - 100.0) / 128.0).collect();
+        InputTable { channel: [0, 1, 2], value: [value(), value(), value()] }
+    }
+
+    pub fn run(name: &str, shape: Shape, precision: &str) -> Result<()> {
+        let element = match precision {
+            "bf16" => Element::Bf16,
+            "f32" => Element::F32,
+            other => return Err(format!("{other}: expected bf16 or f32").into()),
+        };
+        let start = Instant::now();
+        let (graph, weights) = networks::network(name)?;
+        let mut engine =
+            DeviceEngine::new(graph, &weights, &Frozen::default(), &Device::new(0)?, element, 1)?;
+        let params: Vec<ParamOptions> =
+            engine.graph().params.iter().map(|p| ParamOptions::new(p.name.clone(), p.len())).collect();
+        let trained = engine.trainable().to_vec();
+        let params = params
+            .into_iter()
+            .zip(&trained)
+            .map(|(p, &trained)| ParamOptions { frozen: !trained, ..p })
+            .collect();
+        let sgd = OptimizerRecipe::Sgd { momentum: 0.9, weight_decay: 0.0, nesterov: false };
+        let mut optimizer = Optimizer::new(sgd, params)?;
+        let (pixels, table): (Vec<u8>, _) =
+            ((0..shape.len()).map(|i| (i * 7919 % 255) as u8).collect(), table());
+        let outputs = engine.forward(&pixels, shape, &table)?;
+        let gradient = |y: &Tensor| {
+            let count = y.data.len() as f32;
+            Tensor::from_vec(y.shape, y.data.iter().map(|v| v / count).collect())
+        };
+        let gradients: Vec<Tensor> = outputs.iter().map(gradient).collect();
+        engine.backward(&gradients)?;
+        let grads = engine.params_and_grads()?.1;
+        let all = grads.iter().zip(&trained).filter(|(_, &trained)| trained).flat_map(|(g, _)| g.iter());
+        let (sum, count) = all.fold((0.0, 0u64), |(sum, n), v| (sum + f64::from(v.abs()), n + 1));
+        let mut told: Vec<f64> = outputs.iter().flat_map(prints).collect();
+        told.push(sum / count as f64);
+        let told: Vec<String> = told.iter().map(|p| format!("{p:e}")).collect();
+        let mut step = || -> Result<f64> {
+            let began = Instant::now();
+            engine.forward(&pixels, shape, &table)?;
+            engine.backward(&gradients)?;
+            // A rate at which nothing runs away in thousands of steps.
+            let update = Update { optimizer: &mut optimizer, average: None, clip: 10.0, lr: 1e-6 };
+            match engine.update(update)? {
+                Updated::Done { .. } => Ok(began.elapsed().as_secs_f64() * 1e3),
+                Updated::NotFinite { param } => {
+                    Err(format!("the gradient of parameter {param} is not finite").into())
+                }
+            }
+        };
+        // The first ones choose kernels and make room.
+        (0..3).try_for_each(|_| step().map(|_| ()))?;
+        println!("ready {:.2} [{}]", start.elapsed().as_secs_f64(), told.join(", "));
+        times(step)
+    }
+}
+
+/// Answers every number N read with N times in milliseconds, until `q`.
+fn times(mut run: impl FnMut() -> Result<f64>) -> Result<()> {
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        if line.trim() == "q" {
+            break;
+        }
+        let count = line.trim().parse::<usize>()?;
+        let all = (0..count).map(|_| run().map(|ms| format!("{ms:.6}"))).collect::<Result<Vec<_>>>()?;
+        println!("{}", all.join(" "));
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
+    #[cfg(feature = "train")]
+    if let [flag, name, width, height, batch, precision] = &args[..] {
+        if flag == "--train" {
+            let shape = Shape::new(batch.parse()?, 3, height.parse()?, width.parse()?);
+            return training::run(name, shape, precision);
+        }
+    }
     if let [flag, stem, name] = &args[..] {
         if flag == "--describe" {
             let (graph, weights) = networks::network(name)?;
@@ -96,7 +195,7 @@ fn main() -> Result<()> {
     let layers = args.first().is_some_and(|a| a == "--layers");
     let [name, width, height, batch, arithmetic] = &args[usize::from(layers)..] else {
         let usage =
-            "usage: cuda_worker [--layers] NETWORK WIDTH HEIGHT BATCH f16|bf16|tf32|f32 | --describe STEM NETWORK";
+            "usage: cuda_worker [--layers] NETWORK WIDTH HEIGHT BATCH f16|bf16|tf32|f32 | --train NETWORK WIDTH HEIGHT BATCH bf16|f32 | --describe STEM NETWORK";
         return Err(usage.into());
     };
     let arithmetic = match arithmetic.as_str() {
@@ -123,22 +222,13 @@ fn main() -> Result<()> {
     let recorded = stream.capture(|| plan.launch(&stream, &arena))?;
     println!("ready {:.2} [{}]", start.elapsed().as_secs_f64(), prints.join(", "));
     let [before, after] = [Event::new(device.context())?, Event::new(device.context())?];
-    for line in std::io::stdin().lock().lines() {
-        let line = line?;
-        if line.trim() == "q" {
-            break;
-        }
-        let mut times = Vec::new();
-        for _ in 0..line.trim().parse::<usize>()? {
-            before.record(&stream)?;
-            recorded.launch(&stream)?;
-            after.record(&stream)?;
-            after.synchronize()?;
-            times.push(format!("{:.6}", after.since(&before)?));
-        }
-        println!("{}", times.join(" "));
-    }
-    Ok(())
+    times(|| {
+        before.record(&stream)?;
+        recorded.launch(&stream)?;
+        after.record(&stream)?;
+        after.synchronize()?;
+        Ok(after.since(&before)?.into())
+    })
 }
 
 /// Median of 30 times of every step, launched one by one.
