@@ -9,12 +9,17 @@ FOLDER has, for every network, `NAME@WxH.json` and `.safetensors` as `cuda_worke
 channels_last, with cudnn.benchmark, batch normalisation folded into the convolutions before it; once replayed as a CUDA graph, and
 with --compile once by torch.compile (max-autotune). Ratios are ours / the faster of both: below 1 ours is faster.
 
+Floor: multiply-adds of all convolutions over the rate of torch.mm of 8192x8192 in f16, or the bytes of their inputs, outputs and
+weights, each moved once, over the rate of a copy within the device's memory, whichever takes longer; both measured in the same run. What
+is fused otherwise (sums with enlarged maps, pooling) is not counted. "Share" is the floor over the median.
+
 --train times steps of a training in bf16, by the wall clock: forward with the batch's statistics, backward of half the outputs' mean
 squares, SGD with momentum, the gradients' norm clipped and read. PyTorch: autocast, channels_last, cudnn.benchmark, once as it is
 and with --compile once compiled; its pictures lie on the device, ours come up with every step. --check takes NAME@WxH.train-prints too,
 of steps in f32.
 """
 import argparse
+import functools
 import json
 import pathlib
 import statistics
@@ -87,6 +92,24 @@ class Net(torch.nn.Module):
         self.register_buffer(f"w{i}", weight)
         if bias is not None:
             self.register_buffer(f"b{i}", bias)
+
+    def work(self, image):
+        """Operations of the convolutions, and values that they move if each is moved once."""
+        total = [0, 0]
+        layer = self.layer
+
+        def counted(i, node, x):
+            y = layer(i, node, x)
+            if "conv" in node["kind"] or node["kind"] == "depthwise":
+                weight = getattr(self, f"w{i}")
+                outputs = x[0] if node["kind"] == "conv_transpose2d" else y
+                total[0] += 2 * outputs.numel() * weight[0].numel()
+                total[1] += x[0].numel() + y.numel() + weight.numel()
+            return y
+        self.layer = counted
+        self(image)
+        self.layer = layer
+        return total
 
     def forward(self, image):
         values = []
@@ -270,6 +293,16 @@ def compare_training(stem, batch, args):
     report(stem, batch, engines, args.seconds)
 
 
+@functools.cache
+def rates():
+    """Operations and bytes a millisecond: of a product of matrices in f16, of a copy, read and written."""
+    a, b = (torch.rand(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))
+    large = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    to = torch.empty_like(large)
+    median = lambda run: statistics.median(timer(run)(20)[5:])
+    return 2 * 8192**3 / median(lambda: torch.mm(a, b)), 2 * large.numel() / median(lambda: to.copy_(large))
+
+
 def compare(stem, batch, args):
     width, height = size_of(stem)
     net = Net(stem).half().cuda().to(memory_format=torch.channels_last)
@@ -285,10 +318,11 @@ def compare(stem, batch, args):
         for _ in range(3):
             compiled(x)
         engines["PyTorch, max-autotune"] = timer(lambda: compiled(x))
-    report(stem, batch, engines, args.seconds)
+    (operations, values), (rate, bandwidth) = net.work(x), rates()
+    report(stem, batch, engines, args.seconds, max(operations / rate, 2 * values / bandwidth))
 
 
-def report(stem, batch, engines, seconds):
+def report(stem, batch, engines, seconds, floor=None):
     times = {e: [] for e in engines}
     end = time.time() + seconds * len(engines)
     while time.time() < end or len(times["farface"]) < 50:
@@ -299,7 +333,8 @@ def report(stem, batch, engines, seconds):
     best = min(m for e, m in medians.items() if e != "farface")
     for e, m in medians.items():
         ratio = f"{m / best:.2f}" if e == "farface" else ""
-        print(f"| {stem.name} | {batch} | {e} | {m:.4f} | {min(times[e]):.4f} | {ratio} |", flush=True)
+        share = f"{floor:.4f} | {floor / m:.2f}" if floor else " |"
+        print(f"| {stem.name} | {batch} | {e} | {m:.4f} | {min(times[e]):.4f} | {ratio} | {share} |", flush=True)
 
 
 def main():
@@ -334,8 +369,8 @@ def main():
                 print(f"{stem.name}: outputs and gradients of a training agree")
         return
     torch.backends.cudnn.benchmark = True
-    print("| network | batch | engine | median ms | fastest ms | ours / best |")
-    print("|---|---|---|---|---|---|")
+    print("| network | batch | engine | median ms | fastest ms | ours / best | floor ms | share |")
+    print("|---|---|---|---|---|---|---|---|")
     for stem in stems:
         for batch in args.batches:
             (compare_training if args.train else compare)(stem, batch, args)
