@@ -513,6 +513,8 @@ fn bench_times_parts_and_steps() {
     let text = bench.ok(&large);
     assert!(text.contains("scale 0.1000: 64x48 in 1 tile, 0.006 M pixels"), "{text}");
     bench.picture("a.png", 64, 48);
+    let nv12 = bench.ok(&["bench", "-m", "m.safetensors", "--size", "97x65", "--nv12", "--runs", "1"]);
+    assert!(nv12.contains("97x65:"), "{nv12}");
     let picture = bench.ok(&["bench", "-m", "m.safetensors", "--image", "a.png", "--runs", "1"]);
     assert!(picture.contains("64x48:"), "{picture}");
 }

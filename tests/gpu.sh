@@ -90,7 +90,7 @@ print(":".join(sorted({p for f in folders for p in glob.glob(f + "/nvidia/*/lib"
     step "against PyTorch" python3 "$folder/cuda_compare.py" --ours "$folder/cuda_worker" --compile "$folder/networks"
     step "training against PyTorch" python3 "$folder/cuda_compare.py" --ours "$folder/cuda_worker" --compile --train \
         --batches 8 -- "$folder/trained"
-    step "detection" "$folder/farface" bench --device cuda:0 --size 1920x1080
+    step "detection" "$folder/farface" bench --device cuda:0 --size 640x480 --size 1920x1080 --nv12 --runs 200
     printf '\n%s passed, %s failed\n' "$passed" "$failed"
     [ "$failed" -eq 0 ]
 }

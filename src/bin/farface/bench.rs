@@ -38,6 +38,9 @@ pub struct Args {
     /// Size of the synthetic picture; may be given several times [default: 640x480]
     #[arg(long, value_name = "WxH")]
     size: Vec<PictureSize>,
+    /// The synthetic picture comes as NV12, as cameras give it, rather than RGB
+    #[arg(long, conflicts_with = "image")]
+    nv12: bool,
     /// Picture to detect on instead
     #[arg(long, value_name = "FILE", conflicts_with = "size")]
     image: Option<PathBuf>,
@@ -167,6 +170,13 @@ fn synthetic(args: &Args, model: &Model, options: &Options, size: PictureSize) -
             (128.0 + 45.0 * wave + (noise >> 27) as f32) as u8
         })
         .collect();
+    if args.nv12 {
+        // Luma of green; colour of little strength, in pairs.
+        let luma = rgb.iter().skip(1).step_by(3).copied();
+        let colour = rgb.iter().map(|v| 112 + v / 8).take(2 * w.div_ceil(2) * h.div_ceil(2));
+        let nv12: Vec<u8> = luma.chain(colour).collect();
+        return measure(args, model, options, &ImageView::packed(w, h, PixelFormat::Nv12, &nv12)?);
+    }
     measure(args, model, options, &ImageView::packed(w, h, PixelFormat::Rgb8, &rgb)?)
 }
 
