@@ -6,6 +6,7 @@ use crate::emulator::{device, driver, Driver, Emulator};
 use crate::failures::alone;
 use crate::plain_step::mixed;
 use crate::train::{on_device, table, Batch};
+use crate::trainer::RECIPE;
 use farface::error::Result;
 use farface::gpu::map::Element;
 use farface::graph::build::ParamRole;
@@ -115,35 +116,13 @@ fn gradients_are_the_sums_of_the_ranks_and_running_statistics_their_means() {
     }
 }
 
-const RECIPE: &str = r#"
-[data]
-train = [{ kind = "wider", list = "faces.txt", images = "images" }]
-[batch]
-size = 4
-sides = [{ side = 64, share = 0.5 }, { side = 96, share = 0.5 }]
-[matching]
-kind = "first-step"
-[mining]
-overlap = 0.5
-[loss]
-classification = { kind = "regression-aware-focal" }
-box = { kind = "neg-ln-iou" }
-[optimizer]
-kind = "sgd"
-[schedule]
-lr = 1e-3
-unit = "steps"
-length = 6
-[ema]
-decay = 0.9
-[run]
-clip = 10.0
-precision = "f32"
-checkpoint-every = 2
-"#;
-
+/// The trainer's recipe for two ranks, with these lines about the model.
 pub fn recipe(model: &str) -> String {
-    format!("[model]\ndetector = \"farface-nano\"\nwidth = 4\nchannels = 12\n{model}{RECIPE}")
+    let text = RECIPE
+        .replace("channels = 12\n", &format!("channels = 12\n{model}"))
+        .replace("size = 3", "size = 4")
+        .replace("length = 10", "length = 6");
+    format!("{text}precision = \"f32\"\ncheckpoint-every = 2\n")
 }
 
 pub fn resources() -> Resources {

@@ -293,7 +293,8 @@ fn a_gradient_that_is_not_finite_changes_nothing_and_is_named() {
     assert!(course.state() == before && course.optimizer.steps() == 0);
 }
 
-const RECIPE: &str = r#"
+/// A narrow farface-nano, three pictures a batch.
+pub const RECIPE: &str = r#"
 [model]
 detector = "farface-nano"
 width = 4

@@ -7,7 +7,7 @@
 use crate::drawing;
 use crate::emulator::{driver, Driver, Emulator};
 use crate::failures::{alone, fail_at_some, stride};
-use crate::ranks::{emulator, resources, two};
+use crate::ranks::{emulator, recipe, resources, two};
 use farface::error::Result;
 use farface::train::ranks::Ranks;
 use farface::train::trainer::Trainer;
@@ -23,36 +23,15 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const OUTGROWN: usize = 18;
 
 /// The smallest network, four pictures a batch.
-const RECIPE: &str = r#"
-[model]
-detector = "farface-nano"
-width = 1
-channels = 4
-[data]
-train = [{ kind = "wider", list = "faces.txt", images = "images" }]
-[batch]
-size = 4
-sides = [{ side = 64, share = 1.0 }]
-[matching]
-kind = "first-step"
-[mining]
-overlap = 0.5
-[loss]
-classification = { kind = "regression-aware-focal" }
-box = { kind = "neg-ln-iou" }
-[optimizer]
-kind = "sgd"
-[schedule]
-lr = 1e-3
-unit = "steps"
-length = 4
-[ema]
-decay = 0.9
-[run]
-clip = 10.0
-precision = "f32"
-checkpoint-every = 2
-"#;
+fn smallest() -> String {
+    recipe("")
+        .replace("width = 4\nchannels = 12", "width = 1\nchannels = 4")
+        .replace(
+            "sides = [{ side = 64, share = 0.5 }, { side = 96, share = 0.5 }]",
+            "sides = [{ side = 64, share = 1.0 }]",
+        )
+        .replace("length = 6", "length = 4")
+}
 
 #[test]
 fn a_training_whose_driver_fails_at_any_call_is_an_error() {
@@ -63,7 +42,7 @@ fn a_training_whose_driver_fails_at_any_call_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     drawing::draw(dir.path(), 4, 40, 1);
     fail_at_some(emulator, "a training", stride(41), OUTGROWN, || {
-        let mut trainer = Trainer::new(RECIPE, dir.path(), resources())?;
+        let mut trainer = Trainer::new(&smallest(), dir.path(), resources())?;
         trainer.step()?;
         trainer.step()?;
         trainer.save(&dir.path().join("last.checkpoint"))?;
@@ -82,7 +61,7 @@ struct Outcome {
 }
 
 fn train(ranks: Arc<Ranks>, dir: &Path, calls: impl FnOnce()) -> Result<()> {
-    let mut trainer = Trainer::of_rank(RECIPE, dir, resources(), ranks, None)?;
+    let mut trainer = Trainer::of_rank(&smallest(), dir, resources(), ranks, None)?;
     trainer.step()?;
     trainer.step()?;
     calls();
