@@ -213,7 +213,10 @@ impl Op {
             }
             Kind::GlobalAvgPool => out == Shape::new(s.n, s.c, 1, 1),
             Kind::Resize { .. } => (s.n, s.c) == (out.n, out.c),
-            Kind::Add(_) => inputs.len() <= 2 && inputs.iter().all(|v| v.shape == out),
+            Kind::Add(AddOp { resizes, .. }) => {
+                let fits = |v: &View| if *resizes { same_size(v) } else { v.shape == out };
+                s == out && inputs.len() <= 2 && inputs.get(1).is_none_or(fits)
+            }
             Kind::Crop(AddOp { corner, .. }) => {
                 let fits = |from: usize, size: usize, all: usize| {
                     from.checked_add(size).is_some_and(|end| end <= all)
@@ -271,7 +274,7 @@ impl Op {
 enum Tables {
     None,
     Conv(ConvTables),
-    /// Rows and columns of the residual.
+    /// Rows and columns of the residual, or of a sum's second input.
     Residual([Vec<u32>; 2]),
     Resize([Vec<Blend>; 2]),
     Cascade(CascadeTables),
@@ -395,7 +398,9 @@ impl Program {
             let (a, out) = (s.inputs[0], s.output.shape);
             let tables = match &s.op.0 {
                 Kind::Conv(c) => Tables::Conv(c.prepare(&a, s.inputs.get(1), &s.output)),
-                Kind::Winograd(_) => Tables::Residual(residual_tables(s.inputs.get(1), &s.output)),
+                Kind::Winograd(_) | Kind::Add(_) => {
+                    Tables::Residual(residual_tables(s.inputs.get(1), &s.output))
+                }
                 Kind::Cascade(c) => Tables::Cascade(c.prepare(&a, &s.between, s.inputs.get(1), &s.output)),
                 Kind::Resize { bilinear } => {
                     Tables::Resize([blends(a.shape.h, out.h, *bilinear), blends(a.shape.w, out.w, *bilinear)])
@@ -579,19 +584,22 @@ impl Step {
                 (Kind::Resize { .. }, Tables::Resize([r, c])) => {
                     simple::resize(k, base, [r, c], a, out, part)
                 }
-                (Kind::Add(op), _) => op.run(k, base, a, b, out, part),
+                (Kind::Add(op), Tables::Residual([rows, columns])) => {
+                    op.run(k, base, a, b, [rows, columns], out, part)
+                }
                 (Kind::Widen(op), _) => op.run(base, a, out, part),
-                (Kind::Crop(op), _) => op.run(k, base, a, None, out, part),
-                (Kind::Sigmoid, _) => simple::per_pixel(floats, a, out, part, |p| {
-                    p.iter_mut().for_each(|v| *v = simple::sigmoid(*v))
-                }),
+                (Kind::Crop(op), _) => op.run(k, base, a, None, [&[]; 2], out, part),
+                (Kind::Sigmoid, _) => simple::sigmoids(k, floats, a, out, part),
                 (Kind::Softmax(n), _) => simple::per_pixel(floats, a, out, part, |p| {
                     p.chunks_exact_mut(*n).for_each(simple::softmax)
                 }),
                 (Kind::RoiAlign(r), _) => {
                     r.run(floats, a, b.expect("validated: RoIAlign has boxes"), out, team)
                 }
-                (Kind::Conv(_) | Kind::Winograd(_) | Kind::Cascade(_) | Kind::Resize { .. }, _) => {
+                (
+                    Kind::Conv(_) | Kind::Winograd(_) | Kind::Cascade(_) | Kind::Resize { .. } | Kind::Add(_),
+                    _,
+                ) => {
                     unreachable!("tables are made with the step")
                 }
             }

@@ -123,6 +123,8 @@ pub(crate) struct AddOp {
     pub slope: f32,
     /// First row and column of `a` that are read.
     pub corner: [usize; 2],
+    /// `b` may be of another size: it is resized to the output's, nearest.
+    pub resizes: bool,
     /// Of `a`, `b` (where there is one) and the output.
     pub formats: [Format; 3],
 }
@@ -159,7 +161,7 @@ impl WidenOp {
 }
 
 impl AddOp {
-    /// Computes this thread's part of the output.
+    /// Computes this thread's part of the output. Of a smaller `b`, its row for every output row and its column for every column.
     ///
     /// # Safety
     /// As [`PoolOp::run`].
@@ -169,6 +171,7 @@ impl AddOp {
         base: *mut u8,
         a: &View,
         b: Option<&View>,
+        [b_rows, b_columns]: [&[u32]; 2],
         output: &View,
         part: &Part,
     ) {
@@ -186,12 +189,19 @@ impl AddOp {
             unsafe {
                 let from = a.at(n, self.corner[0], self.corner[1] + columns.start);
                 let a = operand(a, of_a, a.byte(base, from));
+                // By the table, where there is one, else as the output's.
+                let (b_columns, first) = match b_columns.get(columns.clone()) {
+                    Some(table) => (table, 0),
+                    None => (&[][..], columns.start),
+                };
                 let args = RowArgs {
                     a,
                     b: match b {
-                        Some(b) => operand(b, of_b, b.byte(base, b.at(n, 0, columns.start))),
+                        Some(b) => operand(b, of_b, b.byte(base, b.at(n, 0, first))),
                         None => Operand { values: std::ptr::null(), ..a },
                     },
+                    b_rows,
+                    b_columns,
                     storage: output.storage,
                     output: output.byte(base, output.at(n, 0, columns.start)),
                     out_row: output.row,
@@ -229,6 +239,28 @@ pub(crate) unsafe fn per_pixel(
                     std::slice::from_raw_parts_mut(to, c)
                 };
                 f(pixel);
+            }
+        }
+    });
+}
+
+/// 1 / (1 + e^-x) of every value.
+///
+/// # Safety
+/// As [`PoolOp::run`].
+pub(crate) unsafe fn sigmoids(k: &Kernels, base: *mut f32, input: &View, output: &View, part: &Part) {
+    let c = output.shape.c;
+    let dense = (input.pixel, output.pixel) == (c, c);
+    part.each([output.shape.h, output.shape.w], |n, rows, columns| {
+        for y in rows {
+            // A row's values at once where they lie side by side.
+            let runs = if dense { columns.start..columns.start + 1 } else { columns.clone() };
+            let run = if dense { columns.len() * c } else { c };
+            for x in runs {
+                // SAFETY: the caller's contract; pixels of each view.
+                unsafe {
+                    (k.sigmoid)(base.add(input.at(n, y, x)).cast_const(), base.add(output.at(n, y, x)), run);
+                }
             }
         }
     });

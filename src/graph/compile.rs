@@ -10,7 +10,7 @@ use crate::cpu::arena::Format;
 use crate::cpu::cascade::{CascadeOp, Stage, MAX_STAGES};
 use crate::cpu::conv::Formats;
 use crate::cpu::program::Kind;
-use crate::cpu::simple::WidenOp;
+use crate::cpu::simple::{AddOp, WidenOp};
 use crate::cpu::{Isa, Op};
 use crate::error::{Error, Result};
 use crate::layers::{
@@ -112,6 +112,7 @@ impl Compiled {
     /// As [`Compiled::new`], computing in these numbers. Inputs and outputs are f32 all the same.
     pub fn in_numbers(graph: &Graph, weights: &Weights, isa: Isa, numbers: &Numbers) -> Result<Self> {
         let mut compiled = Self::in_steps(graph, weights, isa, numbers)?;
+        compiled.resize_in_sums();
         compiled.cascade();
         Ok(compiled)
     }
@@ -164,6 +165,46 @@ impl Compiled {
         Ok(Self { values, formats, steps, inputs, outputs, isa, graph })
     }
 
+    /// Sums with a map that is resized for them alone, nearest, read the map as it is.
+    fn resize_in_sums(&mut self) {
+        let mut i = 0;
+        while i < self.steps.len() {
+            let Some((j, op)) = self.resizing_sum(i) else {
+                i += 1;
+                continue;
+            };
+            let (value, source) = (self.steps[i].output, self.steps[i].inputs[0]);
+            let sum = &mut self.steps[j];
+            sum.op = Arc::new(Op(Kind::Add(op)));
+            // What is resized comes second: two terms make the same sum either way.
+            sum.inputs.retain(|&v| v != value);
+            sum.inputs.push(source);
+            self.steps.remove(i);
+        }
+    }
+
+    /// The sum that alone reads what step `i` resizes, and its op with that in it.
+    fn resizing_sum(&self, i: usize) -> Option<(usize, AddOp)> {
+        let step = &self.steps[i];
+        let j = self.sole_reader(i)?;
+        let sum = &self.steps[j];
+        let (Kind::Resize { bilinear: false }, Kind::Add(add)) = (&step.op.0, &sum.op.0) else { return None };
+        let AddOp { slope, corner, resizes: false, formats: [a, b, to] } = *add else { return None };
+        let alike = self.formats[step.inputs[0].0] == self.formats[step.output.0];
+        let formats = if sum.inputs[0] == step.output { [b, a, to] } else { [a, b, to] };
+        (alike && sum.inputs.len() == 2).then_some((j, AddOp { slope, corner, resizes: true, formats }))
+    }
+
+    /// The step that alone reads what step `i` writes, where that is no output of the network nor part of a larger map.
+    fn sole_reader(&self, i: usize) -> Option<usize> {
+        let value = self.steps[i].output;
+        let mut readers = (i + 1..self.steps.len()).filter(|&j| self.steps[j].inputs.contains(&value));
+        let (j, None) = (readers.next()?, readers.next()) else { return None };
+        let once = self.steps[j].inputs.iter().filter(|&&v| v == value).count() == 1;
+        let apart = !self.outputs.contains(&value) && self.values[value.0].parent.is_none();
+        (once && apart).then_some(j)
+    }
+
     /// Makes one step of steps one behind the other, where what is between them is better not written whole.
     fn cascade(&mut self) {
         let strides = strides(&self.graph);
@@ -194,22 +235,20 @@ impl Compiled {
     /// The step that alone reads what step `i` writes, and both as one, where that is better.
     fn joined(&self, i: usize, strides: &[usize]) -> Option<(usize, CascadeOp)> {
         let (first, value) = (&self.steps[i], self.steps[i].output);
-        let mut readers = (i + 1..self.steps.len()).filter(|&j| self.steps[j].inputs.contains(&value));
-        let (j, None) = (readers.next()?, readers.next()) else { return None };
+        let j = self.sole_reader(i)?;
         let second = &self.steps[j];
-        let alone = first.inputs.len() == 1
-            && second.inputs[0] == value
-            && !second.inputs[1..].contains(&value)
-            && !self.outputs.contains(&value)
-            && self.values[value.0].parent.is_none();
+        let straight = first.inputs.len() == 1 && second.inputs[0] == value;
         let format = self.formats[value.0];
         let (before, behind) = (stages(&first.op, format)?, stages(&second.op, format)?);
-        // A depthwise convolution and the pointwise one behind it, wherever they are; else where maps are large.
-        let pair =
-            matches!((&before[..], &behind[0]), ([Stage::Depthwise(_)], Stage::Conv(c)) if c.is_pointwise());
+        // A depthwise convolution and the pointwise one or the pooling behind it, wherever they are; else where maps are large.
+        let pair = match (&before[..], &behind[0]) {
+            ([Stage::Depthwise(_)], Stage::Conv(c)) => c.is_pointwise(),
+            ([Stage::Depthwise(_)], Stage::MaxPool(..)) => true,
+            _ => false,
+        };
         let large = strides[self.values[value.0].node.0] <= LARGE;
         let stages = [before, behind].concat();
-        (alone && (pair || large) && stages.len() <= MAX_STAGES).then_some((j, CascadeOp { stages }))
+        (straight && (pair || large) && stages.len() <= MAX_STAGES).then_some((j, CascadeOp { stages }))
     }
 
     /// The value whose buffer this one is in, which is itself or the concatenation that it is part of, and its first channel

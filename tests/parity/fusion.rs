@@ -80,6 +80,19 @@ fn steps_are_listed_by_layer_and_kernel() {
     assert_eq!(network.listing().collect::<Vec<_>>(), [("stem.0", "two in bands")]);
 }
 
+#[test]
+fn pooling_behind_a_depthwise_convolution_is_done_with_it() {
+    for pool in [MaxPool::new(2, 2, 0), MaxPool::new(3, 2, 1), MaxPool::new(3, 1, 1)] {
+        holds("depthwise + pool", 5, 2, |b, x| {
+            // Small maps; the first convolution is on its own.
+            let y = conv_bn_relu(b, "first", x, Conv2d::new(5, 18, 3).stride(4));
+            let y = conv_bn_relu(b, "depthwise", y, Conv2d::depthwise(18, 3));
+            let y = b.max_pool(y, pool);
+            b.output("y", y);
+        });
+    }
+}
+
 /// Random runs of convolutions, depthwise ones and pooling with one reader each, as cascades, in f32 and in bf16.
 #[test]
 fn steps_in_bands_are_the_steps_one_after_the_other() {
@@ -304,7 +317,8 @@ fn top_down_sums_read_the_coarse_map_directly() {
         b.output("y", y);
         b.output("z", z);
     });
-    holds("sum of two upsampled maps", 5, 5, |b, x| {
+    // One of them as it is, the other resized before.
+    holds("sum of two upsampled maps", 5, 4, |b, x| {
         let (p, q) = (coarse(b, x, [5, 5]), b.max_pool(x, MaxPool::new(2, 2, 0)));
         let up = |b: &mut Builder, m| b.upsample_to(m, Interpolation::Nearest, x);
         let (p, q) = (up(b, p), up(b, q));
@@ -329,6 +343,38 @@ fn top_down_sums_read_the_coarse_map_directly() {
     holds("a map that only gives its size", 5, 1, |b, x| {
         let like = b.conv("like", x, Conv2d::new(5, 2, 3).stride(2));
         let y = b.upsample_to(x, Interpolation::Bilinear, like);
+        b.output("y", y);
+    });
+}
+
+#[test]
+fn sums_that_no_convolution_takes_in_read_the_coarse_map_directly() {
+    for (mode, steps) in [(Interpolation::Nearest, 4), (Interpolation::Bilinear, 5)] {
+        for swap in [false, true] {
+            for activation in [None, Some(LEAKY)] {
+                holds("lateral that others read + upsampled", 5, steps, |b, x| {
+                    let c = coarse(b, x, [5, 18]);
+                    let lateral = conv_bn(b, "lateral", x, Conv2d::new(5, 18, 1), None);
+                    let up = b.upsample_to(c, mode, lateral);
+                    let y = if swap { b.add(up, lateral) } else { b.add(lateral, up) };
+                    let y = activation.map_or(y, |a| b.activation(y, a));
+                    b.output("y", y);
+                    let other = b.activation(lateral, Activation::Sigmoid);
+                    b.output("other", other);
+                });
+            }
+        }
+    }
+    holds("the input + upsampled", 6, 2, |b, x| {
+        let small = b.max_pool(x, MaxPool::new(3, 2, 1));
+        let up = b.upsample_to(small, Interpolation::Nearest, x);
+        let y = b.add(x, up);
+        b.output("y", y);
+    });
+    holds("upsampled + upsampled of itself", 6, 3, |b, x| {
+        let small = b.max_pool(x, MaxPool::new(3, 2, 1));
+        let up = b.upsample_to(small, Interpolation::Nearest, x);
+        let y = b.add(up, up);
         b.output("y", y);
     });
 }

@@ -208,6 +208,18 @@ fn depthwise_pooling_interpolation_and_concatenation() {
         b.output("y", y);
         b.output("pooled", small);
     });
+    holds("pooling behind depthwise, and a sum with what it made", 3, [0.02, 0.1], |b, x| {
+        let x = conv(b, "first", x, Conv2d::new(3, 24, 3), LEAKY);
+        let small = conv(b, "depth", x, Conv2d::depthwise(24, 3), RELU);
+        let small = b.max_pool(small, MaxPool::new(2, 2, 0));
+        let up = b.upsample_to(small, Interpolation::Nearest, x);
+        let sum = b.add(up, x);
+        let y = conv(b, "last", sum, Conv2d::new(24, 5, 3), None);
+        b.output("y", y);
+        let z = conv(b, "z", small, Conv2d::new(24, 1, 1), None);
+        let z = conv(b, "one", z, Conv2d::new(1, 1, 3), None);
+        b.output("z", z);
+    });
     holds("parts of a concatenation", 3, [0.02, 0.1], |b, x| {
         let x = conv(b, "first", x, Conv2d::new(3, 16, 3), RELU);
         let a = conv(b, "a", x, Conv2d::new(16, 8, 3), None);

@@ -68,6 +68,19 @@ impl Vector for F32x8 {
         Self(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
     }
     #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe { _mm256_div_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(self) -> Self {
+        // SAFETY: trait contract. The exponent's bits.
+        Self(unsafe {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(self.0), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+        })
+    }
+    #[inline(always)]
     unsafe fn load_bf16(p: *const u16, n: usize) -> Self {
         let mut some = [0u16; 8];
         // SAFETY: trait contract.

@@ -72,6 +72,16 @@ impl Vector for F32x16 {
         // SAFETY: trait contract.
         Self(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
     }
+    #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe { _mm512_div_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(self) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe { _mm512_scalef_ps(_mm512_set1_ps(1.0), self.0) })
+    }
     #[cfg(feature = "train")]
     #[inline(always)]
     unsafe fn where_positive(self, a: Self, b: Self) -> Self {
@@ -360,7 +370,7 @@ impl Product for FoursOfU8 {
 }
 
 conv_kernel!(single, Single<F32x16>, [#[target_feature(enable = "avx512f,avx512bw,avx512vl")]],
-    wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
+    wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], tall: 28);
 conv_kernel!(bf16, PairsOfBf16, [#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]],
     wide: [14 13 12 11 10 9 8 7 6 5 4 3 2 1], narrow: [14 13 12 11 10 9 8 7 6 5 4 3 2 1]);
 // Flushing makes tiles of f16 large: eight pixels keep the multipliers busy, and more would be another 60 kB of code.

@@ -106,8 +106,9 @@ impl<'a> ConvArgs<'a> {
     }
 }
 
-/// MR pixels x one panel.
+/// `count` times MR pixels, side by side, x one panel.
 pub(crate) struct Tile<'a> {
+    count: usize,
     input: *const u8,
     in_pixel: usize,
     taps: &'a [usize],
@@ -117,8 +118,9 @@ pub(crate) struct Tile<'a> {
     scale: *const f32,
     bias: *const f32,
     to: Destination<'a>,
-    /// Bytes from a pixel of the input to the one at the same place of the tile that comes next, to be asked for; 0 for none.
-    ahead: usize,
+    /// Bytes from a pixel of the input to the one at the same place of the tile that comes next, and from one of the last tile to
+    /// what comes behind it, to be asked for; 0 for none.
+    ahead: [usize; 2],
     /// [`store`], compiled for the ISA.
     store: StoreRun,
 }
@@ -206,6 +208,8 @@ pub(crate) trait Tiles {
     const WIDE: usize;
     /// Tallest tile of one-register panels.
     const NARROW: usize;
+    /// A taller one of these, for rows that have as many pixels; 0 for none.
+    const TALL: usize;
     const LANES: usize;
     const STORE: StoreRun;
     unsafe fn run(pixels: usize, wide: bool, t: &Tile);
@@ -234,20 +238,34 @@ pub(crate) fn panel_registers(channels: usize, lanes: usize, p: usize) -> usize 
 pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: Range<usize>) {
     let lanes = T::LANES;
     let depth = a.taps.len() * a.run; // multiply-adds a value
-    let tallest = if a.channels > lanes { T::WIDE } else { T::NARROW };
-    // Tiles of a row differ by one pixel at most: 20 pixels are 10 + 10, not 14 + 6.
-    let tiles = a.width.div_ceil(tallest);
-    let (short, longer) = (a.width / tiles, a.width % tiles);
+    let narrow = a.channels <= lanes;
+    let tallest = if narrow { T::NARROW } else { T::WIDE };
+    let tall = if narrow { a.width.checked_div(T::TALL).unwrap_or(0) } else { 0 };
+    // The other tiles of a row differ by one pixel at most: 20 pixels are 10 + 10, not 14 + 6.
+    let rest = a.width - tall * T::TALL;
+    let tiles = rest.div_ceil(tallest);
+    let (short, longer) = (rest.checked_div(tiles).unwrap_or(0), rest.checked_rem(tiles).unwrap_or(0));
+    let tiles = tall + tiles;
     // Windows of one run: the next tile's are other lines, far apart, which the CPU does not foresee. The first panel asks for them.
     let single = a.taps.len() == 1 && a.far;
     for y in rows {
-        let mut x = 0;
-        for i in 0..tiles {
-            let pixels = short + usize::from(i < longer);
+        let (mut x, mut i) = (0, 0);
+        while i < tiles {
+            // Tiles of one height from here on.
+            let (pixels, count) = match () {
+                _ if i < tall => (T::TALL, tall - i),
+                _ if i < tall + longer => (short + 1, tall + longer - i),
+                _ => (short, tiles - i),
+            };
+            // Where there are several panels a tile's input is read by all of them before the next one's.
+            let count = if panels.len() > 1 { 1 } else { count };
             let ahead = match () {
-                _ if !single => 0,
-                _ if i + 1 < tiles => pixels * a.in_pixel,
-                _ => a.in_row.wrapping_sub(x * a.in_pixel),
+                _ if !single => [0; 2],
+                _ if i + count < tiles => [pixels * a.in_pixel; 2],
+                _ => {
+                    let last = x + (count - 1) * pixels;
+                    [pixels * a.in_pixel, a.in_row.wrapping_sub(last * a.in_pixel)]
+                }
             };
             for p in panels.clone() {
                 let first = p * 2 * lanes;
@@ -255,6 +273,7 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
                 // SAFETY: the caller's contract, for this pixel range and panel.
                 unsafe {
                     let t = Tile {
+                        count,
                         input: a.input.add(y * a.in_row + x * a.in_pixel),
                         in_pixel: a.in_pixel,
                         taps: a.taps,
@@ -265,22 +284,24 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
                         scale: a.scale.wrapping_add(first),
                         bias: a.bias.wrapping_add(first),
                         to: a.destination((y, x), first, 2 * lanes),
-                        ahead: if p == panels.start { ahead } else { 0 },
+                        ahead: if p == panels.start { ahead } else { [0; 2] },
                         store: T::STORE,
                     };
                     T::run(pixels, wide, &t);
                 }
             }
-            x += pixels;
+            x += pixels * count;
+            i += count;
         }
     }
 }
 
-/// Repeats `$body` with `$m` = 0, 1, ... below `$count` (at most 14) as straight code: accumulators
+/// Repeats `$body` with `$m` = 0, 1, ... below `$count` (at most 28) as straight code: accumulators
 /// must be indexed by constants to stay in registers, and loops over them are not always unrolled.
 macro_rules! unroll {
     ($m:ident < $count:expr, $body:block) => {
-        unroll!(@ $m, $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13)
+        unroll!(@ $m, $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13
+            14 15 16 17 18 19 20 21 22 23 24 25 26 27)
     };
     (@ $m:ident, $count:expr, $body:block, $($i:literal)+) => {
         $(if $i < $count {
@@ -292,9 +313,29 @@ macro_rules! unroll {
 
 pub(crate) use unroll;
 
-/// MR pixels x NR registers of channels, all taps, then residual, activation, store.
+/// MR pixels x NR registers of channels, all taps, then residual, activation, store; then the pixels beside them.
 #[inline(always)]
 pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile) {
+    let (mut input, mut to) = (t.input, t.to);
+    for i in 1..=t.count {
+        let ahead = t.ahead[usize::from(i == t.count)];
+        // SAFETY: the contract of `block`, which made the tile.
+        unsafe {
+            pixels::<P, MR, NR>(t, input, &to, ahead);
+            input = input.wrapping_add(MR * t.in_pixel);
+            to.advance(MR);
+        }
+    }
+}
+
+/// MR pixels of a tile.
+#[inline(always)]
+unsafe fn pixels<P: Product, const MR: usize, const NR: usize>(
+    t: &Tile,
+    input: *const u8,
+    to: &Destination,
+    ahead: usize,
+) {
     // SAFETY: the contract of `block`, which made the tile.
     unsafe {
         let lanes = P::Values::LANES;
@@ -304,27 +345,28 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
             unroll!(m < MR, { sums[m][r] = start });
         }
         // Every third pixel has a pointer, its two neighbours are reached by the index register: more
-        // pointers than that would be spilled and reloaded for every value.
+        // pointers than that would be spilled and reloaded for every value. In a tall tile every fifth.
+        let each = if MR > 14 { 5 } else { 3 };
         let stride = t.in_pixel;
         let mut w = t.weights;
         let mut unflushed = 0;
-        if t.to.rule.residual != Residual::None {
-            unroll!(m < MR, { P::Values::prefetch(residual(&t.to, m)) });
-            if NR * lanes * t.to.rule.add.bytes() > LINE {
-                unroll!(m < MR, { P::Values::prefetch(residual(&t.to, m).wrapping_add(LINE)) });
+        if to.rule.residual != Residual::None {
+            unroll!(m < MR, { P::Values::prefetch(residual(to, m)) });
+            if NR * lanes * to.rule.add.bytes() > LINE {
+                unroll!(m < MR, { P::Values::prefetch(residual(to, m).wrapping_add(LINE)) });
             }
         }
         for &tap in t.taps {
-            let a = t.input.add(tap);
-            let mut p = [a; 5];
+            let a = input.add(tap);
+            let mut p = [a; 6];
             for (i, p) in p.iter_mut().enumerate() {
-                *p = a.wrapping_add(3 * i * stride);
+                *p = a.wrapping_add(each * i * stride);
             }
             let mut left = t.run;
             while left > 0 {
-                if t.ahead != 0 {
+                if ahead != 0 {
                     unroll!(m < MR, {
-                        P::Values::prefetch(p[m / 3].wrapping_add(m % 3 * stride).wrapping_add(t.ahead))
+                        P::Values::prefetch(p[m / each].wrapping_add(m % each * stride).wrapping_add(ahead))
                     });
                 }
                 let mut line = left.min(LINE / 4);
@@ -340,7 +382,7 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
                     }
                     w = w.add(NR * lanes);
                     unroll!(m < MR, {
-                        let v = P::splat(p[m / 3].add(m % 3 * stride));
+                        let v = P::splat(p[m / each].add(m % each * stride));
                         for r in 0..NR {
                             sums[m][r] = P::multiply(sums[m][r], v, wk[r]);
                         }
@@ -359,7 +401,6 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
                 }
             }
         }
-        let to = &t.to;
         let plain = to.rule.residual == Residual::None && to.rule.output == Storage::F32;
         if P::SINGLE && plain && to.registers(lanes) >= NR {
             let slope = P::Values::splat(to.rule.slope);

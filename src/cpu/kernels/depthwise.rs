@@ -3,8 +3,8 @@
 
 use super::conv::unroll;
 use super::epilogue::activate;
+use super::stored::{F32, STORAGE, U8};
 use super::Vector;
-use crate::cpu::arena::Storage;
 use std::ops::Range;
 
 /// One image's depthwise convolution; strides count values.
@@ -35,13 +35,6 @@ pub(crate) struct DepthwiseArgs {
     /// The u8 that stands for zero in the output.
     pub zero: f32,
 }
-
-/// [`Storage`] known to the compiler.
-pub(crate) const F32: usize = 0;
-pub(crate) const BF16: usize = 1;
-pub(crate) const F16: usize = 2;
-pub(crate) const U8: usize = 3;
-const STORAGE: [Storage; 4] = [Storage::F32, Storage::Bf16, Storage::F16, Storage::U8];
 
 /// Computes output rows `rows` of values stored as number `T` of [`STORAGE`].
 ///

@@ -1,5 +1,6 @@
 //! What becomes of a convolution's sums: residual, activation, and the format of the output.
 
+use super::stored::{BF16, F16, F32, STORAGE, U8};
 use super::Vector;
 use crate::cpu::arena::{Format, Storage};
 
@@ -104,6 +105,7 @@ impl Rule {
 }
 
 /// Where the sums of some pixels of one row and one panel go, and by way of what.
+#[derive(Clone, Copy)]
 pub(crate) struct Destination<'a> {
     pub(super) output: *mut u8,
     pub(super) out_pixel: usize,
@@ -118,6 +120,13 @@ pub(crate) struct Destination<'a> {
 }
 
 impl<'a> Destination<'a> {
+    /// Goes on with the pixel that is so many to the right.
+    #[inline(always)]
+    pub fn advance(&mut self, pixels: usize) {
+        self.output = self.output.wrapping_add(pixels * self.out_pixel);
+        self.x += pixels;
+    }
+
     /// Registers of so many lanes all of which are channels.
     #[inline(always)]
     pub fn registers(&self, lanes: usize) -> usize {
@@ -239,11 +248,7 @@ pub(crate) unsafe fn store_register<V: Vector>(t: &Destination, v: V, m: usize, 
     }
 }
 
-// What is known to the compiler of [`store_full`]: how output and residual are stored, whether there is one.
-const F32: usize = 0;
-const BF16: usize = 1;
-const F16: usize = 2;
-const U8: usize = 3;
+// Whether there is a residual, known to the compiler of [`store_full`].
 const NONE: bool = false;
 const ADDED: bool = true;
 
@@ -255,7 +260,7 @@ unsafe fn store_full<V: Vector, const T: usize, const RESIDUAL: bool>(
     pixels: usize,
     registers: usize,
 ) {
-    let storage = [Storage::F32, Storage::Bf16, Storage::F16, Storage::U8][T];
+    let storage = STORAGE[T];
     // SAFETY: the contract of `store`.
     unsafe {
         let (slope, zero) = (V::splat(t.rule.slope), V::splat(t.rule.zero));

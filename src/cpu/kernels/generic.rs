@@ -50,6 +50,15 @@ impl Vector for F32x4 {
         Self(std::array::from_fn(|i| self.0[i] * b.0[i]))
     }
     #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] / b.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(self) -> Self {
+        // The exponent's bits.
+        Self(self.0.map(|v| f32::from_bits(((v as i32).wrapping_add(127) as u32) << 23)))
+    }
+    #[inline(always)]
     unsafe fn mul_add(self, a: Self, b: Self) -> Self {
         // Not f32::mul_add: without an FMA instruction that is a library call a lane.
         Self(std::array::from_fn(|i| self.0[i] + a.0[i] * b.0[i]))

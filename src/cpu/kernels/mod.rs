@@ -30,6 +30,18 @@ use half::f16;
 use simple::{PoolArgs, ResizeArgs, RowArgs};
 use winograd::{InputArgs, OutputArgs};
 
+/// Numbers for [`Storage`], for what is known to the compiler.
+pub(crate) mod stored {
+    use crate::cpu::arena::Storage;
+
+    pub(crate) const F32: usize = 0;
+    pub(crate) const BF16: usize = 1;
+    pub(crate) const F16: usize = 2;
+    pub(crate) const U8: usize = 3;
+    /// By their numbers.
+    pub(crate) const STORAGE: [Storage; 4] = [Storage::F32, Storage::Bf16, Storage::F16, Storage::U8];
+}
+
 /// A register of f32 lanes. Kernels call its methods from loops, not closures, which are functions of their own: where one
 /// is not inlined, it is not compiled for the ISA and every method in it becomes a call.
 ///
@@ -57,6 +69,36 @@ pub(crate) trait Vector: Copy {
     /// Lane-wise maximum; `b` where either is NaN. Values that are not finite are outside the kernels'
     /// contract: weights and pixels are finite, and no result depends on which of two NaNs wins.
     unsafe fn max(self, b: Self) -> Self;
+    /// Lane-wise quotient.
+    unsafe fn div(self, b: Self) -> Self;
+    /// Lane-wise 2 to the power of whole numbers from -126 to 127.
+    unsafe fn power_of_two(self) -> Self;
+    /// Lane-wise e^x, within two units in the last place; of x beyond ±87 as of that.
+    #[inline(always)]
+    unsafe fn exp(self) -> Self {
+        // Added and taken off again, it leaves the nearest whole number.
+        const WHOLE: f32 = 12_582_912.0;
+        // e^x = 2^n e^r, n whole and |r| <= ln(2) / 2; ln(2) in two parts, the first of few bits, so that n times it is exact.
+        const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+        // (e^r - 1 - r) / r^2, by Cephes' expf (Moshier).
+        const SERIES: [f32; 6] =
+            [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1];
+        // SAFETY: register arithmetic only; the caller is compiled for this ISA.
+        unsafe {
+            let one = Self::splat(1.0);
+            // Bounds first: the second operand is what comes of a NaN.
+            let negative = Self::splat(-87.0).max(self).mul(Self::splat(-1.0));
+            let x = Self::splat(-87.0).max(negative).mul(Self::splat(-1.0));
+            let n = x.mul(Self::splat(std::f32::consts::LOG2_E));
+            let n = n.add(Self::splat(WHOLE)).add(Self::splat(-WHOLE));
+            let r = x.mul_add(n, Self::splat(-LN_2[0])).mul_add(n, Self::splat(-LN_2[1]));
+            let mut series = Self::splat(SERIES[0]);
+            for term in &SERIES[1..] {
+                series = Self::splat(*term).mul_add(series, r);
+            }
+            one.add(r).mul_add(series, r.mul(r)).mul(n.power_of_two())
+        }
+    }
     /// Lane-wise `a` where this is above 0, else `b`.
     #[cfg(feature = "train")]
     unsafe fn where_positive(self, a: Self, b: Self) -> Self;
@@ -311,6 +353,8 @@ pub(crate) struct Kernels {
     pub resize: unsafe fn(&ResizeArgs, rows: std::ops::Range<usize>),
     /// Row-wise add / copy with activation.
     pub rows: unsafe fn(&RowArgs, rows: std::ops::Range<usize>),
+    /// 1 / (1 + e^-x) of so many values.
+    pub sigmoid: unsafe fn(*const f32, *mut f32, usize),
     /// Winograd's transform of a tile's inputs, and of its sums of products.
     pub winograd_input: unsafe fn(&InputArgs),
     pub winograd_output: unsafe fn(&OutputArgs),
@@ -329,10 +373,10 @@ impl Kernels {
     /// Depthwise convolution of values that are stored so.
     pub fn depthwise(&self, storage: Storage) -> unsafe fn(&DepthwiseArgs, rows: std::ops::Range<usize>) {
         self.depthwise[match storage {
-            Storage::F32 => depthwise::F32,
-            Storage::Bf16 => depthwise::BF16,
-            Storage::F16 => depthwise::F16,
-            Storage::U8 => depthwise::U8,
+            Storage::F32 => stored::F32,
+            Storage::Bf16 => stored::BF16,
+            Storage::F16 => stored::F16,
+            Storage::U8 => stored::U8,
         }]
     }
 
@@ -351,9 +395,10 @@ impl Kernels {
 }
 
 /// Compiles the convolution of one [`conv::Product`] for one ISA, as a module. `wide` and `narrow` list the tile heights (pixels)
-/// for panels of two registers and of one; the first is the tallest that fits the register file.
+/// for panels of two registers and of one; the first is the tallest that fits the register file, but for `tall` of one.
 macro_rules! conv_kernel {
-    ($module:ident, $product:ty, [$(#[$attr:meta])?], wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]) => {
+    ($module:ident, $product:ty, [$(#[$attr:meta])?], wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]
+        $(, tall: $tall:literal)?) => {
         pub(in $crate::cpu::kernels) mod $module {
             use super::*;
             use $crate::cpu::kernels::{conv, epilogue, Vector};
@@ -382,6 +427,7 @@ macro_rules! conv_kernel {
             impl conv::Tiles for Tiles {
                 const WIDE: usize = { let all = [$($wide),+]; all[0] };
                 const NARROW: usize = { let all = [$($narrow),+]; all[0] };
+                const TALL: usize = 0 $(+ $tall)?;
                 const LANES: usize = <<$product as conv::Product>::Values as Vector>::LANES;
                 const STORE: epilogue::StoreRun = store;
                 #[inline(always)]
@@ -391,6 +437,7 @@ macro_rules! conv_kernel {
                         match (wide, pixels) {
                             $((true, $wide) => tile_wide::<$wide>(t),)+
                             $((false, $narrow) => tile_narrow::<$narrow>(t),)+
+                            $((false, $tall) => tile_narrow::<$tall>(t),)?
                             _ => unreachable!("tile heights are dense"),
                         }
                     }
@@ -449,6 +496,12 @@ macro_rules! isa_kernels {
         }
 
         $(#[$attr])?
+        unsafe fn sigmoid(from: *const f32, to: *mut f32, n: usize) {
+            // SAFETY: the caller keeps the contract of the function called.
+            unsafe { $crate::cpu::kernels::simple::sigmoid::<$vector>(from, to, n) }
+        }
+
+        $(#[$attr])?
         unsafe fn winograd_input(a: &$crate::cpu::kernels::winograd::InputArgs) {
             // SAFETY: the caller keeps the contract of the function called.
             unsafe { $crate::cpu::kernels::winograd::input::<$vector>(a) }
@@ -467,12 +520,13 @@ macro_rules! isa_kernels {
             conv_f16: f16_plain::KERNEL,
             conv_u8: u8_plain::KERNEL,
             depthwise: {
-                use $crate::cpu::kernels::depthwise::{BF16, F16, F32, U8};
+                use $crate::cpu::kernels::stored::{BF16, F16, F32, U8};
                 [depthwise::<F32>, depthwise::<BF16>, depthwise::<F16>, depthwise::<U8>]
             },
             max_pool,
             resize,
             rows: add_or_copy,
+            sigmoid,
             winograd_input,
             winograd_output,
             #[cfg(feature = "train")]

@@ -58,6 +58,19 @@ impl Vector for F32x4 {
         Self(unsafe { vmulq_f32(self.0, b.0) })
     }
     #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe { vdivq_f32(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(self) -> Self {
+        // SAFETY: trait contract. The exponent's bits.
+        Self(unsafe {
+            let exponent = vaddq_s32(vcvtnq_s32_f32(self.0), vdupq_n_s32(127));
+            vreinterpretq_f32_s32(vshlq_n_s32::<23>(exponent))
+        })
+    }
+    #[inline(always)]
     unsafe fn mul_add(self, a: Self, b: Self) -> Self {
         // SAFETY: trait contract.
         Self(unsafe { vfmaq_f32(self.0, a.0, b.0) })

@@ -1,6 +1,7 @@
 //! Kernels bound by memory: pooling, interpolation, addition, copies.
 
 use super::epilogue::activate;
+use super::stored::{BF16, F16, F32, STORAGE, U8};
 use super::Vector;
 use crate::cpu::arena::Storage;
 use std::ops::Range;
@@ -35,35 +36,78 @@ pub(crate) struct PoolArgs {
 /// Pointers and strides stay inside the caller's buffers; no other thread writes what is read.
 #[inline(always)]
 pub(crate) unsafe fn max_pool<V: Vector>(a: &PoolArgs, rows: Range<usize>) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match a.storage {
+            Storage::F32 => pool::<V, F32>(a, rows),
+            Storage::Bf16 => pool::<V, BF16>(a, rows),
+            Storage::F16 => pool::<V, F16>(a, rows),
+            Storage::U8 => pool::<V, U8>(a, rows),
+        }
+    }
+}
+
+/// [`max_pool`] of values stored as number `T` of [`STORAGE`].
+#[inline(always)]
+unsafe fn pool<V: Vector, const T: usize>(a: &PoolArgs, rows: Range<usize>) {
+    let bytes = STORAGE[T].bytes();
     let clip = |out: usize, axis: usize| {
         let start = (out * a.stride[axis]) as isize - a.pad[axis] as isize;
         let end = (start + a.kernel[axis] as isize).min(a.in_size[axis] as isize);
-        (start.max(0) as usize, end as usize)
+        start.max(0) as usize..end as usize
     };
     for y in rows {
-        let (y0, y1) = clip(y, 0);
+        let under = clip(y, 0);
         for x in 0..a.width {
-            let (x0, x1) = clip(x, 1);
+            let beside = clip(x, 1);
+            let (height, width) = (under.len(), beside.len());
+            // Row 0 need not be there, so that the sum alone points anywhere.
+            let from = a.input.wrapping_add((under.start * a.in_row + beside.start * a.in_pixel) * bytes);
+            let to = a.output.wrapping_add((y * a.out_row + x * a.out_pixel) * bytes);
             let mut c = 0;
-            while c < a.channels {
-                let lanes = (a.channels - c).min(V::LANES);
-                // SAFETY: the caller's contract; the window is clipped to the map.
-                unsafe {
-                    let mut best = V::splat(f32::NEG_INFINITY);
-                    for iy in y0..y1 {
-                        for ix in x0..x1 {
-                            let p = iy * a.in_row + ix * a.in_pixel + c;
-                            // Row 0 need not be there, so that the sum alone points anywhere.
-                            let p = a.input.wrapping_add(p * a.storage.bytes());
-                            best = best.max(V::load_as(a.storage, p, lanes));
-                        }
-                    }
-                    let to = y * a.out_row + x * a.out_pixel + c;
-                    best.store_as(a.storage, a.output.wrapping_add(to * a.storage.bytes()), lanes);
+            // SAFETY: the caller's contract; the window is clipped to the map.
+            unsafe {
+                while c + V::LANES <= a.channels {
+                    let at = c * bytes;
+                    let largest = largest::<V, T>(a, from.wrapping_add(at), height, width, V::LANES);
+                    largest.store_as(STORAGE[T], to.wrapping_add(at), V::LANES);
+                    c += V::LANES;
                 }
-                c += V::LANES;
+                if c < a.channels {
+                    let (at, rest) = (c * bytes, a.channels - c);
+                    let largest = largest::<V, T>(a, from.wrapping_add(at), height, width, rest);
+                    largest.store_as(STORAGE[T], to.wrapping_add(at), rest);
+                }
             }
         }
+    }
+}
+
+/// The largest values of so many rows and columns of pixels from `from` on, lane by lane.
+#[inline(always)]
+unsafe fn largest<V: Vector, const T: usize>(
+    a: &PoolArgs,
+    from: *const u8,
+    rows: usize,
+    columns: usize,
+    lanes: usize,
+) -> V {
+    let (row, pixel) = (a.in_row * STORAGE[T].bytes(), a.in_pixel * STORAGE[T].bytes());
+    // SAFETY: the contract of `max_pool`.
+    unsafe {
+        let mut best = V::load_as(STORAGE[T], from, lanes);
+        // Most windows, without loops.
+        if rows == 2 && columns == 2 {
+            best = best.max(V::load_as(STORAGE[T], from.add(pixel), lanes));
+            best = best.max(V::load_as(STORAGE[T], from.add(row), lanes));
+            return best.max(V::load_as(STORAGE[T], from.add(row + pixel), lanes));
+        }
+        for y in 0..rows {
+            for x in 0..columns {
+                best = best.max(V::load_as(STORAGE[T], from.add(y * row + x * pixel), lanes));
+            }
+        }
+        best
     }
 }
 
@@ -99,31 +143,67 @@ pub(crate) struct ResizeArgs<'a> {
 /// As [`max_pool`].
 #[inline(always)]
 pub(crate) unsafe fn resize<V: Vector>(a: &ResizeArgs, rows: Range<usize>) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match a.storage {
+            Storage::F32 => interpolate::<V, F32>(a, rows),
+            Storage::Bf16 => interpolate::<V, BF16>(a, rows),
+            Storage::F16 => interpolate::<V, F16>(a, rows),
+            Storage::U8 => interpolate::<V, U8>(a, rows),
+        }
+    }
+}
+
+/// [`resize`] of values stored as number `T` of [`STORAGE`].
+#[inline(always)]
+unsafe fn interpolate<V: Vector, const T: usize>(a: &ResizeArgs, rows: Range<usize>) {
+    let bytes = STORAGE[T].bytes();
     for y in rows {
         let by = a.rows[y];
-        let (top, bottom) = (by.low as usize * a.in_row, by.high as usize * a.in_row);
-        for (x, bx) in a.columns.iter().enumerate() {
-            let (left, right) = (bx.low as usize * a.in_pixel, bx.high as usize * a.in_pixel);
+        for (x, &bx) in a.columns.iter().enumerate() {
             let mut c = 0;
-            while c < a.channels {
-                let lanes = (a.channels - c).min(V::LANES);
-                // SAFETY: the caller's contract; the indices are inside the map.
-                unsafe {
-                    let at =
-                        |o: usize| V::load_as(a.storage, a.input.add((o + c) * a.storage.bytes()), lanes);
-                    let out = a.output.add((y * a.out_row + x * a.out_pixel + c) * a.storage.bytes());
-                    if by.t == 0.0 && bx.t == 0.0 {
-                        at(top + left).store_as(a.storage, out, lanes);
-                    } else {
-                        let mix = |p: V, q: V, t: f32| p.mul(V::splat(1.0 - t)).mul_add(q, V::splat(t));
-                        let upper = mix(at(top + left), at(top + right), bx.t);
-                        let lower = mix(at(bottom + left), at(bottom + right), bx.t);
-                        mix(upper, lower, by.t).store_as(a.storage, out, lanes);
-                    }
+            // SAFETY: the caller's contract; the indices are inside the map.
+            unsafe {
+                let to = a.output.add((y * a.out_row + x * a.out_pixel) * bytes);
+                while c + V::LANES <= a.channels {
+                    blend::<V, T>(a, by, bx, c, V::LANES).store_as(STORAGE[T], to.add(c * bytes), V::LANES);
+                    c += V::LANES;
                 }
-                c += V::LANES;
+                if c < a.channels {
+                    let rest = a.channels - c;
+                    blend::<V, T>(a, by, bx, c, rest).store_as(STORAGE[T], to.add(c * bytes), rest);
+                }
             }
         }
+    }
+}
+
+/// Channels `c .. c + lanes` between the rows of `by` and the columns of `bx`.
+#[inline(always)]
+unsafe fn blend<V: Vector, const T: usize>(
+    a: &ResizeArgs,
+    by: Blend,
+    bx: Blend,
+    c: usize,
+    lanes: usize,
+) -> V {
+    let at = |row: u32, column: u32| {
+        let values = row as usize * a.in_row + column as usize * a.in_pixel + c;
+        a.input.wrapping_add(values * STORAGE[T].bytes())
+    };
+    // SAFETY: the contract of `resize`.
+    unsafe {
+        let first = V::load_as(STORAGE[T], at(by.low, bx.low), lanes);
+        if by.t == 0.0 && bx.t == 0.0 {
+            return first;
+        }
+        let second = V::load_as(STORAGE[T], at(by.low, bx.high), lanes);
+        let third = V::load_as(STORAGE[T], at(by.high, bx.low), lanes);
+        let fourth = V::load_as(STORAGE[T], at(by.high, bx.high), lanes);
+        let (before, behind) = (1.0 - bx.t, 1.0 - by.t);
+        let upper = first.mul(V::splat(before)).mul_add(second, V::splat(bx.t));
+        let lower = third.mul(V::splat(before)).mul_add(fourth, V::splat(bx.t));
+        upper.mul(V::splat(behind)).mul_add(lower, V::splat(by.t))
     }
 }
 
@@ -142,12 +222,20 @@ pub(crate) struct Operand {
 }
 
 impl Operand {
-    /// Channels `c .. c + lanes` of pixel (y, x).
+    /// Whether it is f32 that stand for themselves.
+    fn is_plain(&self) -> bool {
+        self.values.is_null() || (self.storage, self.scale, self.zero) == (Storage::F32, 1.0, 0.0)
+    }
+
+    /// Channels `c .. c + lanes` of pixel (y, x). `PLAIN`: of such an operand.
     #[inline(always)]
-    unsafe fn load<V: Vector>(&self, y: usize, x: usize, c: usize, lanes: usize) -> V {
+    unsafe fn load<V: Vector, const PLAIN: bool>(&self, y: usize, x: usize, c: usize, lanes: usize) -> V {
         let at = y * self.row + x * self.pixel + c;
         // SAFETY: the contract of `add_or_copy`.
         unsafe {
+            if PLAIN {
+                return V::load_upto(self.values.cast::<f32>().add(at), lanes);
+            }
             let v = V::load_as(self.storage, self.values.add(at * self.storage.bytes()), lanes);
             if (self.scale, self.zero) == (1.0, 0.0) {
                 return v;
@@ -158,9 +246,12 @@ impl Operand {
 }
 
 /// `output = activation(a [+ b])`, pixel by pixel.
-pub(crate) struct RowArgs {
+pub(crate) struct RowArgs<'a> {
     pub a: Operand,
     pub b: Operand,
+    /// The row of `b` for every output row, its column for every output column; empty = the same.
+    pub b_rows: &'a [u32],
+    pub b_columns: &'a [u32],
     /// How the output is stored; strides count values.
     pub storage: Storage,
     pub output: *mut u8,
@@ -182,23 +273,77 @@ pub(crate) struct RowArgs {
 pub(crate) unsafe fn add_or_copy<V: Vector>(a: &RowArgs, rows: Range<usize>) {
     // SAFETY: the caller's contract.
     unsafe {
-        let (slope, zero) = (V::splat(a.slope), V::splat(a.zero));
-        for y in rows {
-            for x in 0..a.width {
-                let mut c = 0;
-                while c < a.channels {
-                    let lanes = (a.channels - c).min(V::LANES);
-                    let mut v = a.a.load::<V>(y, x, c, lanes);
-                    if !a.b.values.is_null() {
-                        v = v.add(a.b.load::<V>(y, x, c, lanes));
-                    }
-                    let v = activate(v, slope);
-                    let v = if a.storage == Storage::U8 { v.add(zero) } else { v };
-                    let to = (y * a.out_row + x * a.out_pixel + c) * a.storage.bytes();
-                    v.store_as(a.storage, a.output.add(to), lanes);
+        if a.storage == Storage::F32 && a.a.is_plain() && a.b.is_plain() {
+            sums::<V, true>(a, rows);
+        } else {
+            sums::<V, false>(a, rows);
+        }
+    }
+}
+
+/// [`add_or_copy`]; `PLAIN`: all are plain f32.
+#[inline(always)]
+unsafe fn sums<V: Vector, const PLAIN: bool>(a: &RowArgs, rows: Range<usize>) {
+    let bytes = if PLAIN { size_of::<f32>() } else { a.storage.bytes() };
+    for y in rows {
+        let of_b = a.b_rows.get(y).map_or(y, |&row| row as usize);
+        for x in 0..a.width {
+            let beside = a.b_columns.get(x).map_or(x, |&column| column as usize);
+            let mut c = 0;
+            // SAFETY: the caller's contract.
+            unsafe {
+                let to = a.output.add((y * a.out_row + x * a.out_pixel) * bytes);
+                while c + V::LANES <= a.channels {
+                    sum::<V, PLAIN>(a, (y, x), (of_b, beside), c, to.add(c * bytes), V::LANES);
                     c += V::LANES;
                 }
+                if c < a.channels {
+                    sum::<V, PLAIN>(a, (y, x), (of_b, beside), c, to.add(c * bytes), a.channels - c);
+                }
             }
+        }
+    }
+}
+
+/// Channels `c .. c + lanes` of the pixels of `a` and of `b` in these rows and columns, to `to`.
+#[inline(always)]
+unsafe fn sum<V: Vector, const PLAIN: bool>(
+    a: &RowArgs,
+    (y, x): (usize, usize),
+    (of_b, beside): (usize, usize),
+    c: usize,
+    to: *mut u8,
+    lanes: usize,
+) {
+    // SAFETY: the contract of `add_or_copy`.
+    unsafe {
+        let mut v = a.a.load::<V, PLAIN>(y, x, c, lanes);
+        if !a.b.values.is_null() {
+            v = v.add(a.b.load::<V, PLAIN>(of_b, beside, c, lanes));
+        }
+        let v = activate(v, V::splat(a.slope));
+        if PLAIN {
+            return v.store_upto(to.cast(), lanes);
+        }
+        let v = if a.storage == Storage::U8 { v.add(V::splat(a.zero)) } else { v };
+        v.store_as(a.storage, to, lanes);
+    }
+}
+
+/// 1 / (1 + e^-x) of `n` values.
+///
+/// # Safety
+/// There are so many at `from`, and room for them at `to`, the same place or one apart from it.
+#[inline(always)]
+pub(crate) unsafe fn sigmoid<V: Vector>(from: *const f32, to: *mut f32, n: usize) {
+    let mut i = 0;
+    // SAFETY: the caller's contract.
+    unsafe {
+        while i < n {
+            let lanes = (n - i).min(V::LANES);
+            let e = V::load_upto(from.add(i), lanes).mul(V::splat(-1.0)).exp();
+            V::splat(1.0).div(V::splat(1.0).add(e)).store_upto(to.add(i), lanes);
+            i += V::LANES;
         }
     }
 }
@@ -216,6 +361,8 @@ mod tests {
         let args = RowArgs {
             a,
             b: Operand { values: std::ptr::null(), ..a },
+            b_rows: &[],
+            b_columns: &[],
             storage,
             output: to.as_mut_ptr().cast(),
             out_row: 0,
@@ -227,6 +374,32 @@ mod tests {
         };
         // SAFETY: one pixel of so many channels on both sides.
         unsafe { (Kernels::of(isa).rows)(&args, 0..1) };
+    }
+
+    #[test]
+    fn sigmoids_are_those_of_f64_wherever_they_stand() {
+        let mut values: Vec<f32> = (-2000..=2000).map(|i| i as f32 * 0.047).collect();
+        values.extend([0.0, -0.0, 1e-30, 3e38, -3e38, f32::INFINITY, f32::NEG_INFINITY]);
+        for isa in Isa::supported() {
+            let sigmoid = |v: &[f32]| {
+                let mut to = vec![7.0; v.len() + 1];
+                // SAFETY: so many values and room for one more.
+                unsafe { (Kernels::of(isa).sigmoid)(v.as_ptr(), to.as_mut_ptr(), v.len()) };
+                assert_eq!(to.pop(), Some(7.0), "{isa:?}");
+                to
+            };
+            let all = sigmoid(&values);
+            for (&v, &got) in values.iter().zip(&all) {
+                // Beyond ±87 as of that.
+                let expected = 1.0 / (1.0 + f64::from(-v).clamp(-87.0, 87.0).exp());
+                let off = (f64::from(got) - expected).abs() / expected;
+                assert!(off < 3.0 * f64::from(f32::EPSILON), "{isa:?}: {got:e} of {v:e}, {expected:e}");
+            }
+            for n in 0..40 {
+                assert_eq!(sigmoid(&values[..n]), all[..n], "{isa:?}");
+            }
+            assert!(sigmoid(&[0.0, f32::NAN, 1.0])[1].is_nan(), "{isa:?}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::cpu::Op;
 
 /// max(v, slope * v), v = a + b, for the formats of a, b and v.
 pub(crate) fn add(slope: f32, formats: [Format; 3]) -> Op {
-    Op(Kind::Add(AddOp { slope, corner: [0, 0], formats }))
+    Op(Kind::Add(AddOp { slope, corner: [0, 0], resizes: false, formats }))
 }
 
 /// A copy: for a concatenation that could not be written in place, or from one format to another.
@@ -18,5 +18,6 @@ pub(crate) fn copy([from, to]: [Format; 2]) -> Op {
 
 /// A crop.
 pub(crate) fn crop(crop: &Crop, [from, to]: [Format; 2]) -> Op {
-    Op(Kind::Crop(AddOp { slope: 1.0, corner: [crop.top, crop.left], formats: [from, from, to] }))
+    let corner = [crop.top, crop.left];
+    Op(Kind::Crop(AddOp { slope: 1.0, corner, resizes: false, formats: [from, from, to] }))
 }

@@ -22,7 +22,11 @@ pub(crate) fn lower(
 ) -> Result<Op> {
     let Conv2d { kernel, stride, dilation, padding, groups, in_channels, out_channels, .. } = *conv;
     let window = Window { kernel, stride, dilation, padding };
-    if conv.is_depthwise() {
+    // A window of one channel is either, and faster so.
+    let stored_alike = formats.input.storage == formats.output.storage;
+    let plain = kernel != [1, 1] && rule.1 == Residual::None && stored_alike;
+    let single = (in_channels, out_channels) == (1, 1) && plain;
+    if conv.is_depthwise() || single {
         return Ok(Op(Kind::Depthwise(Arc::new(DepthwiseOp::new(
             isa,
             window,
