@@ -66,7 +66,7 @@ install_tools() {
     if [ ${#wanted[@]} -ne 0 ]; then
         export DEBIAN_FRONTEND=noninteractive
         apt-get -q update >"$cache/apt-install.log" 2>&1 || true
-        apt-get -q install -y --no-install-recommends "${wanted[@]}" >>"$cache/apt-install.log" 2>&1 ||
+        apt-get -q install -y --no-install-recommends -o DPkg::Lock::Timeout=600 "${wanted[@]}" >>"$cache/apt-install.log" 2>&1 ||
             die "cannot install ${wanted[*]} (see $cache/apt-install.log)"
     fi
 }
@@ -126,7 +126,7 @@ check_target() {
     fi
     passed=$(awk '/^test result:/ { n += $4 } END { print n + 0 }' "$log")
     [ "$passed" -gt 0 ] || die "$target: no test ran"
-    summary+=("$target: libfarface.a and libfarface.so built, $passed tests passed in $((SECONDS - start)) s")
+    echo "== $target: libfarface.a and libfarface.so built, $passed tests passed in $((SECONDS - start)) s"
 }
 
 mkdir -p "$cache"
@@ -150,8 +150,16 @@ export CARGO_TARGET_ARMV7_UNKNOWN_LINUX_GNUEABIHF_LINKER=arm-linux-gnueabihf-gcc
 export CARGO_TARGET_ARMV7_UNKNOWN_LINUX_GNUEABIHF_RUNNER="qemu-arm-static -L /usr/arm-linux-gnueabihf"
 
 "$RUSTC" --version
-summary=()
-check_target aarch64-unknown-linux-gnu qemu-aarch64-static
-check_target armv7-unknown-linux-gnueabihf qemu-arm-static
-echo "== summary"
-printf '%s\n' "${summary[@]}"
+# One target's tests run while the other is built; each is told of as a whole.
+targets=(aarch64-unknown-linux-gnu:qemu-aarch64-static armv7-unknown-linux-gnueabihf:qemu-arm-static)
+jobs=()
+for each in "${targets[@]}"; do
+    check_target "${each%:*}" "${each#*:}" >"$cache/${each%:*}.out" 2>&1 &
+    jobs+=($!)
+done
+failed=0
+for i in "${!targets[@]}"; do
+    wait "${jobs[$i]}" || failed=1
+    cat "$cache/${targets[$i]%:*}.out"
+done
+exit "$failed"

@@ -132,8 +132,9 @@ impl Vector for F32x8 {
         let mut some = [0u16; 8];
         // SAFETY: trait contract.
         unsafe {
-            let inside = _mm256_max_ps(self.0, _mm256_set1_ps(-F16_MOST));
-            let inside = _mm256_min_ps(inside, _mm256_set1_ps(F16_MOST));
+            // What is no number stays that: the second operand is what comes of it.
+            let inside = _mm256_max_ps(_mm256_set1_ps(-F16_MOST), self.0);
+            let inside = _mm256_min_ps(_mm256_set1_ps(F16_MOST), inside);
             let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(inside);
             if n >= 8 {
                 _mm_storeu_si128(p.cast(), half);

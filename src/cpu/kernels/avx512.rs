@@ -14,11 +14,11 @@ fn mask(n: usize) -> __mmask16 {
     (1u16 << n) - 1
 }
 
-/// `v` within the range of f16; its lower end for what is no number.
+/// `v` within the range of f16; what is no number stays that: the second operand is what comes of it.
 #[inline(always)]
 unsafe fn saturated(v: __m512) -> __m512 {
     // SAFETY: register arithmetic.
-    unsafe { _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-F16_MOST)), _mm512_set1_ps(F16_MOST)) }
+    unsafe { _mm512_min_ps(_mm512_set1_ps(F16_MOST), _mm512_max_ps(_mm512_set1_ps(-F16_MOST), v)) }
 }
 
 // SAFETY of every block below: the trait's contract (the caller is compiled for AVX-512 F, BW and VL, for

@@ -127,11 +127,11 @@ unsafe fn singles(half: uint16x4_t) -> float32x4_t {
     v
 }
 
-/// `v` within the range of f16; its lower end for what is no number.
+/// `v` within the range of f16; what is no number stays that.
 #[inline(always)]
 unsafe fn saturated(v: float32x4_t) -> float32x4_t {
     // SAFETY: register arithmetic.
-    unsafe { vminq_f32(vmaxnmq_f32(v, vdupq_n_f32(-F16_MOST)), vdupq_n_f32(F16_MOST)) }
+    unsafe { vminq_f32(vmaxq_f32(v, vdupq_n_f32(-F16_MOST)), vdupq_n_f32(F16_MOST)) }
 }
 
 /// Two bf16, in f32.

@@ -430,6 +430,11 @@ mod tests {
                 copy(isa, &halves[..n], Storage::F16, &mut back, Storage::F32);
                 assert_eq!((&back[..n], halves[n]), (&expected[..n], 0x5555), "{isa:?}");
             }
+            let (mut halves, mut back) = ([0u16; 37], [0.0f32; 37]);
+            let nan: Vec<f32> = (0..37).map(|i| if i % 5 == 2 { f32::NAN } else { 1.0 }).collect();
+            copy(isa, &nan, Storage::F32, &mut halves, Storage::F16);
+            copy(isa, &halves, Storage::F16, &mut back, Storage::F32);
+            assert!(back.iter().zip(&nan).all(|(b, v)| b.is_nan() == v.is_nan()), "{isa:?}: {back:?}");
         }
     }
 }
