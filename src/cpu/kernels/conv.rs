@@ -412,6 +412,20 @@ unsafe fn pixels<P: Product, const MR: usize, const NR: usize>(
             });
             return;
         }
+        // Where lanes are many, a register of them is often not full.
+        if P::SINGLE && plain && lanes >= 8 {
+            let slope = P::Values::splat(to.rule.slope);
+            let rest = to.channels - (NR - 1) * lanes;
+            unroll!(m < MR, {
+                let out = to.output.add(m * to.out_pixel).cast::<f32>();
+                for r in 0..NR - 1 {
+                    activate(finish::<P>(t, sums[m][r], r), slope).store(out.add(r * lanes));
+                }
+                let last = activate(finish::<P>(t, sums[m][NR - 1], NR - 1), slope);
+                last.store_first(out.add((NR - 1) * lanes), rest);
+            });
+            return;
+        }
         // By way of the first-level cache, so that what becomes of the values is compiled once and not for every tile.
         let mut values = [MaybeUninit::<f32>::uninit(); MOST_VALUES];
         let first = values.as_mut_ptr().cast::<f32>();

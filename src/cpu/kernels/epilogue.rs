@@ -193,32 +193,49 @@ pub(super) unsafe fn residual(t: &Destination, m: usize) -> *const u8 {
 /// The contract of [`block`](super::conv::block), for the arguments that the target was made of; `values` are there.
 #[inline(always)]
 pub(crate) unsafe fn store<V: Vector>(t: &Destination, values: *const f32, pixels: usize, registers: usize) {
-    let rule = t.rule;
-    let full = t.registers(V::LANES) >= registers;
-    let scaled = (rule.add_scale, rule.add_zero) != (1.0, 0.0);
     // SAFETY: the same contract.
     unsafe {
+        if t.registers(V::LANES) >= registers {
+            store_all::<V, true>(t, values, pixels, registers);
+        } else {
+            store_all::<V, false>(t, values, pixels, registers);
+        }
+    }
+}
+
+/// [`store`]; `FULL`: all lanes are channels.
+#[inline(always)]
+unsafe fn store_all<V: Vector, const FULL: bool>(
+    t: &Destination,
+    values: *const f32,
+    pixels: usize,
+    registers: usize,
+) {
+    let rule = t.rule;
+    let scaled = (rule.add_scale, rule.add_zero) != (1.0, 0.0);
+    // SAFETY: the contract of `store`.
+    unsafe {
         match (rule.residual, rule.add, rule.output) {
-            (Residual::None, _, Storage::F32) if full => {
-                store_full::<V, F32, NONE>(t, values, pixels, registers)
+            (Residual::None, _, Storage::F32) => {
+                store_known::<V, F32, NONE, FULL>(t, values, pixels, registers)
             }
-            (Residual::None, _, Storage::Bf16) if full => {
-                store_full::<V, BF16, NONE>(t, values, pixels, registers)
+            (Residual::None, _, Storage::Bf16) => {
+                store_known::<V, BF16, NONE, FULL>(t, values, pixels, registers)
             }
-            (Residual::None, _, Storage::F16) if full => {
-                store_full::<V, F16, NONE>(t, values, pixels, registers)
+            (Residual::None, _, Storage::F16) => {
+                store_known::<V, F16, NONE, FULL>(t, values, pixels, registers)
             }
-            (Residual::None, _, Storage::U8) if full => {
-                store_full::<V, U8, NONE>(t, values, pixels, registers)
+            (Residual::None, _, Storage::U8) => {
+                store_known::<V, U8, NONE, FULL>(t, values, pixels, registers)
             }
-            (_, Storage::F32, Storage::F32) if full => {
-                store_full::<V, F32, ADDED>(t, values, pixels, registers)
+            (_, Storage::F32, Storage::F32) if FULL => {
+                store_known::<V, F32, ADDED, FULL>(t, values, pixels, registers)
             }
-            (_, Storage::Bf16, Storage::Bf16) if full && !scaled => {
-                store_full::<V, BF16, ADDED>(t, values, pixels, registers)
+            (_, Storage::Bf16, Storage::Bf16) if FULL && !scaled => {
+                store_known::<V, BF16, ADDED, FULL>(t, values, pixels, registers)
             }
-            (_, Storage::F16, Storage::F16) if full && !scaled => {
-                store_full::<V, F16, ADDED>(t, values, pixels, registers)
+            (_, Storage::F16, Storage::F16) if FULL && !scaled => {
+                store_known::<V, F16, ADDED, FULL>(t, values, pixels, registers)
             }
             _ => {
                 for m in 0..pixels {
@@ -248,13 +265,13 @@ pub(crate) unsafe fn store_register<V: Vector>(t: &Destination, v: V, m: usize, 
     }
 }
 
-// Whether there is a residual, known to the compiler of [`store_full`].
+// Whether there is a residual, known to the compiler of [`store_known`].
 const NONE: bool = false;
 const ADDED: bool = true;
 
-/// As [`store`], where all lanes are channels.
+/// As [`store`], where the compiler knows how output and residual are stored, and whether there is one.
 #[inline(always)]
-unsafe fn store_full<V: Vector, const T: usize, const RESIDUAL: bool>(
+unsafe fn store_known<V: Vector, const T: usize, const RESIDUAL: bool, const FULL: bool>(
     t: &Destination,
     values: *const f32,
     pixels: usize,
@@ -268,10 +285,11 @@ unsafe fn store_full<V: Vector, const T: usize, const RESIDUAL: bool>(
         for m in 0..pixels {
             let (add, out) = t.pixel(m);
             for r in 0..registers {
+                let n = if FULL { V::LANES } else { t.channels.saturating_sub(r * V::LANES).min(V::LANES) };
                 let at = r * V::LANES * storage.bytes();
                 let v = V::load(values.add((m * registers + r) * V::LANES));
                 let v = if RESIDUAL {
-                    let other = V::load_as(storage, add.add(at), V::LANES);
+                    let other = V::load_as(storage, add.add(at), n);
                     if after {
                         activate(v, slope).add(other)
                     } else {
@@ -281,7 +299,7 @@ unsafe fn store_full<V: Vector, const T: usize, const RESIDUAL: bool>(
                     activate(v, slope)
                 };
                 let v = if T == U8 { v.add(zero) } else { v };
-                v.store_as(storage, out.add(at), V::LANES);
+                v.store_as(storage, out.add(at), n);
             }
         }
     }
