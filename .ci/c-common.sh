@@ -7,7 +7,7 @@ trap 'rm -rf "$work"' EXIT
 need() {
     command -v "$1" > /dev/null && return
     echo "installing $2"
-    { apt-get update -qq && apt-get install -y -qq -o DPkg::Lock::Timeout=600 "$2"; } > "$work/apt.log" 2>&1 ||
+    { apt-get update -qq || true; apt-get install -y -qq -o DPkg::Lock::Timeout=600 "$2"; } > "$work/apt.log" 2>&1 ||
         { cat "$work/apt.log"; exit 1; }
 }
 

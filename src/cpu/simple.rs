@@ -161,10 +161,11 @@ impl WidenOp {
 }
 
 impl AddOp {
-    /// Computes this thread's part of the output. Of a smaller `b`, its row for every output row and its column for every column.
+    /// Computes this thread's part of the output. Of a `b` of another size, its row for every output row and its column for every
+    /// column.
     ///
     /// # Safety
-    /// As [`PoolOp::run`].
+    /// As [`PoolOp::run`]; the tables index rows and columns of `b`.
     pub unsafe fn run(
         &self,
         k: &Kernels,

@@ -16,9 +16,16 @@ fn mask(n: usize) -> __mmask16 {
 
 /// `v` within the range of f16; what is no number stays that: the second operand is what comes of it.
 #[inline(always)]
-unsafe fn saturated(v: __m512) -> __m512 {
+unsafe fn within_f16(v: __m512) -> __m512 {
     // SAFETY: register arithmetic.
     unsafe { _mm512_min_ps(_mm512_set1_ps(F16_MOST), _mm512_max_ps(_mm512_set1_ps(-F16_MOST), v)) }
+}
+
+/// Sums of f16 within its range; its lower end for what is no number, as opposite infinities of two runs make it.
+#[inline(always)]
+unsafe fn saturated(sums: __m512) -> __m512 {
+    // SAFETY: register arithmetic.
+    unsafe { _mm512_min_ps(_mm512_max_ps(sums, _mm512_set1_ps(-F16_MOST)), _mm512_set1_ps(F16_MOST)) }
 }
 
 // SAFETY of every block below: the trait's contract (the caller is compiled for AVX-512 F, BW and VL, for
@@ -146,7 +153,7 @@ impl Vector for F32x16 {
     unsafe fn store_f16(self, p: *mut u16, n: usize) {
         // SAFETY: trait contract; masked lanes are not touched.
         unsafe {
-            let half = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(saturated(self.0));
+            let half = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(within_f16(self.0));
             if n >= 16 {
                 _mm256_storeu_si256(p.cast(), half);
             } else {

@@ -93,7 +93,7 @@ impl Vector for F32x4 {
         let half: uint16x4_t;
         // SAFETY: trait contract; register arithmetic, with an instruction of the base architecture.
         unsafe {
-            asm!("fcvtn {half:v}.4h, {v:v}.4s", half = lateout(vreg) half, v = in(vreg) saturated(self.0),
+            asm!("fcvtn {half:v}.4h, {v:v}.4s", half = lateout(vreg) half, v = in(vreg) within_f16(self.0),
                 options(pure, nomem, nostack));
             if n >= 4 {
                 return vst1_u16(p, half);
@@ -129,9 +129,16 @@ unsafe fn singles(half: uint16x4_t) -> float32x4_t {
 
 /// `v` within the range of f16; what is no number stays that.
 #[inline(always)]
-unsafe fn saturated(v: float32x4_t) -> float32x4_t {
+unsafe fn within_f16(v: float32x4_t) -> float32x4_t {
     // SAFETY: register arithmetic.
     unsafe { vminq_f32(vmaxq_f32(v, vdupq_n_f32(-F16_MOST)), vdupq_n_f32(F16_MOST)) }
+}
+
+/// Sums of f16 within its range; its lower end for what is no number, as opposite infinities of two runs make it.
+#[inline(always)]
+unsafe fn saturated(sums: float32x4_t) -> float32x4_t {
+    // SAFETY: register arithmetic.
+    unsafe { vminq_f32(vmaxnmq_f32(sums, vdupq_n_f32(-F16_MOST)), vdupq_n_f32(F16_MOST)) }
 }
 
 /// Two bf16, in f32.

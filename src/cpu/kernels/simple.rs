@@ -33,7 +33,7 @@ pub(crate) struct PoolArgs {
 /// Computes output rows `rows`.
 ///
 /// # Safety
-/// Pointers and strides stay inside the caller's buffers; no other thread writes what is read.
+/// Pointers and strides stay inside the caller's buffers; every window has a pixel of the map; no other thread writes what is read.
 #[inline(always)]
 pub(crate) unsafe fn max_pool<V: Vector>(a: &PoolArgs, rows: Range<usize>) {
     // SAFETY: the caller's contract.
@@ -268,7 +268,7 @@ pub(crate) struct RowArgs<'a> {
 /// Computes output rows `rows`.
 ///
 /// # Safety
-/// As [`max_pool`].
+/// As [`max_pool`]; the tables index rows and columns of `b`.
 #[inline(always)]
 pub(crate) unsafe fn add_or_copy<V: Vector>(a: &RowArgs, rows: Range<usize>) {
     // SAFETY: the caller's contract.
