@@ -118,9 +118,8 @@ pub(crate) struct Tile<'a> {
     scale: *const f32,
     bias: *const f32,
     to: Destination<'a>,
-    /// Bytes from a pixel of the input to the one at the same place of the tile that comes next, and from one of the last tile to
-    /// what comes behind it, to be asked for; 0 for none.
-    ahead: [usize; 2],
+    /// Bytes from a pixel of the input to the one at the same place of the tile that comes next, to be asked for; 0 for none.
+    ahead: usize,
     /// [`store`], compiled for the ISA.
     store: StoreRun,
 }
@@ -259,13 +258,11 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
             };
             // Where there are several panels a tile's input is read by all of them before the next one's.
             let count = if panels.len() > 1 { 1 } else { count };
+            // Of a row's last tiles all ask for the pixels to the right: behind the row the next one is not far.
             let ahead = match () {
-                _ if !single => [0; 2],
-                _ if i + count < tiles => [pixels * a.in_pixel; 2],
-                _ => {
-                    let last = x + (count - 1) * pixels;
-                    [pixels * a.in_pixel, a.in_row.wrapping_sub(last * a.in_pixel)]
-                }
+                _ if !single => 0,
+                _ if i + 1 < tiles => pixels * a.in_pixel,
+                _ => a.in_row.wrapping_sub(x * a.in_pixel),
             };
             for p in panels.clone() {
                 let first = p * 2 * lanes;
@@ -284,7 +281,7 @@ pub(crate) unsafe fn block<T: Tiles>(a: &ConvArgs, rows: Range<usize>, panels: R
                         scale: a.scale.wrapping_add(first),
                         bias: a.bias.wrapping_add(first),
                         to: a.destination((y, x), first, 2 * lanes),
-                        ahead: if p == panels.start { ahead } else { [0; 2] },
+                        ahead: if p == panels.start { ahead } else { 0 },
                         store: T::STORE,
                     };
                     T::run(pixels, wide, &t);
@@ -317,11 +314,10 @@ pub(crate) use unroll;
 #[inline(always)]
 pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile) {
     let (mut input, mut to) = (t.input, t.to);
-    for i in 1..=t.count {
-        let ahead = t.ahead[usize::from(i == t.count)];
+    for _ in 0..t.count {
         // SAFETY: the contract of `block`, which made the tile.
         unsafe {
-            pixels::<P, MR, NR>(t, input, &to, ahead);
+            pixels::<P, MR, NR>(t, input, &to);
             input = input.wrapping_add(MR * t.in_pixel);
             to.advance(MR);
         }
@@ -330,12 +326,7 @@ pub(crate) unsafe fn tile<P: Product, const MR: usize, const NR: usize>(t: &Tile
 
 /// MR pixels of a tile.
 #[inline(always)]
-unsafe fn pixels<P: Product, const MR: usize, const NR: usize>(
-    t: &Tile,
-    input: *const u8,
-    to: &Destination,
-    ahead: usize,
-) {
+unsafe fn pixels<P: Product, const MR: usize, const NR: usize>(t: &Tile, input: *const u8, to: &Destination) {
     // SAFETY: the contract of `block`, which made the tile.
     unsafe {
         let lanes = P::Values::LANES;
@@ -364,9 +355,9 @@ unsafe fn pixels<P: Product, const MR: usize, const NR: usize>(
             }
             let mut left = t.run;
             while left > 0 {
-                if ahead != 0 {
+                if t.ahead != 0 {
                     unroll!(m < MR, {
-                        P::Values::prefetch(p[m / each].wrapping_add(m % each * stride).wrapping_add(ahead))
+                        P::Values::prefetch(p[m / each].wrapping_add(m % each * stride).wrapping_add(t.ahead))
                     });
                 }
                 let mut line = left.min(LINE / 4);
@@ -413,16 +404,11 @@ unsafe fn pixels<P: Product, const MR: usize, const NR: usize>(
             return;
         }
         // Where lanes are many, a register of them is often not full.
-        if P::SINGLE && plain && lanes >= 8 {
+        if P::SINGLE && plain && NR == 1 && lanes >= 8 {
             let slope = P::Values::splat(to.rule.slope);
-            let rest = to.channels - (NR - 1) * lanes;
             unroll!(m < MR, {
                 let out = to.output.add(m * to.out_pixel).cast::<f32>();
-                for r in 0..NR - 1 {
-                    activate(finish::<P>(t, sums[m][r], r), slope).store(out.add(r * lanes));
-                }
-                let last = activate(finish::<P>(t, sums[m][NR - 1], NR - 1), slope);
-                last.store_first(out.add((NR - 1) * lanes), rest);
+                activate(finish::<P>(t, sums[m][0], 0), slope).store_first(out, to.channels);
             });
             return;
         }

@@ -3,7 +3,7 @@
 
 use super::conv::unroll;
 use super::epilogue::activate;
-use super::stored::{F32, STORAGE, U8};
+use super::stored::{F16, F32, STORAGE, U8};
 use super::Vector;
 use std::ops::Range;
 
@@ -48,6 +48,8 @@ pub(crate) unsafe fn rows<V: Vector, const T: usize>(a: &DepthwiseArgs, rows: Ra
     let step = if step * a.tap_pixel == a.in_pixel { step } else { 0 };
     // Where registers are not known, conversion takes longer than all else: one small loop.
     let step = if V::REGISTERS == 0 && T != F32 { 0 } else { step };
+    // Registers that channels do not fill: a few at the end of a pixel, or where there are many lanes the whole of it.
+    let rest = if T == F32 || (V::LANES == 16 && T != F16) { step } else { 0 };
     for y in rows {
         let mut c = 0;
         // SAFETY: the caller's contract; channels c .. c + LANES, and the rest at the end, exist.
@@ -60,7 +62,7 @@ pub(crate) unsafe fn rows<V: Vector, const T: usize>(a: &DepthwiseArgs, rows: Ra
                 c += V::LANES;
             }
             if c < a.channels {
-                match step {
+                match rest {
                     1 | 2 => row_of_3x3::<V, T, false>(a, y, c, step),
                     _ => row_any::<V, T>(a, y, c, a.channels - c),
                 }

@@ -195,7 +195,10 @@ pub(super) unsafe fn residual(t: &Destination, m: usize) -> *const u8 {
 pub(crate) unsafe fn store<V: Vector>(t: &Destination, values: *const f32, pixels: usize, registers: usize) {
     // SAFETY: the same contract.
     unsafe {
-        if t.registers(V::LANES) >= registers {
+        if V::REGISTERS == 0 {
+            // The multiplications take so long there that what is known saves nothing.
+            store_each::<V>(t, values, pixels, registers);
+        } else if t.registers(V::LANES) >= registers {
             store_all::<V, true>(t, values, pixels, registers);
         } else {
             store_all::<V, false>(t, values, pixels, registers);
@@ -237,13 +240,19 @@ unsafe fn store_all<V: Vector, const FULL: bool>(
             (_, Storage::F16, Storage::F16) if FULL && !scaled => {
                 store_known::<V, F16, ADDED, FULL>(t, values, pixels, registers)
             }
-            _ => {
-                for m in 0..pixels {
-                    for r in 0..registers {
-                        let v = V::load(values.add((m * registers + r) * V::LANES));
-                        store_register(t, v, m, r);
-                    }
-                }
+            _ => store_each::<V>(t, values, pixels, registers),
+        }
+    }
+}
+
+/// [`store`] where nothing is known.
+#[inline(always)]
+unsafe fn store_each<V: Vector>(t: &Destination, values: *const f32, pixels: usize, registers: usize) {
+    // SAFETY: the contract of `store`.
+    unsafe {
+        for m in 0..pixels {
+            for r in 0..registers {
+                store_register(t, V::load(values.add((m * registers + r) * V::LANES)), m, r);
             }
         }
     }

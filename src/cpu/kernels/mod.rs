@@ -415,21 +415,13 @@ macro_rules! conv_kernel {
                 unsafe { conv::tile::<$product, MR, 1>(t) }
             }
 
-            $(#[$attr])?
-            unsafe fn store(t: &epilogue::Destination, values: *const f32, pixels: usize, registers: usize) {
-                // SAFETY: the caller keeps the contract of the function called.
-                unsafe {
-                    epilogue::store::<<$product as conv::Product>::Values>(t, values, pixels, registers)
-                }
-            }
-
             pub(super) struct Tiles;
             impl conv::Tiles for Tiles {
                 const WIDE: usize = { let all = [$($wide),+]; all[0] };
                 const NARROW: usize = { let all = [$($narrow),+]; all[0] };
                 const TALL: usize = 0 $(+ $tall)?;
                 const LANES: usize = <<$product as conv::Product>::Values as Vector>::LANES;
-                const STORE: epilogue::StoreRun = store;
+                const STORE: epilogue::StoreRun = store_sums;
                 #[inline(always)]
                 unsafe fn run(pixels: usize, wide: bool, t: &conv::Tile) {
                     // SAFETY: the caller keeps the contract of the function called.
@@ -475,6 +467,18 @@ macro_rules! isa_kernels {
         ) {
             // SAFETY: the caller keeps the contract of the function called.
             unsafe { $crate::cpu::kernels::depthwise::rows::<$vector, T>(a, rows) }
+        }
+
+        /// For the convolutions of every kind of number.
+        $(#[$attr])?
+        unsafe fn store_sums(
+            t: &$crate::cpu::kernels::epilogue::Destination,
+            values: *const f32,
+            pixels: usize,
+            registers: usize,
+        ) {
+            // SAFETY: the caller keeps the contract of the function called.
+            unsafe { $crate::cpu::kernels::epilogue::store::<$vector>(t, values, pixels, registers) }
         }
 
         $(#[$attr])?

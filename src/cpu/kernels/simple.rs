@@ -47,7 +47,8 @@ pub(crate) unsafe fn max_pool<V: Vector>(a: &PoolArgs, rows: Range<usize>) {
     }
 }
 
-/// [`max_pool`] of values stored as number `T` of [`STORAGE`].
+/// [`max_pool`] of values stored as number `T` of [`STORAGE`]. Whole registers have a loop of their own, here and below, where there
+/// are any.
 #[inline(always)]
 unsafe fn pool<V: Vector, const T: usize>(a: &PoolArgs, rows: Range<usize>) {
     let bytes = STORAGE[T].bytes();
@@ -67,16 +68,17 @@ unsafe fn pool<V: Vector, const T: usize>(a: &PoolArgs, rows: Range<usize>) {
             let mut c = 0;
             // SAFETY: the caller's contract; the window is clipped to the map.
             unsafe {
-                while c + V::LANES <= a.channels {
+                while V::REGISTERS > 0 && c + V::LANES <= a.channels {
                     let at = c * bytes;
                     let largest = largest::<V, T>(a, from.wrapping_add(at), height, width, V::LANES);
                     largest.store_as(STORAGE[T], to.wrapping_add(at), V::LANES);
                     c += V::LANES;
                 }
-                if c < a.channels {
-                    let (at, rest) = (c * bytes, a.channels - c);
-                    let largest = largest::<V, T>(a, from.wrapping_add(at), height, width, rest);
-                    largest.store_as(STORAGE[T], to.wrapping_add(at), rest);
+                while c < a.channels {
+                    let (at, lanes) = (c * bytes, (a.channels - c).min(V::LANES));
+                    let largest = largest::<V, T>(a, from.wrapping_add(at), height, width, lanes);
+                    largest.store_as(STORAGE[T], to.wrapping_add(at), lanes);
+                    c += V::LANES;
                 }
             }
         }
@@ -97,7 +99,7 @@ unsafe fn largest<V: Vector, const T: usize>(
     unsafe {
         let mut best = V::load_as(STORAGE[T], from, lanes);
         // Most windows, without loops.
-        if rows == 2 && columns == 2 {
+        if V::REGISTERS > 0 && T == F32 && rows == 2 && columns == 2 {
             best = best.max(V::load_as(STORAGE[T], from.add(pixel), lanes));
             best = best.max(V::load_as(STORAGE[T], from.add(row), lanes));
             return best.max(V::load_as(STORAGE[T], from.add(row + pixel), lanes));
@@ -165,13 +167,14 @@ unsafe fn interpolate<V: Vector, const T: usize>(a: &ResizeArgs, rows: Range<usi
             // SAFETY: the caller's contract; the indices are inside the map.
             unsafe {
                 let to = a.output.add((y * a.out_row + x * a.out_pixel) * bytes);
-                while c + V::LANES <= a.channels {
+                while V::REGISTERS > 0 && c + V::LANES <= a.channels {
                     blend::<V, T>(a, by, bx, c, V::LANES).store_as(STORAGE[T], to.add(c * bytes), V::LANES);
                     c += V::LANES;
                 }
-                if c < a.channels {
-                    let rest = a.channels - c;
-                    blend::<V, T>(a, by, bx, c, rest).store_as(STORAGE[T], to.add(c * bytes), rest);
+                while c < a.channels {
+                    let lanes = (a.channels - c).min(V::LANES);
+                    blend::<V, T>(a, by, bx, c, lanes).store_as(STORAGE[T], to.add(c * bytes), lanes);
+                    c += V::LANES;
                 }
             }
         }
@@ -273,7 +276,7 @@ pub(crate) struct RowArgs<'a> {
 pub(crate) unsafe fn add_or_copy<V: Vector>(a: &RowArgs, rows: Range<usize>) {
     // SAFETY: the caller's contract.
     unsafe {
-        if a.storage == Storage::F32 && a.a.is_plain() && a.b.is_plain() {
+        if V::REGISTERS > 0 && a.storage == Storage::F32 && a.a.is_plain() && a.b.is_plain() {
             sums::<V, true>(a, rows);
         } else {
             sums::<V, false>(a, rows);
@@ -293,12 +296,14 @@ unsafe fn sums<V: Vector, const PLAIN: bool>(a: &RowArgs, rows: Range<usize>) {
             // SAFETY: the caller's contract.
             unsafe {
                 let to = a.output.add((y * a.out_row + x * a.out_pixel) * bytes);
-                while c + V::LANES <= a.channels {
+                while V::REGISTERS > 0 && c + V::LANES <= a.channels {
                     sum::<V, PLAIN>(a, (y, x), (of_b, beside), c, to.add(c * bytes), V::LANES);
                     c += V::LANES;
                 }
-                if c < a.channels {
-                    sum::<V, PLAIN>(a, (y, x), (of_b, beside), c, to.add(c * bytes), a.channels - c);
+                while c < a.channels {
+                    let lanes = (a.channels - c).min(V::LANES);
+                    sum::<V, PLAIN>(a, (y, x), (of_b, beside), c, to.add(c * bytes), lanes);
+                    c += V::LANES;
                 }
             }
         }
