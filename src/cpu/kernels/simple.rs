@@ -1,7 +1,7 @@
 //! Kernels bound by memory: pooling, interpolation, addition, copies.
 
 use super::epilogue::activate;
-use super::stored::{BF16, F16, F32, STORAGE, U8};
+use super::stored::{by_storage, F32, STORAGE};
 use super::Vector;
 use crate::cpu::arena::Storage;
 use std::ops::Range;
@@ -37,14 +37,7 @@ pub(crate) struct PoolArgs {
 #[inline(always)]
 pub(crate) unsafe fn max_pool<V: Vector>(a: &PoolArgs, rows: Range<usize>) {
     // SAFETY: the caller's contract.
-    unsafe {
-        match a.storage {
-            Storage::F32 => pool::<V, F32>(a, rows),
-            Storage::Bf16 => pool::<V, BF16>(a, rows),
-            Storage::F16 => pool::<V, F16>(a, rows),
-            Storage::U8 => pool::<V, U8>(a, rows),
-        }
-    }
+    unsafe { by_storage!(a.storage, pool::<V>(a, rows)) }
 }
 
 /// [`max_pool`] of values stored as number `T` of [`STORAGE`]. Whole registers have a loop of their own, here and below, where there
@@ -146,14 +139,7 @@ pub(crate) struct ResizeArgs<'a> {
 #[inline(always)]
 pub(crate) unsafe fn resize<V: Vector>(a: &ResizeArgs, rows: Range<usize>) {
     // SAFETY: the caller's contract.
-    unsafe {
-        match a.storage {
-            Storage::F32 => interpolate::<V, F32>(a, rows),
-            Storage::Bf16 => interpolate::<V, BF16>(a, rows),
-            Storage::F16 => interpolate::<V, F16>(a, rows),
-            Storage::U8 => interpolate::<V, U8>(a, rows),
-        }
-    }
+    unsafe { by_storage!(a.storage, interpolate::<V>(a, rows)) }
 }
 
 /// [`resize`] of values stored as number `T` of [`STORAGE`].
