@@ -195,7 +195,7 @@ pub struct SideStage {
 pub struct RunRecipe {
     /// Seed of all chance; default 1.
     pub seed: u64,
-    /// `f32`, `bf16` (AMX) or `auto`, the default: bf16 where the CPU has it.
+    /// `f32`, `bf16` (AMX or AVX512-BF16) or `auto`, the default: bf16 where the CPU has it.
     pub precision: Precision,
     /// Gradients are scaled down to this norm; 0 is off. Default 10.
     pub clip: f32,
@@ -219,7 +219,7 @@ pub enum Precision {
     Auto,
     /// f32.
     F32,
-    /// bf16 on AMX or on a CUDA device of compute capability 8.0 or later; an error elsewhere.
+    /// bf16 on AMX, AVX512-BF16 or a CUDA device of compute capability 8.0 or later; an error elsewhere.
     Bf16,
 }
 

@@ -125,7 +125,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     match precision.as_str() {
         "f32" => run::<f32>(graph, &weights, shape, threads.parse()?),
         "bf16" if bf16_supported() => run::<half::bf16>(graph, &weights, shape, threads.parse()?),
-        "bf16" => Err("this processor has no AMX: time f32 alone (--precisions f32)".into()),
+        "bf16" => Err("this processor multiplies no bf16: time f32 alone (--precisions f32)".into()),
         other => Err(format!("no precision {other}: f32 or bf16").into()),
     }
 }

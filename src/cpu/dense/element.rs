@@ -19,7 +19,7 @@ pub(crate) trait Stored: Copy {
     unsafe fn store<V: Vector>(v: V, p: *mut Self, n: usize);
 }
 
-/// f32, or bf16 where AMX multiplies it; no other type can be one.
+/// f32, or bf16 where the CPU multiplies it; no other type can be one.
 #[allow(private_bounds)] // which is what seals it
 pub trait Element: Stored + Default + Send + Sync + std::fmt::Debug + PartialEq + 'static {
     /// Name in recipes and logs.
@@ -95,7 +95,7 @@ impl Stored for bf16 {
     #[inline(always)]
     unsafe fn store<V: Vector>(v: V, p: *mut Self, n: usize) {
         // SAFETY: the same contract; bf16 is its bits.
-        unsafe { v.store_bf16_amx(p.cast(), n) }
+        unsafe { v.store_bf16_nearest(p.cast(), n) }
     }
 }
 
@@ -111,8 +111,8 @@ impl Element for bf16 {
         Self::from_bits(bf16_bits(v))
     }
     #[cfg(target_arch = "x86_64")]
-    fn product(_: Isa, a: &[Self], a_pixel: usize, pixels: usize, b: &Packed<Self>, c: &mut [f32]) {
-        super::amx::product(a, a_pixel, pixels, b, c);
+    fn product(isa: Isa, a: &[Self], a_pixel: usize, pixels: usize, b: &Packed<Self>, c: &mut [f32]) {
+        super::pairs::product(isa, a, a_pixel, pixels, b, c);
     }
     #[cfg(target_arch = "x86_64")]
     fn outer(
@@ -123,7 +123,7 @@ impl Element for bf16 {
         sums: &mut [f32],
         scratch: &mut Vec<Self>,
     ) {
-        super::amx::outer(isa, a, d, pixels, sums, scratch);
+        super::pairs::outer(isa, a, d, pixels, sums, scratch);
     }
     #[cfg(not(target_arch = "x86_64"))]
     fn product(_: Isa, _: &[Self], _: usize, _: usize, _: &Packed<Self>, _: &mut [f32]) {

@@ -1,7 +1,7 @@
 //! Kernels over whole batches of dense channels-last maps, forward and backward: what training runs.
 //!
 //! Maps are stored in f32 or bf16 ([`Element`]) and computed in f32; a convolution is a matrix product over
-//! pixels, on the f32 tiles of the inference kernels or, for bf16, on AMX. A map stands before its
+//! pixels, on the f32 tiles of the inference kernels or, for bf16, on AMX or AVX512-BF16. A map stands before its
 //! batch normalisation and activation: whoever reads it applies them ([`Source`]), and a gradient is
 //! pulled back through them where it is read ([`Gradient`]), a band of rows at a time in cache, so
 //! that neither the normalised map nor its gradient is ever written to memory.
@@ -14,9 +14,13 @@ mod amx;
 mod band;
 pub mod conv;
 pub mod depthwise;
+#[cfg(target_arch = "x86_64")]
+mod dot;
 mod element;
 mod gemm;
 pub mod maps;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 pub mod resample;
 mod target;
 
@@ -27,10 +31,8 @@ pub use gemm::Packed;
 pub use maps::{Gradient, Source};
 pub use target::{map_sums, Target};
 
-/// Whether this machine trains in bf16: AMX tiles that the operating system lets us use.
+/// Whether this machine trains in bf16: it multiplies it, on AMX tiles that the operating system lets us use or by
+/// AVX512-BF16's dot product, and `FARFACE_ISA` keeps neither from use.
 pub fn bf16_supported() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return amx::available();
-    #[cfg(not(target_arch = "x86_64"))]
-    return false;
+    crate::cpu::isa::detected().multiplies_bf16()
 }

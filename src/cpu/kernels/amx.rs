@@ -273,7 +273,7 @@ unsafe fn rows<P: OnTiles, const T: usize, const ADDED: usize>(
                 let to = out.add(at);
                 match T {
                     F32 => v.store(to.cast()),
-                    BF16 => v.store_bf16_amx(to.cast(), SIDE),
+                    BF16 => v.store_bf16_nearest(to.cast(), SIDE),
                     _ => v.add(zero).store_u8(to, SIDE),
                 }
             }
@@ -311,7 +311,7 @@ pub(in crate::cpu) unsafe fn widen(from: *const f32, channels: usize, to: *mut u
             let all = |lanes: usize| ((1u32 << lanes) - 1) as __mmask16;
             let v = _mm512_maskz_loadu_ps(all(n * channels), from.add(first * channels));
             let v = _mm512_maskz_permutexvar_ps(own, places, v);
-            F32x16(v).store_bf16_amx(to.add(first * WIDENED), n * WIDENED);
+            F32x16(v).store_bf16_nearest(to.add(first * WIDENED), n * WIDENED);
         }
     }
 }

@@ -29,7 +29,7 @@ unsafe fn saturated(sums: __m512) -> __m512 {
 }
 
 // SAFETY of every block below: the trait's contract (the caller is compiled for AVX-512 F, BW and VL, for
-// `store_bf16_amx` for BF16 too, which its callers check; the
+// `store_bf16_nearest` for BF16 too, which its callers check; the
 // pointers are good for the lanes named).
 impl Vector for F32x16 {
     const LANES: usize = 16;
@@ -126,10 +126,10 @@ impl Vector for F32x16 {
         }
     }
     #[inline(always)]
-    unsafe fn store_bf16_amx(self, p: *mut u16, n: usize) {
+    unsafe fn store_bf16_nearest(self, p: *mut u16, n: usize) {
         // SAFETY: trait contract; masked lanes are not touched.
         unsafe {
-            // Only machines with AMX store bf16 here, and those have this instruction; it rounds to nearest even.
+            // The callers asked for this instruction; it rounds to nearest even.
             let half: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(self.0));
             if n >= 16 {
                 _mm256_storeu_si256(p.cast(), half);

@@ -195,10 +195,10 @@ pub(crate) trait Vector: Copy {
         }
     }
 
-    /// As [`Vector::store_bf16`], on machines with AMX alone, by their instruction where there is one.
+    /// As [`Vector::store_bf16`], on machines that multiply bf16 alone, by their instruction where there is one.
     #[cfg(any(feature = "train", target_arch = "x86_64"))]
     #[inline(always)]
-    unsafe fn store_bf16_amx(self, p: *mut u16, n: usize) {
+    unsafe fn store_bf16_nearest(self, p: *mut u16, n: usize) {
         // SAFETY: the contract is the same.
         unsafe { self.store_bf16(p, n) }
     }

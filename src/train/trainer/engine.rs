@@ -35,7 +35,7 @@ pub(super) fn engine(
             ranks.world()
         )));
     }
-    let why = "this CPU has no AMX; take f32 or auto";
+    let why = "this CPU has neither AMX nor AVX512-BF16; take f32 or auto";
     Ok(if is_half(precision, bf16_supported(), || why.into())? {
         Box::new(Network::<bf16>::new(graph, weights, &frozen, threads)?)
     } else {

@@ -51,7 +51,10 @@ pub(in super::super) unsafe fn dispatch<P: Pass>(isa: Isa, pass: P) {
             Isa::Avx2 => avx2(pass),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Amx if P::BF16 => {
-                assert!(crate::cpu::dense::bf16_supported(), "maps in bf16 are for machines with AMX");
+                assert!(
+                    crate::cpu::dense::bf16_supported(),
+                    "maps in bf16 are for machines that multiply it"
+                );
                 avx512_bf16(pass)
             }
             #[cfg(target_arch = "x86_64")]
