@@ -11,6 +11,7 @@ mod kernels;
 pub(crate) mod pages;
 pub(crate) mod part;
 pub(crate) mod program;
+pub(crate) mod resample;
 pub(crate) mod simple;
 pub mod threads;
 #[cfg(target_arch = "x86_64")]

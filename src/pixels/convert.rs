@@ -4,9 +4,10 @@
 //! operations, so that any window, row range or walking direction gives the same bits.
 
 use super::placement::Placement;
-use super::sample::{array, array_mut, clamp, Lanes, Sample};
+use super::sample::{array, array_mut, clamp, Sample};
 use super::view::{ImageView, PixelFormat};
 use super::yuv::{YuvRows, YuvToRgb};
+use crate::cpu::resample::{Constants, Resampler};
 use std::ops::Range;
 
 /// Order of the three channels that a network was trained with.
@@ -188,85 +189,47 @@ fn reverse_pixels(row: &mut [f32]) {
     pixels.reverse();
 }
 
-/// Values that are normalised together: whole pixels and whole vectors of any width, and too many for
-/// the compiler to unroll the loop over them, which it then fails to vectorise.
-const PERIOD: usize = 192;
-
 /// [`Normalization`] prepared for rows that come in a given order.
 #[derive(Clone)]
 pub(super) struct Normalizer {
-    /// Means and factors of whole pixels, one after another.
-    mean: [f32; PERIOD],
-    scale: [f32; PERIOD],
-    swap: bool,
+    constants: Constants,
+    kernels: Resampler,
 }
 
 impl Normalizer {
     pub fn new(norm: &Normalization, order: ChannelOrder) -> Self {
-        Self {
-            mean: std::array::from_fn(|i| norm.mean[i % 3]),
-            scale: std::array::from_fn(|i| norm.scale[i % 3]),
-            swap: norm.order != order,
-        }
+        let constants = Constants::new(norm.mean, norm.scale, norm.order != order);
+        Self { constants, kernels: Resampler::detected() }
     }
 
-    /// One pixel, in the rows' order, as the network wants it; the fourth lane is as good as any.
+    /// The kernels that rows go through.
+    pub fn kernels(&self) -> Resampler {
+        self.kernels
+    }
+
+    /// What they normalise with.
+    pub fn constants(&self) -> &Constants {
+        &self.constants
+    }
+
+    /// One pixel, in the rows' order, as the network wants it.
     #[inline(always)]
-    pub fn lanes<const SWAP: bool>(&self, p: Lanes) -> Lanes {
-        let p = if SWAP { [p[2], p[1], p[0], p[3]] } else { p };
-        std::array::from_fn(|i| (p[i] - self.mean[i]) * self.scale[i])
-    }
-
-    #[inline(always)]
-    fn pixel<const SWAP: bool>(&self, p: [f32; 3]) -> [f32; 3] {
-        let [a, b, c, _] = self.lanes::<SWAP>([p[0], p[1], p[2], 0.0]);
-        [a, b, c]
-    }
-
-    /// True where pixels come in the other order than the network's.
-    pub fn swaps(&self) -> bool {
-        self.swap
+    pub fn pixel(&self, p: [f32; 3]) -> [f32; 3] {
+        let Constants { mean, scale, swap, .. } = &self.constants;
+        let p = if *swap { [p[2], p[1], p[0]] } else { p };
+        [(p[0] - mean[0]) * scale[0], (p[1] - mean[1]) * scale[1], (p[2] - mean[2]) * scale[2]]
     }
 
     /// Normalises the pixels of `src`, three values each, into `dst`, where a pixel begins every
     /// `pixel_stride` floats.
     pub fn row<S: Sample>(&self, src: &[S], dst: &mut [f32], pixel_stride: usize) {
-        if pixel_stride != 3 {
-            let (pixels, _) = src.as_chunks::<3>();
-            // The last pixel may end with the slice, so its chunk is short.
-            for (o, p) in dst.chunks_mut(pixel_stride).zip(pixels) {
-                let p = p.map(Sample::value);
-                o[..3].copy_from_slice(&if self.swap {
-                    self.pixel::<true>(p)
-                } else {
-                    self.pixel::<false>(p)
-                });
-            }
-        } else if self.swap {
-            // Bytes are widened on their own: shuffling floats is cheaper than shuffling bytes.
-            let dst = &mut dst[..src.len()];
-            for (o, v) in dst.iter_mut().zip(src) {
-                *o = v.value();
-            }
-            let (blocks, rest) = dst.as_chunks_mut::<12>();
-            for p in blocks {
-                *p = std::array::from_fn(|i| (p[i / 3 * 3 + 2 - i % 3] - self.mean[i]) * self.scale[i]);
-            }
-            for p in rest.as_chunks_mut::<3>().0 {
-                *p = self.pixel::<true>(*p);
-            }
-        } else {
-            let whole = src.len() / PERIOD * PERIOD;
-            let (blocks, rest) = src.as_chunks::<PERIOD>();
-            let (out, out_rest) = dst[..src.len()].split_at_mut(whole);
-            for (o, v) in out.as_chunks_mut::<PERIOD>().0.iter_mut().zip(blocks) {
-                for i in 0..PERIOD {
-                    o[i] = (v[i].value() - self.mean[i]) * self.scale[i];
-                }
-            }
-            for (i, (o, v)) in out_rest.iter_mut().zip(rest).enumerate() {
-                *o = (v.value() - self.mean[i]) * self.scale[i];
-            }
+        if pixel_stride == 3 {
+            return self.kernels.normalize(src, dst, &self.constants);
+        }
+        let (pixels, _) = src.as_chunks::<3>();
+        // The last pixel may end with the slice, so its chunk is short.
+        for (o, p) in dst.chunks_mut(pixel_stride).zip(pixels) {
+            o[..3].copy_from_slice(&self.pixel(p.map(Sample::value)));
         }
     }
 }

@@ -9,8 +9,9 @@
 
 use super::convert::{row_floats, Normalization, Normalizer, RowReader};
 use super::rect::{Rect, Size};
-use super::sample::{array, array_mut, Lanes, Sample};
+use super::sample::array;
 use super::view::ImageView;
+use crate::cpu::resample::Columns;
 use crate::error::{Error, Result};
 use std::ops::Range;
 
@@ -135,9 +136,21 @@ pub struct Scratch {
     rows: [Vec<f32>; 2],
     /// Weighted sum of upright rows.
     sum: Vec<f32>,
-    /// Taps of the window's columns.
-    taps: Vec<Taps>,
+    columns: ColumnBuffers,
 }
+
+/// Where the columns of a window look: the [`Taps`] of each, its places three times the pixels' numbers from the row
+/// buffers' start on.
+#[derive(Debug, Default)]
+struct ColumnBuffers {
+    first: Vec<u32>,
+    last: Vec<u32>,
+    head: Vec<f32>,
+    tail: Vec<f32>,
+}
+
+/// Heap bytes of a column.
+const COLUMN_BYTES: usize = 2 * size_of::<u32>() + 2 * size_of::<f32>();
 
 impl Scratch {
     /// Scratch for windows up to `window_width` of levels `level_width` wide over an upright picture
@@ -156,28 +169,36 @@ impl Scratch {
                 *row = vec![0.0; floats];
             }
         }
-        if self.taps.len() < columns {
-            self.taps = vec![Taps::default(); columns];
+        let ColumnBuffers { first, last, head, tail } = &mut self.columns;
+        for places in [first, last] {
+            if places.len() < columns {
+                *places = vec![0; columns];
+            }
+        }
+        for weights in [head, tail] {
+            if weights.len() < columns {
+                *weights = vec![0.0; columns];
+            }
         }
     }
 
     /// Heap bytes held.
     pub fn bytes(&self) -> usize {
         let floats = self.rows.iter().map(Vec::capacity).sum::<usize>() + self.sum.capacity();
-        floats * size_of::<f32>() + self.taps.capacity() * size_of::<Taps>()
+        floats * size_of::<f32>() + self.columns.first.capacity() * COLUMN_BYTES
     }
 
     /// Heap bytes that a fresh scratch of [`Self::for_width`] holds.
     pub fn bytes_for_width(upright_width: usize, level_width: usize, window_width: usize) -> usize {
         let (floats, columns) = Self::lengths(upright_width, level_width, window_width);
-        3 * floats * size_of::<f32>() + columns * size_of::<Taps>()
+        3 * floats * size_of::<f32>() + columns * COLUMN_BYTES
     }
 
     /// Heap bytes that a scratch reserved for all of these (upright, level, window) widths holds.
     pub fn bytes_for_widths(widths: impl Iterator<Item = [usize; 3]>) -> usize {
         let most = |(f, c): (usize, usize), (floats, columns)| (f.max(floats), c.max(columns));
         let (floats, columns) = widths.map(|[u, l, w]| Self::lengths(u, l, w)).fold((0, 0), most);
-        3 * floats * size_of::<f32>() + columns * size_of::<Taps>()
+        3 * floats * size_of::<f32>() + columns * COLUMN_BYTES
     }
 
     /// (values of a row buffer, columns with taps)
@@ -250,8 +271,9 @@ struct Pass<'a> {
     span: Range<usize>,
     cache: RowCache<'a>,
     sum: &'a mut [f32],
-    /// Taps of each column, `first` counted from the span's start.
-    taps: &'a [Taps],
+    columns: Columns<'a>,
+    /// Weight of the pixels between a column's first and its last.
+    body: f32,
 }
 
 impl<'a> Pass<'a> {
@@ -270,16 +292,20 @@ impl<'a> Pass<'a> {
         let normalizer = Normalizer::new(norm, reader.order());
         let span = x.span(columns.clone());
         let floats = row_floats(span.len());
-        let Scratch { rows: [a, b], sum, taps } = scratch;
-        let taps = &mut taps[..columns.len()];
-        if !x.is_identity() {
-            for (t, i) in taps.iter_mut().zip(columns) {
-                *t = x.taps(i);
-                t.first -= span.start as u32;
-            }
+        let Scratch { rows: [a, b], sum, columns: buffers } = scratch;
+        let mut body = 0.0;
+        let n = if x.is_identity() { 0 } else { columns.len() };
+        for (to, i) in columns.take(n).enumerate() {
+            let t = x.taps(i);
+            let first = t.first - span.start as u32;
+            (buffers.first[to], buffers.last[to]) = (3 * first, 3 * (first + t.len - 1));
+            (buffers.head[to], buffers.tail[to]) = (t.head, t.tail);
+            body = t.body; // of every column the same
         }
+        let ColumnBuffers { first, last, head, tail } = buffers;
+        let columns = Columns::new(&first[..n], &last[..n], &head[..n], &tail[..n]);
         let cache = RowCache { rows: [&mut a[..floats], &mut b[..floats]], held: [None; 2], last: 0 };
-        Self { reader, normalizer, x, y, span, cache, sum: &mut sum[..floats], taps }
+        Self { reader, normalizer, x, y, span, cache, sum: &mut sum[..floats], columns, body }
     }
 
     /// Level row `y` into `out`.
@@ -304,19 +330,20 @@ impl<'a> Pass<'a> {
             self.combine(&taps);
             self.sum
         };
-        let (taps, normalizer) = (self.taps, &self.normalizer);
-        match (self.x.is_identity(), normalizer.swaps(), self.x.averages()) {
-            (true, ..) => normalizer.row(&row[..values], out, pixel_stride),
-            (_, false, false) => columns::<false, false>(row, taps, normalizer, out, pixel_stride),
-            (_, false, true) => columns::<false, true>(row, taps, normalizer, out, pixel_stride),
-            (_, true, false) => columns::<true, false>(row, taps, normalizer, out, pixel_stride),
-            (_, true, true) => columns::<true, true>(row, taps, normalizer, out, pixel_stride),
+        let normalizer = &self.normalizer;
+        if self.x.is_identity() {
+            normalizer.row(&row[..values], out, pixel_stride);
+        } else if pixel_stride == 3 && !self.x.averages() {
+            normalizer.kernels().columns(row, &self.columns, out, normalizer.constants());
+        } else {
+            columns(row, &self.columns, self.body, normalizer, out, pixel_stride);
         }
     }
 
     /// Weighted sum of the upright rows of `taps` into `sum`, by pairs, an odd one first.
     fn combine(&mut self, taps: &Taps) {
-        let Self { reader, cache, span, sum, .. } = self;
+        let Self { reader, cache, span, sum, normalizer, .. } = self;
+        let kernels = normalizer.kernels();
         let sum = &mut sum[..3 * span.len()];
         let weight = |k: u32| match k {
             0 => taps.head,
@@ -328,18 +355,17 @@ impl<'a> Pass<'a> {
             let y = (taps.first + k) as usize;
             if k == 0 && taps.len % 2 == 1 {
                 match reader.bytes(y, span) {
-                    Some(row) => weigh(sum, row, weight(k)),
-                    None => weigh(sum, cache.get(reader, y, span), weight(k)),
+                    Some(row) => kernels.weigh(sum, row, weight(k)),
+                    None => kernels.weigh(sum, cache.get(reader, y, span), weight(k)),
                 }
                 k += 1;
                 continue;
             }
             let weights = [weight(k), weight(k + 1)];
             match (reader.bytes(y, span), reader.bytes(y + 1, span)) {
-                (Some(a), Some(b)) => weigh_pair(sum, a, b, weights, k == 0),
+                (Some(a), Some(b)) => kernels.weigh_pair(sum, [a, b], weights, k == 0),
                 _ => {
-                    let [a, b] = cache.pair(reader, y, span);
-                    weigh_pair(sum, a, b, weights, k == 0);
+                    kernels.weigh_pair(sum, cache.pair(reader, y, span), weights, k == 0);
                 }
             }
             k += 2;
@@ -384,64 +410,40 @@ impl RowCache<'_> {
     }
 }
 
-/// `sum = weight * row`.
-fn weigh<S: Sample>(sum: &mut [f32], row: &[S], weight: f32) {
-    for (s, v) in sum.iter_mut().zip(row) {
-        *s = weight * v.value();
-    }
-}
-
-/// `sum += weights[0] * a + weights[1] * b`, or `=` for the first rows.
-fn weigh_pair<S: Sample>(sum: &mut [f32], a: &[S], b: &[S], weights: [f32; 2], first: bool) {
-    let [wa, wb] = weights;
-    let rows = sum.iter_mut().zip(a.iter().zip(b));
-    if first {
-        for (s, (a, b)) in rows {
-            *s = wa * a.value() + wb * b.value();
-        }
-    } else {
-        for (s, (a, b)) in rows {
-            *s += wa * a.value() + wb * b.value();
-        }
-    }
-}
-
-/// Resamples a row along x and normalises it into `out`. `AVERAGE`: there are taps between the first
-/// and the last.
-fn columns<const SWAP: bool, const AVERAGE: bool>(
+/// Resamples a row along x and normalises it into `out`: any number of pixels a column, which weigh `body` between the
+/// first and the last, and any distance between the columns.
+fn columns(
     row: &[f32],
-    taps: &[Taps],
+    columns: &Columns<'_>,
+    body: f32,
     normalizer: &Normalizer,
     out: &mut [f32],
     pixel_stride: usize,
 ) {
-    // Four lanes are read for every pixel; the fourth is the next pixel's or the spare value.
-    let at = |pixel: usize| -> &Lanes { array(row, 3 * pixel) };
-    let pixel = |t: &Taps| -> Lanes {
-        let (first, last) = (t.first as usize, (t.first + t.len) as usize - 1);
-        let mut v = at(first).map(|v| t.head * v);
-        if AVERAGE {
-            for middle in first + 1..last {
-                let m = at(middle);
-                v = std::array::from_fn(|i| v[i] + t.body * m[i]);
-            }
+    // Four lanes are read for every pixel, a vector; the fourth is the next pixel's or the spare value.
+    let at = |place: usize| -> &[f32; 4] { array(row, place) };
+    for (i, out) in out.chunks_mut(pixel_stride).take(columns.len()).enumerate() {
+        let ([first, last], [head, tail]) = columns.at(i);
+        let mut v = weighted(head, at(first));
+        let mut middle = first + 3;
+        while middle < last {
+            v = sum(v, weighted(body, at(middle)));
+            middle += 3;
         }
         // A single tap is taken twice, the second time with weight 0.
-        let z = at(last);
-        normalizer.lanes::<SWAP>(std::array::from_fn(|i| v[i] + t.tail * z[i]))
-    };
-    if pixel_stride == 3 {
-        // Whole vectors out as well, but for the last: the next pixel overwrites the fourth lane.
-        let Some((last, others)) = taps.split_last() else { return };
-        for (i, t) in others.iter().enumerate() {
-            *array_mut(out, 3 * i) = pixel(t);
-        }
-        out[3 * others.len()..][..3].copy_from_slice(&pixel(last)[..3]);
-    } else {
-        for (o, t) in out.chunks_mut(pixel_stride).zip(taps) {
-            o[..3].copy_from_slice(&pixel(t)[..3]);
-        }
+        let [a, b, c, _] = sum(v, weighted(tail, at(last)));
+        out[..3].copy_from_slice(&normalizer.pixel([a, b, c]));
     }
+}
+
+#[inline(always)]
+fn weighted(w: f32, v: &[f32; 4]) -> [f32; 4] {
+    [w * v[0], w * v[1], w * v[2], w * v[3]]
+}
+
+#[inline(always)]
+fn sum(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+    [a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]]
 }
 
 #[cfg(test)]

@@ -1,26 +1,6 @@
 //! Single values and small groups of them, as the loops over rows read and write them.
 
-/// A pixel in one vector register; the fourth lane carries nothing.
-pub(super) type Lanes = [f32; 4];
-
-/// Values of a row: bytes as stored, or floats already decoded.
-pub(super) trait Sample: Copy {
-    fn value(self) -> f32;
-}
-
-impl Sample for u8 {
-    #[inline(always)]
-    fn value(self) -> f32 {
-        f32::from(self)
-    }
-}
-
-impl Sample for f32 {
-    #[inline(always)]
-    fn value(self) -> f32 {
-        self
-    }
-}
+pub(super) use crate::cpu::resample::Sample;
 
 /// To 0..=255, NaN to 0. Written as comparisons because they are one instruction each in vector code.
 #[inline(always)]

@@ -145,6 +145,28 @@ impl Vector for F32x8 {
         }
     }
     #[inline(always)]
+    unsafe fn load_pixels(p: *const f32, at: *const u32) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe {
+            _mm256_set_m128(_mm_loadu_ps(p.add(*at.add(1) as usize)), _mm_loadu_ps(p.add(*at as usize)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn spread(p: *const f32) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe { _mm256_set_m128(_mm_set1_ps(*p.add(1)), _mm_set1_ps(*p)) })
+    }
+    #[inline(always)]
+    unsafe fn pack_pixels(self) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe { _mm256_permutevar8x32_ps(self.0, _mm256_setr_epi32(0, 1, 2, 4, 5, 6, 7, 7)) })
+    }
+    #[inline(always)]
+    unsafe fn swap_ends(self) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe { _mm256_permute_ps::<0b11_00_01_10>(self.0) })
+    }
+    #[inline(always)]
     unsafe fn load_u8(p: *const u8, n: usize) -> Self {
         let mut some = [0u8; 8];
         // SAFETY: trait contract.

@@ -162,6 +162,37 @@ impl Vector for F32x16 {
         }
     }
     #[inline(always)]
+    unsafe fn load_pixels(p: *const f32, at: *const u32) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe {
+            let v = _mm512_castps128_ps512(_mm_loadu_ps(p.add(*at as usize)));
+            let v = _mm512_insertf32x4::<1>(v, _mm_loadu_ps(p.add(*at.add(1) as usize)));
+            let v = _mm512_insertf32x4::<2>(v, _mm_loadu_ps(p.add(*at.add(2) as usize)));
+            _mm512_insertf32x4::<3>(v, _mm_loadu_ps(p.add(*at.add(3) as usize)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn spread(p: *const f32) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe {
+            let quads = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+            _mm512_permutexvar_ps(quads, _mm512_castps128_ps512(_mm_loadu_ps(p)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn pack_pixels(self) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe {
+            let packed = _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 15, 15, 15, 15);
+            _mm512_permutexvar_ps(packed, self.0)
+        })
+    }
+    #[inline(always)]
+    unsafe fn swap_ends(self) -> Self {
+        // SAFETY: trait contract.
+        Self(unsafe { _mm512_permute_ps::<0b11_00_01_10>(self.0) })
+    }
+    #[inline(always)]
     unsafe fn load_u8(p: *const u8, n: usize) -> Self {
         // SAFETY: trait contract; masked lanes are not touched.
         Self(unsafe {

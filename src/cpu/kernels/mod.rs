@@ -9,6 +9,7 @@ pub(crate) mod backward;
 pub(crate) mod conv;
 pub(crate) mod depthwise;
 pub(crate) mod epilogue;
+pub(crate) mod resample;
 pub(crate) mod simple;
 mod vector;
 pub(crate) mod winograd;
@@ -157,6 +158,8 @@ pub(crate) struct Kernels {
     pub rows: unsafe fn(&RowArgs, rows: std::ops::Range<usize>),
     /// 1 / (1 + e^-x) of so many values.
     pub sigmoid: unsafe fn(*const f32, *mut f32, usize),
+    /// Rows of pixels.
+    pub resample: resample::ResampleKernels,
     /// Winograd's transform of a tile's inputs, and of its sums of products.
     pub winograd_input: unsafe fn(&InputArgs),
     pub winograd_output: unsafe fn(&OutputArgs),
@@ -308,6 +311,38 @@ macro_rules! isa_kernels {
         }
 
         $(#[$attr])?
+        unsafe fn weigh<T: $crate::cpu::kernels::resample::Sample>(sum: &mut [f32], row: &[T], weight: f32) {
+            $crate::cpu::kernels::resample::weigh(sum, row, weight);
+        }
+
+        $(#[$attr])?
+        unsafe fn weigh_pair<T: $crate::cpu::kernels::resample::Sample>(
+            sum: &mut [f32],
+            a: &[T],
+            b: &[T],
+            weights: [f32; 2],
+            first: bool,
+        ) {
+            $crate::cpu::kernels::resample::weigh_pair(sum, a, b, weights, first);
+        }
+
+        $(#[$attr])?
+        unsafe fn normalize<T: $crate::cpu::kernels::resample::Sample>(
+            src: &[T],
+            dst: &mut [f32],
+            constants: &$crate::cpu::kernels::resample::Constants,
+        ) {
+            // SAFETY: the caller keeps the contract of the function called.
+            unsafe { $crate::cpu::kernels::resample::normalize::<$vector, T>(src, dst, constants) }
+        }
+
+        $(#[$attr])?
+        unsafe fn columns(a: &$crate::cpu::kernels::resample::ColumnsArgs) {
+            // SAFETY: the caller keeps the contract of the function called.
+            unsafe { $crate::cpu::kernels::resample::columns::<$vector>(a) }
+        }
+
+        $(#[$attr])?
         unsafe fn winograd_input(a: &$crate::cpu::kernels::winograd::InputArgs) {
             // SAFETY: the caller keeps the contract of the function called.
             unsafe { $crate::cpu::kernels::winograd::input::<$vector>(a) }
@@ -333,6 +368,14 @@ macro_rules! isa_kernels {
             resize,
             rows: add_or_copy,
             sigmoid,
+            resample: {
+                use $crate::cpu::kernels::resample::{ResampleKernels, RowKernels};
+                ResampleKernels {
+                    bytes: RowKernels { weigh: weigh::<u8>, weigh_pair: weigh_pair::<u8>, normalize: normalize::<u8> },
+                    floats: RowKernels { weigh: weigh::<f32>, weigh_pair: weigh_pair::<f32>, normalize: normalize::<f32> },
+                    columns,
+                }
+            },
             winograd_input,
             winograd_output,
             #[cfg(feature = "train")]

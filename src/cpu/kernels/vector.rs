@@ -203,6 +203,42 @@ pub(crate) trait Vector: Copy {
         unsafe { self.store_bf16(p, n) }
     }
 
+    /// In quad i of lanes, the four values `at[i]` values from `p` on.
+    #[inline(always)]
+    unsafe fn load_pixels(p: *const f32, at: *const u32) -> Self {
+        const { assert!(Self::LANES == 4, "wider registers have their own") }
+        // SAFETY: the caller vouches for the place and the values there.
+        unsafe { Self::load(p.add(*at as usize)) }
+    }
+
+    /// `p[i]` in each lane of quad i.
+    #[inline(always)]
+    unsafe fn spread(p: *const f32) -> Self {
+        const { assert!(Self::LANES == 4, "wider registers have their own") }
+        // SAFETY: the caller vouches for a value a quad.
+        unsafe { Self::splat(*p) }
+    }
+
+    /// The first three lanes of every quad behind each other, whatever in the rest.
+    #[inline(always)]
+    unsafe fn pack_pixels(self) -> Self {
+        const { assert!(Self::LANES == 4, "wider registers have their own") }
+        self
+    }
+
+    /// The first and the third lane of every quad exchanged.
+    #[inline(always)]
+    unsafe fn swap_ends(self) -> Self {
+        let mut lanes = [0.0f32; 4];
+        const { assert!(Self::LANES == 4, "wider registers have their own") }
+        // SAFETY: four lanes.
+        unsafe {
+            self.store(lanes.as_mut_ptr());
+            lanes.swap(0, 2);
+            Self::load(lanes.as_ptr())
+        }
+    }
+
     /// Stores `n` lanes, `n <= LANES`.
     #[inline(always)]
     unsafe fn store_upto(self, p: *mut f32, n: usize) {
