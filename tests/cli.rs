@@ -529,11 +529,13 @@ fn quantize_writes_a_model_that_runs_in_int8() {
     let base = ["quantize", "m.safetensors", "--data", "pictures", "--output", "q.safetensors"];
     let text = bench.ok(&base);
     assert!(text.contains("ranges from 3 pictures") && text.contains("noise of the outputs"), "{text}");
+    assert!(text.contains("faces that f32 finds on them"), "{text}");
     let report: Value =
         serde_json::from_str(&bench.ok(&[&base[..], &["--json", "--keep", "fpn.output1.0"]].concat()))
             .unwrap();
     assert_eq!(report["kept_in_f32"], serde_json::json!(["fpn.output1.0"]));
     assert!(report["output_noise"].as_f64().unwrap() < 0.2 && report["ap_after"].is_null(), "{report}");
+    assert!((0.3..=1.0).contains(&report["ap_of_own_faces"].as_f64().unwrap()), "{report}");
 
     // Its own numbers are int8 where the CPU gains by it, others on request; the file it was made of has none.
     let kernels = |args: &[&str]| bench.ok(&[&["inspect"], args].concat());

@@ -382,7 +382,9 @@ fn conversion_times() {
     cases.extend([
         (Rgb8, vga, Size::new(480, 640), turned),
         (Nv12, vga, Size::new(480, 640), turned),
+        (Rgb8, vga, Size::new(960, 720), upright),
         (Rgb8, vga, Size::new(1280, 960), upright),
+        (Rgb8, vga, Size::new(256, 192), upright),
         (Rgb8, hd, Size::new(640, 360), upright),
         (Nv12, hd, Size::new(640, 360), upright),
         (Rgb8, hd, Size::new(1280, 720), upright),

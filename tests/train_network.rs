@@ -94,7 +94,7 @@ fn outputs_and_gradients_equal_the_plain_loops() {
 #[test]
 fn bf16_follows_the_plain_loops_within_its_precision() {
     if !bf16_supported() {
-        println!("skipped: this CPU has no AMX");
+        println!("skipped: this CPU multiplies no bf16");
         return;
     }
     for seed in 0..12 {

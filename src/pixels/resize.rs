@@ -11,7 +11,7 @@ use super::convert::{row_floats, Normalization, Normalizer, RowReader};
 use super::rect::{Rect, Size};
 use super::sample::array;
 use super::view::ImageView;
-use crate::cpu::resample::Columns;
+use crate::cpu::resample::{Columns, Resampler};
 use crate::error::{Error, Result};
 use std::ops::Range;
 
@@ -163,6 +163,7 @@ impl Scratch {
 
     /// Enlarges the buffers, where they are smaller, to what [`Self::for_width`] would make.
     pub fn reserve(&mut self, upright_width: usize, level_width: usize, window_width: usize) {
+        Resampler::detected(); // the first time somebody asks for the CPU's kernels allocates
         let (floats, columns) = Self::lengths(upright_width, level_width, window_width);
         for row in self.rows.iter_mut().chain([&mut self.sum]) {
             if row.len() < floats {

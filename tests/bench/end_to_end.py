@@ -15,8 +15,8 @@ environment's Python may be named for it:
 What is missing is skipped with a line. The frames are the listed pictures, shrunk to fit in 640x480 and padded with grey to
 exactly that, so that time and AP are of the same input; a second table has AP on the pictures as they are.
 
-`nano` and `small` are farface's models; `x1.5` searches the frame enlarged by that, `x0.75 x1.5` at both scales, in int8 with box
-voting. Times: theirs are those of `farface bench` (whole detections); the others' of the calls their users write, each given the
+`nano` and `small` are farface's models; `x1.5` searches the frame enlarged by that, `x0.75 x1.5` (with --int8) at both
+scales; those in int8 with box voting. Times: theirs are those of `farface bench` (whole detections); the others' of the calls their users write, each given the
 order of colours that it wants. Every engine runs in a process of its own that may use as many processors as it has threads
 (MediaPipe knows no other cap); rounds go engine by engine, each after one run that does not count. Confidence thresholds are
 those of normal use: farface's default, YuNet 0.6, Ultra-Light 0.7, MediaPipe 0.5. `yunet-ort` is the same network under ONNX

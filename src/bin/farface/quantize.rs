@@ -7,6 +7,7 @@ use crate::{progress, Outcome};
 use anyhow::{bail, Context, Result};
 use farface::detect::quantize::Quantizer;
 use farface::detect::{Detection, Model, Options, Precision};
+use farface::eval::voc::{self, Found, Truth};
 use farface::eval::wider::{Evaluator, GroundTruth, Image, Predictions};
 use farface::files;
 use farface::graph::{Clip, Ranges, Weights};
@@ -19,7 +20,8 @@ use std::path::{Path, PathBuf};
 ///
 /// Runs the model on pictures, notes what its tensors hold, and writes it with the ranges found, by which sessions compute it
 /// in eight bits. Where annotations are given, its AP before and after is measured, and layers that lose too much of it stay in
-/// f32, those first that add most to the noise of the outputs.
+/// f32, those first that add most to the noise of the outputs. Without annotations it is compared with what the model finds in
+/// f32 on the same pictures.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   farface quantize model.safetensors --data pictures --output model-int8.safetensors
@@ -40,7 +42,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 64)]
     count: usize,
     /// What becomes of rare large values: `extremes` (keep all), `percentile:SHARE` (keep this share, such as 0.9999), `mse` (least
-    /// squared error of the values), `auto` (whichever of some loses least AP, or gives the outputs least noise)
+    /// squared error of the values), `auto` (whichever of some loses least AP; without annotations, finds most of what the
+    /// model finds in f32)
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = parse_clips)]
     clip: Clips,
     /// Ground truth of pictures in the folder, as `farface eval wider` takes it
@@ -104,32 +107,82 @@ fn clip_name(clip: Clip) -> String {
 /// Average precision by subset, those that there is ground truth for.
 type Scores = Vec<(&'static str, f64)>;
 
-/// Annotated pictures.
+/// Lowest score of the faces found in f32 that eight bits are to find, too: what is ranked by AP, down to where false ones begin
+/// to outnumber the others.
+const OWN_SCORE: f32 = 0.05;
+
+/// Pictures, and what is to be found on them.
 struct Judge {
-    truth: GroundTruth,
     paths: Vec<PathBuf>,
+    faces: Faces,
     threads: usize,
 }
 
+enum Faces {
+    Annotated(GroundTruth),
+    /// What the model finds in f32.
+    Own(Vec<Truth>),
+}
+
 impl Judge {
-    fn open(args: &Args, threads: usize) -> Result<Option<Self>> {
+    /// By annotations, where there are any.
+    fn annotated(args: &Args, threads: usize) -> Result<Option<Self>> {
         if args.gt.is_empty() {
             return Ok(None);
         }
         let truth = crate::eval::wider::ground_truth(&args.gt, &args.list)?;
         let path = |i: &Image| picture::find(&args.data.join(&i.path));
         let paths = truth.images.iter().map(path).collect::<Result<_>>()?;
-        Ok(Some(Self { truth, paths, threads }))
+        Ok(Some(Self { paths, faces: Faces::Annotated(truth), threads }))
+    }
+
+    /// By what `model` finds on these pictures in f32; none where that is nothing.
+    fn own(model: &Model, paths: Vec<PathBuf>, threads: usize) -> Result<Option<Self>> {
+        let mut judge = Self { paths, faces: Faces::Own(Vec::new()), threads };
+        let found = judge.found(model, Precision::F32)?;
+        let faces = found.into_iter().filter(|f| f.detection.score > OWN_SCORE);
+        let faces = faces.map(|f| Truth { image: f.image, bbox: f.detection.bbox, ignored: false });
+        let faces: Vec<Truth> = faces.collect();
+        let some = !faces.is_empty();
+        judge.faces = Faces::Own(faces);
+        Ok(some.then_some(judge))
+    }
+
+    fn is_annotated(&self) -> bool {
+        matches!(self.faces, Faces::Annotated(_))
+    }
+
+    /// Detections of every picture.
+    fn detections(&self, model: &Model, precision: Precision) -> Result<Vec<Vec<Detection>>> {
+        let options = Options { precision, threads: self.threads, ..Options::for_evaluation(model.config()) };
+        let found = detect_all(model, options, &self.paths)?;
+        let faces = |f: &farface::detect::Face| Detection { bbox: f.bbox, score: f.score };
+        Ok(found.iter().map(|found| found.faces.iter().map(faces).collect()).collect())
+    }
+
+    /// The same, each with its picture.
+    fn found(&self, model: &Model, precision: Precision) -> Result<Vec<Found>> {
+        let all = self.paths.iter().zip(self.detections(model, precision)?);
+        let found = all.flat_map(|(path, detections)| {
+            let image = path.display().to_string();
+            detections.into_iter().map(move |detection| Found { image: image.clone(), detection })
+        });
+        Ok(found.collect())
     }
 
     fn scores(&self, model: &Model, precision: Precision) -> Result<Scores> {
-        let options = Options { precision, threads: self.threads, ..Options::for_evaluation(model.config()) };
+        let truth = match &self.faces {
+            Faces::Annotated(truth) => truth,
+            Faces::Own(faces) => {
+                let report = voc::evaluate(faces, &self.found(model, precision)?, &mut |_, _| {});
+                return Ok(vec![("own", report.ap_all_point)]);
+            }
+        };
         let mut predictions = Predictions::new();
-        for (image, found) in self.truth.images.iter().zip(detect_all(model, options, &self.paths)?) {
-            let faces = found.faces.iter().map(|f| Detection { bbox: f.bbox, score: f.score });
-            predictions.insert(&image.event, &image.stem, faces.collect());
+        for (image, detections) in truth.images.iter().zip(self.detections(model, precision)?) {
+            predictions.insert(&image.event, &image.stem, detections);
         }
-        let report = Evaluator::new(&self.truth, &predictions, &mut |_, _| {}).report()?;
+        let report = Evaluator::new(truth, &predictions, &mut |_, _| {}).report()?;
         let named = [
             ("easy", report.easy),
             ("medium", report.medium),
@@ -159,13 +212,19 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     if let Some(unknown) = args.keep.iter().find(|k| !quantizer.layers().contains(&k.as_str())) {
         bail!("--keep {unknown}: no convolution of that name; `farface inspect` lists them");
     }
-    let judge = Judge::open(args, threads)?;
-    watch(args, &judge, &mut quantizer, "equalizing")?;
+    let model = Model::from_weights(&weights)?;
+    let mut judge = Judge::annotated(args, threads)?;
+    let pictures = typical(args, &judge)?;
+    watch(&pictures, &mut quantizer, "equalizing")?;
     let mut quantizer = quantizer.equalized()?;
-    watch(args, &judge, &mut quantizer, "calibrating")?;
+    watch(&pictures, &mut quantizer, "calibrating")?;
+    let annotated = judge.is_some();
+    if !annotated {
+        judge = Judge::own(&model, pictures, threads)?;
+    }
 
     let before = match &judge {
-        Some(judge) => judge.scores(&Model::from_weights(&weights)?, Precision::F32)?,
+        Some(judge) => judge.scores(&model, Precision::F32)?,
         None => Scores::new(),
     };
     let mut best: Option<Trial> = None;
@@ -180,7 +239,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     }
     bar.finish_and_clear();
     let mut best = best.context("no ranges")?;
-    if judge.is_some() && best.loss(&before) > args.max_loss {
+    if annotated && best.loss(&before) > args.max_loss {
         let order = by_gain(&mut quantizer, &best)?;
         let mut count = 1;
         // One layer more, then twice as many each time, until it is enough.
@@ -200,8 +259,8 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     }
     let bytes = serialise(&quantizer.quantized(&best.ranges)?, args.f16).with_context(in_file)?;
     files::write_whole(&args.output, &bytes)?;
-    report(args, &quantizer, &best, &before, bytes.len(), out)?;
-    let too_much = judge.is_some() && best.loss(&before) > args.max_loss;
+    report(args, &quantizer, &best, &judge, &before, bytes.len(), out)?;
+    let too_much = annotated && best.loss(&before) > args.max_loss;
     Ok(if too_much { Outcome::Partial } else { Outcome::Complete })
 }
 
@@ -230,7 +289,7 @@ impl Trial {
         loss(before, &self.scores)
     }
 
-    /// By AP where it is known, else by the noise of the outputs.
+    /// By AP where there is any, else by the noise of the outputs.
     fn is_better(&self, other: &Self, before: &Scores) -> bool {
         if before.is_empty() {
             self.noise < other.noise
@@ -240,8 +299,8 @@ impl Trial {
     }
 }
 
-/// Shows the quantizer its pictures.
-fn watch(args: &Args, judge: &Option<Judge>, quantizer: &mut Quantizer, what: &'static str) -> Result<()> {
+/// The pictures that ranges are taken from, spread over all that there are.
+fn typical(args: &Args, judge: &Option<Judge>) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
     pictures_below(&args.data, &mut all)?;
     all.sort();
@@ -253,10 +312,13 @@ fn watch(args: &Args, judge: &Option<Judge>, quantizer: &mut Quantizer, what: &'
     let others: Vec<&PathBuf> = all.iter().filter(|p| !judged.contains(p)).collect();
     let from: Vec<&PathBuf> = if others.is_empty() { all.iter().collect() } else { others };
     let count = args.count.min(from.len());
-    let bar = progress::bar(count, what);
-    for i in 0..count {
-        // Spread over the whole list.
-        let path = from[i * from.len() / count];
+    Ok((0..count).map(|i| from[i * from.len() / count].clone()).collect())
+}
+
+/// Shows the quantizer its pictures.
+fn watch(pictures: &[PathBuf], quantizer: &mut Quantizer, what: &'static str) -> Result<()> {
+    let bar = progress::bar(pictures.len(), what);
+    for path in pictures {
         let picture = Picture::open(path)?;
         quantizer.add(&picture.view()?).with_context(|| path.display().to_string())?;
         bar.inc(1);
@@ -300,6 +362,7 @@ fn report(
     args: &Args,
     quantizer: &Quantizer,
     trial: &Trial,
+    judge: &Option<Judge>,
     before: &Scores,
     bytes: usize,
     out: &mut dyn Write,
@@ -307,14 +370,16 @@ fn report(
     let (layers, keep) = (quantizer.layers().len(), &trial.ranges.keep);
     let clip = clip_name(trial.clip);
     if args.json {
+        let annotated = judge.as_ref().is_some_and(Judge::is_annotated);
         let ap = |scores: &Scores| {
             let all = scores.iter().map(|(n, v)| (n.to_string(), json!(v)));
-            (!scores.is_empty()).then(|| all.collect::<serde_json::Map<_, _>>())
+            annotated.then(|| all.collect::<serde_json::Map<_, _>>())
         };
+        let own = judge.as_ref().filter(|_| !annotated).and(trial.scores.first());
         let value = json!({
             "output": args.output, "bytes": bytes, "pictures": quantizer.pictures(), "clip": clip,
             "output_noise": trial.noise, "convolutions": layers, "kept_in_f32": keep,
-            "ap_before": ap(before), "ap_after": ap(&trial.scores),
+            "ap_before": ap(before), "ap_after": ap(&trial.scores), "ap_of_own_faces": own.map(|(_, ap)| ap),
         });
         serde_json::to_writer_pretty(&mut *out, &value).map_err(std::io::Error::from)?;
         writeln!(out)?;
@@ -325,8 +390,17 @@ fn report(
     let (count, noise) = (layers - keep.len(), trial.noise * 100.0);
     writeln!(out, "  {count} of {layers} convolutions in int8; noise of the outputs {noise:.1} %")?;
     keep.iter().try_for_each(|layer| writeln!(out, "  {layer} stays in f32"))?;
-    if before.is_empty() {
-        return Ok(());
+    match judge.as_ref().map(|j| &j.faces) {
+        None => return Ok(()),
+        Some(Faces::Own(faces)) => {
+            let (n, ap) = (faces.len(), trial.scores[0].1);
+            writeln!(
+                out,
+                "  AP {ap:.4} against the {n} faces that f32 finds on them (score above {OWN_SCORE})"
+            )?;
+            return Ok(());
+        }
+        Some(Faces::Annotated(_)) => {}
     }
     writeln!(out, "  {:<8} {:>8} {:>8} {:>8}", "AP", "before", "after", "points")?;
     for ((name, b), (_, a)) in before.iter().zip(&trial.scores) {

@@ -119,7 +119,7 @@ pub(super) unsafe fn multiply_all(m: &Matrices) {
 }
 
 /// Values of `depth` that a tile takes at a time: its largest even divisor up to 32.
-pub(super) fn tile_depth(depth: usize) -> usize {
+fn tile_depth(depth: usize) -> usize {
     assert!(depth.is_multiple_of(2), "operands are even");
     2 * tile_words(depth / 2)
 }

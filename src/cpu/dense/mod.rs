@@ -32,7 +32,7 @@ pub use maps::{Gradient, Source};
 pub use target::{map_sums, Target};
 
 /// Whether this machine trains in bf16: it multiplies it, on AMX tiles that the operating system lets us use or by
-/// AVX512-BF16's dot product, and `FARFACE_ISA` keeps neither from use.
+/// AVX512-BF16's dot product, and `FARFACE_ISA` does not keep both from use.
 pub fn bf16_supported() -> bool {
     crate::cpu::isa::detected().multiplies_bf16()
 }

@@ -31,6 +31,9 @@ impl Matrices {
     /// The pointers hold what the fields say; nobody else touches `c`.
     unsafe fn multiply(&self, isa: Isa) {
         assert!(super::bf16_supported(), "bf16 products need AVX512-BF16");
+        debug_assert!(
+            self.depth.is_multiple_of(2) && self.rows.is_multiple_of(16) && self.columns.is_multiple_of(16)
+        );
         // SAFETY: the caller's contract; an `Isa` value is proof that the CPU has it, and the dot product was asked for.
         unsafe {
             if isa == Isa::Amx {
@@ -205,8 +208,8 @@ mod tests {
                 m
             };
             let (a, d) = (matrix(a_pixel, inputs), matrix(d_pixel, channels));
-            let weights = matrix(channels, channels);
-            let weight = |k: usize, n: usize| weights[(k % whole) * channels + n].f32();
+            let weights = values(inputs * channels);
+            let weight = |k: usize, n: usize| weights[k * channels + n].f32();
             for &isa in &isas {
                 let what = format!("{isa:?} {pixels} {inputs} {channels}");
                 let mut packed = Packed::<bf16>::new(isa, inputs, channels);
