@@ -47,12 +47,14 @@ impl Sample for f32 {
     }
 }
 
+type WeighPair<T> = unsafe fn(&mut [f32], &[T], &[T], [f32; 2], bool);
+
 /// What one ISA does to rows of one kind of value.
 pub(crate) struct RowKernels<T: 'static> {
     /// [`weigh`].
     pub weigh: unsafe fn(&mut [f32], &[T], f32),
     /// [`weigh_pair`].
-    pub weigh_pair: unsafe fn(&mut [f32], &[T], &[T], [f32; 2], bool),
+    pub weigh_pair: WeighPair<T>,
     /// [`normalize`].
     pub normalize: unsafe fn(&[T], &mut [f32], &Constants),
 }
