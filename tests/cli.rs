@@ -507,7 +507,7 @@ fn bench_times_parts_and_steps() {
     );
     let layers = result["layers"].as_array().unwrap();
     assert!(layers.len() > 20);
-    assert!(layers.iter().all(|l| l["share_of_peak"].as_f64().is_none_or(|s| s > 0.0 && s.is_finite())));
+    assert!(layers.iter().all(|l| l["share_of_peak"].as_f64().is_none_or(|s| s > 0.0)));
     let large =
         ["bench", "-m", "m.safetensors", "--size", "640x480", "--min-face", "80", "--flip", "--runs", "1"];
     let text = bench.ok(&large);

@@ -4,10 +4,10 @@
 //! operations, so that any window, row range or walking direction gives the same bits.
 
 use super::placement::Placement;
-use super::sample::{array, array_mut, clamp, Sample};
+use super::sample::{array, array_mut, clamp};
 use super::view::{ImageView, PixelFormat};
 use super::yuv::{YuvRows, YuvToRgb};
-use crate::cpu::resample::{Constants, Resampler};
+use crate::cpu::resample::{Constants, Resampler, Sample};
 use std::ops::Range;
 
 /// Order of the three channels that a network was trained with.
@@ -190,7 +190,6 @@ fn reverse_pixels(row: &mut [f32]) {
 }
 
 /// [`Normalization`] prepared for rows that come in a given order.
-#[derive(Clone)]
 pub(super) struct Normalizer {
     constants: Constants,
     kernels: Resampler,

@@ -17,7 +17,7 @@ use std::ops::Range;
 
 /// Upright pixels behind one level pixel along one axis: `first .. first + len`, weighted with
 /// `head` (the first), `body` (each between) and `tail` (the last, where `len` > 1).
-#[derive(Clone, Copy, Debug, PartialEq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Taps {
     pub first: u32,
     pub len: u32,

@@ -1,7 +1,5 @@
 //! Single values and small groups of them, as the loops over rows read and write them.
 
-pub(super) use crate::cpu::resample::Sample;
-
 /// To 0..=255, NaN to 0. Written as comparisons because they are one instruction each in vector code.
 #[inline(always)]
 pub(super) fn clamp(v: f32) -> f32 {

@@ -2,6 +2,7 @@
 
 use crate::convert::serialise;
 use crate::eval::runner::detect_all;
+use crate::eval::wider::detection;
 use crate::picture::{self, Picture};
 use crate::{progress, Outcome};
 use anyhow::{bail, Context, Result};
@@ -104,12 +105,15 @@ fn clip_name(clip: Clip) -> String {
     }
 }
 
-/// Average precision by subset, those that there is ground truth for.
+/// Average precision by subset, those that there is ground truth for; without any that of [`OWN`].
 type Scores = Vec<(&'static str, f64)>;
 
 /// Lowest score of the faces found in f32 that eight bits are to find, too: what is ranked by AP, down to where false ones begin
 /// to outnumber the others.
 const OWN_SCORE: f32 = 0.05;
+
+/// Stands for a subset: the faces that the model finds in f32.
+const OWN: &str = "own";
 
 /// Pictures, and what is to be found on them.
 struct Judge {
@@ -148,16 +152,11 @@ impl Judge {
         Ok(some.then_some(judge))
     }
 
-    fn is_annotated(&self) -> bool {
-        matches!(self.faces, Faces::Annotated(_))
-    }
-
     /// Detections of every picture.
     fn detections(&self, model: &Model, precision: Precision) -> Result<Vec<Vec<Detection>>> {
         let options = Options { precision, threads: self.threads, ..Options::for_evaluation(model.config()) };
         let found = detect_all(model, options, &self.paths)?;
-        let faces = |f: &farface::detect::Face| Detection { bbox: f.bbox, score: f.score };
-        Ok(found.iter().map(|found| found.faces.iter().map(faces).collect()).collect())
+        Ok(found.iter().map(|found| found.faces.iter().map(detection).collect()).collect())
     }
 
     /// The same, each with its picture.
@@ -175,7 +174,7 @@ impl Judge {
             Faces::Annotated(truth) => truth,
             Faces::Own(faces) => {
                 let report = voc::evaluate(faces, &self.found(model, precision)?, &mut |_, _| {});
-                return Ok(vec![("own", report.ap_all_point)]);
+                return Ok(vec![(OWN, report.ap_all_point)]);
             }
         };
         let mut predictions = Predictions::new();
@@ -224,7 +223,8 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
     }
 
     let before = match &judge {
-        Some(judge) => judge.scores(&model, Precision::F32)?,
+        Some(judge) if annotated => judge.scores(&model, Precision::F32)?,
+        Some(_) => vec![(OWN, 1.0)], // f32 finds all that it finds
         None => Scores::new(),
     };
     let mut best: Option<Trial> = None;
@@ -307,7 +307,7 @@ fn typical(args: &Args, judge: &Option<Judge>) -> Result<Vec<PathBuf>> {
     if all.is_empty() {
         bail!("{}: no pictures there ({})", args.data.display(), farface::picture::FORMATS);
     }
-    // What AP is measured on should not have made the ranges.
+    // What annotations judge should not have made the ranges.
     let judged: HashSet<&PathBuf> = judge.iter().flat_map(|j| &j.paths).collect();
     let others: Vec<&PathBuf> = all.iter().filter(|p| !judged.contains(p)).collect();
     let from: Vec<&PathBuf> = if others.is_empty() { all.iter().collect() } else { others };
@@ -370,7 +370,7 @@ fn report(
     let (layers, keep) = (quantizer.layers().len(), &trial.ranges.keep);
     let clip = clip_name(trial.clip);
     if args.json {
-        let annotated = judge.as_ref().is_some_and(Judge::is_annotated);
+        let annotated = !args.gt.is_empty();
         let ap = |scores: &Scores| {
             let all = scores.iter().map(|(n, v)| (n.to_string(), json!(v)));
             annotated.then(|| all.collect::<serde_json::Map<_, _>>())

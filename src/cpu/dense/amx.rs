@@ -2,7 +2,7 @@
 //!
 //! tmm0..3 hold sums (2 x 2 tiles), tmm4, 5 the left operand, tmm6, 7 the right one.
 
-use super::pairs::Matrices;
+use super::gemm::Matrices;
 use crate::cpu::tiles::{load, multiply_bf16 as multiply, store, tile_words, zero, Tiles};
 
 /// The sums of up to 2 x 2 tiles: `steps` products from `a` (two row blocks, `a_below` apart) and `b` (two

@@ -1,6 +1,6 @@
 //! [Products of pairs](super::pairs) by AVX512-BF16's dot product: blocks of 16 sums of 16 columns in registers.
 
-use super::pairs::Matrices;
+use super::gemm::Matrices;
 use std::arch::x86_64::*;
 
 /// All of `m`, two blocks of 16 columns at a time: they stay in cache while all rows pass.

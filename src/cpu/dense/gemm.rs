@@ -84,6 +84,25 @@ impl<T: Element> Packed<T> {
     }
 }
 
+/// Operands of a product of [pairs](super::pairs) and its result, `c[y][n] = sum over k of a[y][k] * b[k][n]`, or added to what `c` holds.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Matrices {
+    /// `rows` x `a_row`, of which `depth` are read; rows in blocks of 16.
+    pub a: *const half::bf16,
+    pub a_row: usize,
+    /// Blocks of 16 columns, in each `[depth / 2][16][2]`.
+    pub b: *const half::bf16,
+    /// Even.
+    pub depth: usize,
+    /// `rows` x `columns`.
+    pub c: *mut f32,
+    /// A multiple of 16.
+    pub rows: usize,
+    /// A multiple of 16.
+    pub columns: usize,
+    pub add: bool,
+}
+
 /// [`Element::product`] on the tiles of the inference kernels: a convolution of one row, one tap.
 pub(super) fn product_f32(
     isa: Isa,

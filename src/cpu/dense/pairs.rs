@@ -1,46 +1,24 @@
 //! bf16 matrix products whose operands stand in pairs of consecutive depth, as AMX's tiles and AVX512-BF16's dot product
 //! both want them; sums in f32.
 
-use super::gemm::{channel_stride, operand_stride};
+use super::gemm::{channel_stride, operand_stride, Matrices};
 use super::maps::holds;
 use super::{amx, dot, Packed};
 use crate::cpu::Isa;
 use half::bf16;
 use std::arch::x86_64::*;
 
-/// `c[y][n] = sum over k of a[y][k] * b[k][n]`, or added to what `c` holds.
-pub(super) struct Matrices {
-    /// `rows` x `a_row`, of which `depth` are read; rows in blocks of 16.
-    pub a: *const bf16,
-    pub a_row: usize,
-    /// Blocks of 16 columns, in each `[depth / 2][16][2]`.
-    pub b: *const bf16,
-    /// Even.
-    pub depth: usize,
-    /// `rows` x `columns`.
-    pub c: *mut f32,
-    /// A multiple of 16.
-    pub rows: usize,
-    /// A multiple of 16.
-    pub columns: usize,
-    pub add: bool,
-}
-
-impl Matrices {
-    /// # Safety
-    /// The pointers hold what the fields say; nobody else touches `c`.
-    unsafe fn multiply(&self, isa: Isa) {
-        assert!(super::bf16_supported(), "bf16 products need AVX512-BF16");
-        debug_assert!(
-            self.depth.is_multiple_of(2) && self.rows.is_multiple_of(16) && self.columns.is_multiple_of(16)
-        );
-        // SAFETY: the caller's contract; an `Isa` value is proof that the CPU has it, and the dot product was asked for.
-        unsafe {
-            if isa == Isa::Amx {
-                amx::multiply_all(self);
-            } else {
-                dot::multiply_all(self);
-            }
+/// # Safety
+/// The pointers hold what the fields say; nobody else touches `c`.
+unsafe fn multiply(isa: Isa, m: &Matrices) {
+    assert!(isa.multiplies_bf16(), "bf16 products need AVX512-BF16");
+    debug_assert!(m.depth.is_multiple_of(2) && m.rows.is_multiple_of(16) && m.columns.is_multiple_of(16));
+    // SAFETY: the caller's contract; an `Isa` value is proof that the CPU has it, and the dot product was asked for.
+    unsafe {
+        if isa.has_tiles() {
+            amx::multiply_all(m);
+        } else {
+            dot::multiply_all(m);
         }
     }
 }
@@ -63,7 +41,7 @@ pub(super) fn product(isa: Isa, a: &[bf16], a_pixel: usize, pixels: usize, b: &P
         add: false,
     };
     // SAFETY: the lengths were checked; `b` was packed in blocks of 16 channels of `depth` values.
-    unsafe { m.multiply(isa) }
+    unsafe { multiply(isa, &m) }
 }
 
 /// [`Element::outer`](super::Element::outer): the left operand is transposed and the right one's pixels are
@@ -76,7 +54,7 @@ pub(super) fn outer(
     sums: &mut [f32],
     scratch: &mut Vec<bf16>,
 ) {
-    assert!(super::bf16_supported(), "bf16 products need AVX512-BF16");
+    assert!(isa.multiplies_bf16(), "bf16 products need AVX512-BF16");
     if pixels == 0 {
         return;
     }
@@ -104,7 +82,7 @@ pub(super) fn outer(
             columns,
             add: true,
         };
-        m.multiply(isa);
+        multiply(isa, &m);
     }
 }
 
@@ -191,7 +169,7 @@ mod tests {
     #[test]
     fn products_equal_plain_loops() {
         let isas: Vec<Isa> = Isa::supported().into_iter().filter(|isa| isa.multiplies_bf16()).collect();
-        if !super::super::bf16_supported() {
+        if isas.is_empty() {
             return println!("skipped: no bf16 on this machine");
         }
         let mut rng = Rng::new(5);

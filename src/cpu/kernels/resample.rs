@@ -72,7 +72,6 @@ pub(crate) struct ResampleKernels {
 const PERIOD: usize = 192;
 
 /// `(value - mean) * scale` of the three values of a pixel, in the network's order.
-#[derive(Clone)]
 pub(crate) struct Constants {
     pub mean: [f32; 3],
     pub scale: [f32; 3],
