@@ -123,6 +123,7 @@ fn trainings_that_look_at_boxes_go_on_with_the_same_bits() {
             .replace("size = 10", "size = 3")
             .replace("side = 160", "side = 96")
             .replace("length = 200", "length = 6")
+            .replace("length = 300", "length = 6")
             .replace("warm-up = { length = 20 }", "warm-up = { length = 2 }");
         let dir = tempfile::tempdir().unwrap();
         faces::draw(dir.path(), 5, 100, 1);
