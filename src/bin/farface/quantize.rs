@@ -123,6 +123,8 @@ struct Judge {
     paths: Vec<PathBuf>,
     faces: Faces,
     threads: usize,
+    /// Of the model in f32.
+    before: Scores,
 }
 
 enum Faces {
@@ -133,19 +135,22 @@ enum Faces {
 
 impl Judge {
     /// By annotations, where there are any.
-    fn annotated(args: &Args, threads: usize) -> Result<Option<Self>> {
+    fn annotated(args: &Args, model: &Model, threads: usize) -> Result<Option<Self>> {
         if args.gt.is_empty() {
             return Ok(None);
         }
         let truth = crate::eval::wider::ground_truth(&args.gt, &args.list)?;
         let path = |i: &Image| picture::find(&args.data.join(&i.path));
         let paths = truth.images.iter().map(path).collect::<Result<_>>()?;
-        Ok(Some(Self { paths, faces: Faces::Annotated(truth), threads }))
+        let mut judge = Self { paths, faces: Faces::Annotated(truth), threads, before: Scores::new() };
+        judge.before = judge.scores(model, Precision::F32)?;
+        Ok(Some(judge))
     }
 
     /// By what `model` finds on these pictures in f32; none where that is nothing.
     fn own(model: &Model, paths: Vec<PathBuf>, threads: usize) -> Result<Option<Self>> {
-        let mut judge = Self { paths, faces: Faces::Own(Vec::new()), threads };
+        // f32 finds all that it finds.
+        let mut judge = Self { paths, faces: Faces::Own(Vec::new()), threads, before: vec![(OWN, 1.0)] };
         let found = judge.found(model, Precision::F32)?;
         let faces = found.into_iter().filter(|f| f.detection.score > OWN_SCORE);
         let faces = faces.map(|f| Truth { image: f.image, bbox: f.detection.bbox, ignored: false });
@@ -215,27 +220,30 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<Outcome> {
         bail!("--keep {unknown}: no convolution of that name; `farface inspect` lists them");
     }
     let model = Model::from_weights(&weights)?;
-    let annotated = Judge::annotated(args, threads)?;
-    let pictures = typical(args, &annotated)?;
+    let annotated = Judge::annotated(args, &model, threads)?;
+    let pictures = typical(args, annotated.as_ref())?;
     watch(&pictures, &mut quantizer, "equalizing")?;
     let mut quantizer = quantizer.equalized()?;
     watch(&pictures, &mut quantizer, "calibrating")?;
-
     let own = Judge::own(&model, pictures, threads)?;
-    let mut before = match own {
-        Some(_) => vec![(OWN, 1.0)], // f32 finds all that it finds
-        None => Scores::new(),
-    };
-    let mut best = by_own_faces(args, &mut quantizer, &own, &before)?;
-    if let Some(judge) = &annotated {
-        before = judge.scores(&model, Precision::F32)?;
-        best = by_annotations(args, &best.ranges.keep, &mut quantizer, &annotated, &before)?;
+
+    let keep: BTreeSet<String> = args.keep.iter().cloned().collect();
+    let mut best = by_clip(args, &keep, &mut quantizer, own.as_ref())?;
+    if let Some(judge) = &own {
+        best = keep_what_is_worth_it(args, best, &mut quantizer, judge)?;
     }
-    let too_much = annotated.is_some() && best.loss(&before) > args.max_loss;
-    let judge = annotated.or(own);
+    let judge = annotated.as_ref().or(own.as_ref());
+    if annotated.is_some() || best.ranges.keep != keep {
+        // To this judge, or without the layers that lost most, other ranges may be better.
+        best = by_clip(args, &best.ranges.keep, &mut quantizer, judge)?;
+    }
+    if let Some(judge) = &annotated {
+        best = keep_enough(args, best, &mut quantizer, judge)?;
+    }
     let bytes = serialise(&quantizer.quantized(&best.ranges)?, args.f16).with_context(in_file)?;
     files::write_whole(&args.output, &bytes)?;
-    report(args, &quantizer, &best, &judge, &before, bytes.len(), out)?;
+    report(args, &quantizer, &best, judge, bytes.len(), out)?;
+    let too_much = annotated.is_some() && best.loss > args.max_loss;
     Ok(if too_much { Outcome::Partial } else { Outcome::Complete })
 }
 
@@ -246,87 +254,94 @@ struct Trial {
     noise: f64,
     /// Empty where nobody judges.
     scores: Scores,
+    /// Most points of 100 that a subset loses; without a judge none.
+    loss: f64,
 }
 
 impl Trial {
-    fn new(clip: Clip, ranges: Ranges, quantizer: &mut Quantizer, judge: &Option<Judge>) -> Result<Self> {
+    fn new(clip: Clip, ranges: Ranges, quantizer: &mut Quantizer, judge: Option<&Judge>) -> Result<Self> {
         let noise = quantizer.noise(&ranges)?;
-        let scores = match judge {
-            Some(judge) => {
-                judge.scores(&Model::from_weights(&quantizer.quantized(&ranges)?)?, Precision::Int8)?
-            }
-            None => Scores::new(),
-        };
-        Ok(Self { clip, ranges, noise, scores })
+        let (mut scores, mut lost) = (Scores::new(), 0.0);
+        if let Some(judge) = judge {
+            scores = judge.scores(&Model::from_weights(&quantizer.quantized(&ranges)?)?, Precision::Int8)?;
+            lost = loss(&judge.before, &scores);
+        }
+        Ok(Self { clip, ranges, noise, scores, loss: lost })
     }
 
-    fn loss(&self, before: &Scores) -> f64 {
-        loss(before, &self.scores)
+    /// The same ranges with more layers in f32.
+    fn keeping(&self, layers: &[String], quantizer: &mut Quantizer, judge: Option<&Judge>) -> Result<Self> {
+        let mut ranges = self.ranges.clone();
+        ranges.keep.extend(layers.iter().cloned());
+        Self::new(self.clip, ranges, quantizer, judge)
     }
 
     /// By AP where there is any, else by the noise of the outputs.
-    fn is_better(&self, other: &Self, before: &Scores) -> bool {
-        if before.is_empty() {
+    fn is_better(&self, other: &Self) -> bool {
+        if self.scores.is_empty() {
             self.noise < other.noise
         } else {
-            self.loss(before) < other.loss(before)
+            self.loss < other.loss
         }
     }
 }
 
-/// The ranges by which most is found of what f32 finds, and the layers in f32 that are worth it; without such faces the
-/// ranges by the noise of the outputs.
-fn by_own_faces(
+/// The best of the ways to clip, with these layers in f32.
+fn by_clip(
     args: &Args,
+    keep: &BTreeSet<String>,
     quantizer: &mut Quantizer,
-    judge: &Option<Judge>,
-    before: &Scores,
+    judge: Option<&Judge>,
 ) -> Result<Trial> {
-    let keep = args.keep.iter().cloned().collect();
-    let mut best = by_clip(&args.clip, &keep, quantizer, judge, before)?;
-    if judge.is_none() || best.loss(before) <= args.max_loss {
+    let clips = &args.clip.0;
+    let bar = progress::bar(clips.len(), "clipping");
+    let mut best: Option<Trial> = None;
+    for &clip in clips {
+        let ranges = Ranges { keep: keep.clone(), ..quantizer.ranges(clip)? };
+        let trial = Trial::new(clip, ranges, quantizer, judge)?;
+        if best.as_ref().is_none_or(|best| trial.is_better(best)) {
+            best = Some(trial);
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    best.context("no ranges")
+}
+
+/// More layers in f32 as long as each saves [`WORTH_KEEPING`] of what is lost, down to what may be.
+fn keep_what_is_worth_it(
+    args: &Args,
+    mut best: Trial,
+    quantizer: &mut Quantizer,
+    judge: &Judge,
+) -> Result<Trial> {
+    if best.loss <= args.max_loss {
         return Ok(best);
     }
     for layer in by_gain(quantizer, &best)? {
-        let mut ranges = best.ranges.clone();
-        ranges.keep.insert(layer);
-        let trial = Trial::new(best.clip, ranges, quantizer, judge)?;
-        if trial.loss(before) > best.loss(before) * (1.0 - WORTH_KEEPING) {
+        let trial = best.keeping(&[layer], quantizer, Some(judge))?;
+        if trial.loss > best.loss * (1.0 - WORTH_KEEPING) {
             break;
         }
         best = trial;
-        if best.loss(before) <= args.max_loss {
+        if best.loss <= args.max_loss {
             break;
         }
-    }
-    if best.ranges.keep != keep {
-        // Without the layers that lost most, other ranges may be better.
-        best = by_clip(&args.clip, &best.ranges.keep, quantizer, judge, before)?;
     }
     Ok(best)
 }
 
-/// The ranges that lose least AP with these layers in f32, and more such layers where they lose too much.
-fn by_annotations(
-    args: &Args,
-    keep: &BTreeSet<String>,
-    quantizer: &mut Quantizer,
-    judge: &Option<Judge>,
-    before: &Scores,
-) -> Result<Trial> {
-    let mut best = by_clip(&args.clip, keep, quantizer, judge, before)?;
-    if best.loss(before) <= args.max_loss {
+/// More layers in f32 until no more is lost than may be: one, then twice as many each time.
+fn keep_enough(args: &Args, mut best: Trial, quantizer: &mut Quantizer, judge: &Judge) -> Result<Trial> {
+    if best.loss <= args.max_loss {
         return Ok(best);
     }
     let order = by_gain(quantizer, &best)?;
     let mut count = 1;
-    // One layer more, then twice as many each time, until it is enough.
     loop {
-        let mut ranges = best.ranges.clone();
-        ranges.keep.extend(order.iter().take(count).cloned());
-        let trial = Trial::new(best.clip, ranges, quantizer, judge)?;
-        let enough = trial.loss(before) <= args.max_loss;
-        if trial.is_better(&best, before) {
+        let trial = best.keeping(&order[..count.min(order.len())], quantizer, Some(judge))?;
+        let enough = trial.loss <= args.max_loss;
+        if trial.is_better(&best) {
             best = trial;
         }
         if enough || count >= order.len() {
@@ -336,30 +351,8 @@ fn by_annotations(
     }
 }
 
-/// The best of these ways to clip, with these layers in f32.
-fn by_clip(
-    clips: &Clips,
-    keep: &BTreeSet<String>,
-    quantizer: &mut Quantizer,
-    judge: &Option<Judge>,
-    before: &Scores,
-) -> Result<Trial> {
-    let bar = progress::bar(clips.0.len(), "clipping");
-    let mut best: Option<Trial> = None;
-    for &clip in &clips.0 {
-        let ranges = Ranges { keep: keep.clone(), ..quantizer.ranges(clip)? };
-        let trial = Trial::new(clip, ranges, quantizer, judge)?;
-        if best.as_ref().is_none_or(|best| trial.is_better(best, before)) {
-            best = Some(trial);
-        }
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
-    best.context("no ranges")
-}
-
 /// The pictures that ranges are taken from, spread over all that there are.
-fn typical(args: &Args, judge: &Option<Judge>) -> Result<Vec<PathBuf>> {
+fn typical(args: &Args, judge: Option<&Judge>) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
     pictures_below(&args.data, &mut all)?;
     all.sort();
@@ -421,24 +414,23 @@ fn report(
     args: &Args,
     quantizer: &Quantizer,
     trial: &Trial,
-    judge: &Option<Judge>,
-    before: &Scores,
+    judge: Option<&Judge>,
     bytes: usize,
     out: &mut dyn Write,
 ) -> Result<()> {
     let (layers, keep) = (quantizer.layers().len(), &trial.ranges.keep);
     let clip = clip_name(trial.clip);
     if args.json {
-        let annotated = !args.gt.is_empty();
+        let annotated = judge.filter(|j| matches!(j.faces, Faces::Annotated(_)));
         let ap = |scores: &Scores| {
-            let all = scores.iter().map(|(n, v)| (n.to_string(), json!(v)));
-            annotated.then(|| all.collect::<serde_json::Map<_, _>>())
+            scores.iter().map(|(n, v)| (n.to_string(), json!(v))).collect::<serde_json::Map<_, _>>()
         };
-        let own = judge.as_ref().filter(|_| !annotated).and(trial.scores.first());
+        let own = if annotated.is_none() { trial.scores.first() } else { None };
         let value = json!({
             "output": args.output, "bytes": bytes, "pictures": quantizer.pictures(), "clip": clip,
             "output_noise": trial.noise, "convolutions": layers, "kept_in_f32": keep,
-            "ap_before": ap(before), "ap_after": ap(&trial.scores), "ap_of_own_faces": own.map(|(_, ap)| ap),
+            "ap_before": annotated.map(|j| ap(&j.before)), "ap_after": annotated.map(|_| ap(&trial.scores)),
+            "ap_of_own_faces": own.map(|(_, ap)| ap),
         });
         serde_json::to_writer_pretty(&mut *out, &value).map_err(std::io::Error::from)?;
         writeln!(out)?;
@@ -449,23 +441,17 @@ fn report(
     let (count, noise) = (layers - keep.len(), trial.noise * 100.0);
     writeln!(out, "  {count} of {layers} convolutions in int8; noise of the outputs {noise:.1} %")?;
     keep.iter().try_for_each(|layer| writeln!(out, "  {layer} stays in f32"))?;
-    match judge.as_ref().map(|j| &j.faces) {
-        None => return Ok(()),
-        Some(Faces::Own(faces)) => {
-            let (n, ap) = (faces.len(), trial.scores[0].1);
-            writeln!(
-                out,
-                "  AP {ap:.4} against the {n} faces that f32 finds on them (score above {OWN_SCORE})"
-            )?;
-            return Ok(());
-        }
-        Some(Faces::Annotated(_)) => {}
+    let Some(judge) = judge else { return Ok(()) };
+    if let Faces::Own(faces) = &judge.faces {
+        let (n, ap) = (faces.len(), trial.scores[0].1);
+        writeln!(out, "  AP {ap:.4} against the {n} faces that f32 finds on them (score above {OWN_SCORE})")?;
+        return Ok(());
     }
     writeln!(out, "  {:<8} {:>8} {:>8} {:>8}", "AP", "before", "after", "points")?;
-    for ((name, b), (_, a)) in before.iter().zip(&trial.scores) {
+    for ((name, b), (_, a)) in judge.before.iter().zip(&trial.scores) {
         writeln!(out, "  {name:<8} {b:>8.4} {a:>8.4} {:>+8.2}", (a - b) * 100.0)?;
     }
-    if trial.loss(before) > args.max_loss {
+    if trial.loss > args.max_loss {
         writeln!(out, "  more than {} points are lost whatever stays in f32", args.max_loss)?;
     }
     Ok(())
