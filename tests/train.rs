@@ -11,7 +11,8 @@ use farface::detect::config::{DetectorConfig, OwnPyramid};
 use farface::detect::detector::Detector;
 use farface::detect::ModelConfig;
 use farface::eval::wider::{Face, GroundTruth};
-use farface::graph::Weights;
+use farface::graph::{run_reference, Weights};
+use farface::shape::{Shape, Tensor};
 use farface::train::checkpoint::Checkpoint;
 use farface::train::data::find_picture;
 use farface::train::trainer::{Resources, StepReport, Trainer};
@@ -253,6 +254,52 @@ fn going_on_needs_no_start_and_a_start_says_what_it_gave() {
         .unwrap()
         .to_string()
         .contains("start.safetensors"));
+}
+
+/// A network grown around a smaller one finds what that one finds; by a share above 0 it does not, and without growing the
+/// smaller one's tensors are refused.
+#[test]
+fn a_grown_network_begins_with_the_outputs_of_the_smaller_one() {
+    let dir = tempfile::tempdir().unwrap();
+    faces::draw(dir.path(), 3, 100, 1);
+    let with = |lines: &str| RECIPE.replace("\"farface-nano\"", &format!("\"farface-nano\"\n{lines}"));
+    let blocks = |first: usize, blocks: [&[usize]; 5]| {
+        format!("backbone = {{ first = {first}, blocks = {blocks:?} }}")
+    };
+    let small = blocks(4, [&[8], &[16, 16], &[32], &[40], &[48]]);
+    let large = blocks(6, [&[8], &[24, 20], &[32], &[40], &[56]]);
+    let mut small = trainer(&with(&small), dir.path(), 1);
+    // Running statistics of their own, and averages of weights that have moved.
+    steps(&mut small, 3);
+    let small = small.model().unwrap();
+    small.save(dir.path().join("small.safetensors")).unwrap();
+    let grown = |share: &str| with(&format!("{large}\nstart = \"small.safetensors\"\n{share}"));
+    let outputs = |weights: &Weights| {
+        let graph = ModelConfig::of(weights).unwrap().detector.detector().graph();
+        let shape = Shape::new(1, 3, 96, 64);
+        let values = (0..shape.len()).map(|i| (i * 7919 % 251) as f32 - 120.0).collect();
+        run_reference(&graph, weights, &[Tensor::from_vec(shape, values)]).unwrap()
+    };
+    let furthest = |share: &str| {
+        let mut large = trainer(&grown(share), dir.path(), 1);
+        assert!(large.notes()[0].contains(" of them grown"), "{:?}", large.notes());
+        let (small, large) = (outputs(&small), outputs(&large.model().unwrap()));
+        let values = small.iter().zip(&large).flat_map(|(a, b)| a.data.iter().zip(&b.data));
+        values.map(|(a, b): (&f32, &f32)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    let (kept, moved) = (furthest("grow = 0.0"), furthest("grow = 0.5"));
+    assert!(kept < 1e-4 && moved > 1e-2, "{kept} {moved}");
+    let refused = |text: String| Trainer::new(&text, dir.path(), resources(1)).err().unwrap().to_string();
+    assert!(refused(grown("")).contains("has shape"), "{}", refused(grown("")));
+    assert!(refused(grown("grow = 1.5")).contains("model.grow"), "{}", refused(grown("grow = 1.5")));
+    let smaller = blocks(4, [&[4], &[16, 16], &[32], &[40], &[48]]);
+    let text = with(&format!("{smaller}\nstart = \"small.safetensors\"\ngrow = 0.0"));
+    assert!(refused(text.clone()).contains("not larger"), "{}", refused(text));
+    let other = with("").replace("farface-nano", "fpn-finest-r18");
+    let other =
+        other.replace("detector = \"fpn-finest-r18\"", &format!("detector = \"fpn-finest-r18\"\n{large}"));
+    assert!(refused(other).contains("model.backbone: fpn-finest-r18"));
+    assert!(refused(with(&format!("{large}\nwidth = 8"))).contains("model.backbone: farface-nano"));
 }
 
 #[test]

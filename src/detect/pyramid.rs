@@ -8,6 +8,7 @@ use super::face::Face;
 use super::heads::{Field, Head};
 use crate::error::{Error, Result};
 use crate::graph::{Builder, Graph};
+use crate::nets::mobilenet::Blocks;
 use crate::nets::nano::{nano, Nano};
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +17,9 @@ use serde::{Deserialize, Serialize};
 pub struct PyramidConfig {
     /// Channels of MobileNet-V1's first convolution; 8 is x0.25.
     pub width: usize,
+    /// The backbone where it is not MobileNet-V1 of that width.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backbone: Option<Blocks>,
     /// Channels of the levels of stride 8 to 64.
     pub channels: usize,
     /// Channels of the level of stride 4.
@@ -49,6 +53,7 @@ impl PyramidConfig {
         let root = ASPECT.sqrt();
         Self {
             width: 8,
+            backbone: None,
             channels: 64,
             fine_channels: 32,
             plain_convs: false,
@@ -70,6 +75,11 @@ impl PyramidConfig {
             return Err(Error::InvalidModel(
                 "detector pyramid: width 1..256, channels and fine_channels 1..1024, head_blocks up to 16"
                     .into(),
+            ));
+        }
+        if !self.backbone.as_ref().is_none_or(Blocks::is_sane) {
+            return Err(Error::InvalidModel(
+                "detector pyramid: backbone of 1..1024 channels, with 1..64 blocks at strides 4 to 32".into(),
             ));
         }
         let levels = self.anchors.len() == STRIDES.len();
@@ -125,7 +135,7 @@ impl PyramidConfig {
 
     fn net(&self) -> Nano {
         Nano {
-            width: self.width,
+            backbone: self.backbone.clone().unwrap_or_else(|| Blocks::mobilenet_v1(self.width)),
             channels: self.channels,
             fine_channels: self.fine_channels,
             plain_convs: self.plain_convs,
@@ -327,7 +337,10 @@ mod tests {
 
     #[test]
     fn settings_that_no_network_can_have_are_refused() {
-        let broken: [fn(&mut PyramidConfig); 9] = [
+        fn blocks(c: &mut PyramidConfig, stride: usize, blocks: Vec<usize>) {
+            c.backbone.get_or_insert_with(|| Blocks::mobilenet_v1(8)).blocks[stride] = blocks;
+        }
+        let broken: [fn(&mut PyramidConfig); 12] = [
             |c| c.width = 0,
             |c| c.channels = 1025,
             |c| c.fine_channels = 0,
@@ -337,6 +350,9 @@ mod tests {
             |c| c.anchors[0] = vec![[8.0, 10.0]; 1000],
             |c| c.anchors[4][0][1] = -1.0,
             |c| c.variances[1] = f32::INFINITY,
+            |c| blocks(c, 2, vec![]),
+            |c| blocks(c, 4, vec![64, 1025]),
+            |c| blocks(c, 0, vec![8; 65]),
         ];
         assert!(PyramidConfig::nano().check().is_ok());
         for (i, breaks) in broken.into_iter().enumerate() {

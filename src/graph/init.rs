@@ -1,6 +1,8 @@
 //! Parameters before training, from a seed: the same values on every platform.
 
 use super::build::{Graph, Param, ParamRole};
+#[cfg(feature = "train")]
+use super::weights::WeightTensor;
 use super::weights::Weights;
 
 /// Pseudo-random numbers: SplitMix64 (Steele, Lea and Flood 2014). Only integer arithmetic and
@@ -79,6 +81,40 @@ impl Weights {
     }
 }
 
+#[cfg(feature = "train")]
+impl WeightTensor {
+    /// These values (`[outputs, inputs, ...]`) with those of `smaller` as the first ones along every dimension; the outputs
+    /// that `smaller` has see the inputs that it lacks by `share` of these values. Grown so in all its layers by a share of
+    /// 0, a network has the outputs of the smaller one beside new ones (after Chen et al. 2016, Net2Net). None where
+    /// `smaller` is larger along some dimension, or has others.
+    pub(crate) fn grown_from(mut self, smaller: &Self, share: f32) -> Option<Self> {
+        let fits = self.shape.len() == smaller.shape.len()
+            && self.shape.iter().zip(&smaller.shape).all(|(large, small)| small <= large);
+        if !fits {
+            return None;
+        }
+        let outputs = smaller.shape.first().copied().unwrap_or(1);
+        for (i, value) in self.data.iter_mut().enumerate() {
+            // The element's index along each dimension, and where `smaller` has it, from the last dimension on.
+            let (mut rest, mut at, mut step, mut output) = (i, 0, 1, 0);
+            let mut within = true;
+            for (&large, &small) in self.shape.iter().zip(&smaller.shape).rev() {
+                output = rest % large;
+                within &= output < small;
+                at += output * step;
+                step *= small;
+                rest /= large;
+            }
+            if within {
+                *value = smaller.data[at];
+            } else if output < outputs {
+                *value *= share;
+            }
+        }
+        Some(self)
+    }
+}
+
 fn random_value(p: &Param, rng: &mut Rng) -> f32 {
     match p.role {
         ParamRole::Weight { fan_in } => rng.normal() * (2.0 / fan_in.max(1) as f32).sqrt(),
@@ -120,6 +156,23 @@ mod tests {
         let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / values.len() as f64;
         assert!(mean.abs() < 0.03 && (variance - 1.0).abs() < 0.03, "mean {mean}, variance {variance}");
         assert!((0..1000).all(|_| rng.below(3) < 3 && (0.0..1.0).contains(&rng.uniform())));
+    }
+
+    #[cfg(feature = "train")]
+    #[test]
+    fn a_tensor_grows_around_a_smaller_one() {
+        let tensor = |shape: &[usize], from: f32| WeightTensor {
+            shape: shape.to_vec(),
+            data: (0..shape.iter().product::<usize>()).map(|i| from + i as f32).collect(),
+        };
+        let large = tensor(&[3, 3, 2], 100.0);
+        let grown = large.clone().grown_from(&tensor(&[2, 1, 2], 1.0), 0.0).unwrap();
+        let old = [1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 3.0, 4.0, 0.0, 0.0, 0.0, 0.0];
+        assert_eq!(grown.data[..12], old);
+        assert_eq!(grown.data[12..], tensor(&[6], 112.0).data, "new outputs see all");
+        for other in [&[4, 3, 2][..], &[3, 3], &[1, 1, 3]] {
+            assert!(large.clone().grown_from(&tensor(other, 0.0), 0.0).is_none(), "{other:?}");
+        }
     }
 
     #[test]

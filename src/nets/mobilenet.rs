@@ -1,8 +1,9 @@
-//! MobileNet-V1 (Howard et al. 2017), narrow, as the published RetinaFace uses it.
+//! MobileNet-V1 (Howard et al. 2017), narrow, as the published RetinaFace uses it, and other stacks of its blocks.
 
 use super::{conv_bn, conv_bn_at};
 use crate::graph::{Builder, NodeId};
 use crate::layers::{Activation, Conv2d};
+use serde::{Deserialize, Serialize};
 
 /// Depthwise separable block: depthwise 3x3 (`.0 .1`), pointwise 1x1 (`.3 .4`), each with batch
 /// normalisation and leaky ReLU.
@@ -14,35 +15,70 @@ pub fn conv_dw(b: &mut Builder, name: &str, x: NodeId, [ci, co]: [usize; 2], str
     })
 }
 
+/// Sizes of a stack of depthwise separable blocks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Blocks {
+    /// Channels of the first convolution, 3x3 of stride 2.
+    pub first: usize,
+    /// Channels of each block at strides 2, 4, 8, 16 and 32. The first of a stride halves the map before it (not at stride
+    /// 2, where the first convolution has done so and there may be none).
+    pub blocks: [Vec<usize>; 5],
+}
+
+impl Blocks {
+    /// MobileNet-V1 whose first convolution has `width` channels (8 = x0.25).
+    pub fn mobilenet_v1(width: usize) -> Self {
+        let blocks = |count: usize, times: usize| vec![times * width; count];
+        let blocks = [blocks(1, 2), blocks(2, 4), blocks(2, 8), blocks(6, 16), blocks(2, 32)];
+        Self { first: width, blocks }
+    }
+
+    /// Whether there is a map at every stride from 4 on, by no more than 64 blocks a stride, each of 1 to 1024 channels.
+    pub fn is_sane(&self) -> bool {
+        let mut channels = self.blocks.iter().flatten().chain([&self.first]);
+        let there = self.blocks[1..].iter().all(|b| !b.is_empty());
+        there && channels.all(|c| (1..=1024).contains(c)) && self.blocks.iter().all(|b| b.len() <= 64)
+    }
+
+    /// Channels of the maps at strides 4, 8, 16 and 32.
+    pub fn channels(&self) -> [usize; 4] {
+        std::array::from_fn(|i| self.blocks[i + 1].last().copied().unwrap_or(0))
+    }
+}
+
 /// MobileNet-V1 whose first convolution has `width` channels (8 = x0.25). Returns the outputs of
 /// `stage1`, `stage2`, `stage3`: strides 8, 16, 32 with 8, 16 and 32 times `width` channels.
 pub fn mobilenet_v1(b: &mut Builder, image: NodeId, width: usize) -> [NodeId; 3] {
-    let [_, c3, c4, c5] = mobilenet_v1_stages(b, image, width);
+    let [_, c3, c4, c5] = separable_blocks(b, image, &Blocks::mobilenet_v1(width));
     [c3, c4, c5]
 }
 
-/// As [`mobilenet_v1`], with the output of `stage1.3` before them: stride 4, 4 times `width` channels.
-pub fn mobilenet_v1_stages(b: &mut Builder, image: NodeId, width: usize) -> [NodeId; 4] {
-    let w = width;
+/// The maps of `net` at strides 4, 8, 16 and 32, under the names that the published RetinaFace has for MobileNet-V1's: down
+/// to stride 8 all is in `stage1`, which begins with the first convolution; stride 16 is `stage2`, stride 32 `stage3`.
+pub fn separable_blocks(b: &mut Builder, image: NodeId, net: &Blocks) -> [NodeId; 4] {
     let leaky = Some(Activation::LeakyRelu(0.1));
-    let (c2, c3) = b.scope("stage1", |b| {
-        let x = conv_bn(b, "0", image, Conv2d::new(3, w, 3).stride(2), leaky);
-        let x = conv_dw(b, "1", x, [w, 2 * w], 1);
-        let x = conv_dw(b, "2", x, [2 * w, 4 * w], 2);
-        let c2 = conv_dw(b, "3", x, [4 * w, 4 * w], 1);
-        let x = conv_dw(b, "4", c2, [4 * w, 8 * w], 2);
-        (c2, conv_dw(b, "5", x, [8 * w, 8 * w], 1))
-    });
-    let c4 = b.scope("stage2", |b| {
-        let mut x = conv_dw(b, "0", c3, [8 * w, 16 * w], 2);
-        for i in 1..6 {
-            x = conv_dw(b, &i.to_string(), x, [16 * w, 16 * w], 1);
-        }
-        x
-    });
-    let c5 = b.scope("stage3", |b| {
-        let x = conv_dw(b, "0", c4, [16 * w, 32 * w], 2);
-        conv_dw(b, "1", x, [32 * w, 32 * w], 1)
-    });
-    [c2, c3, c4, c5]
+    let mut x = image;
+    let mut channels = net.first;
+    let mut count = 0;
+    let mut maps = Vec::with_capacity(5);
+    for (i, blocks) in net.blocks.iter().enumerate() {
+        let stage = ["stage1", "stage1", "stage1", "stage2", "stage3"][i];
+        b.scope(stage, |b| {
+            if i == 0 {
+                x = conv_bn(b, "0", x, Conv2d::new(3, net.first, 3).stride(2), leaky);
+                count = 1;
+            } else if i > 2 {
+                count = 0;
+            }
+            for (k, &to) in blocks.iter().enumerate() {
+                let stride = if i > 0 && k == 0 { 2 } else { 1 };
+                x = conv_dw(b, &count.to_string(), x, [channels, to], stride);
+                channels = to;
+                count += 1;
+            }
+        });
+        maps.push(x);
+    }
+    [maps[1], maps[2], maps[3], maps[4]]
 }

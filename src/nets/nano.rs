@@ -1,5 +1,5 @@
-//! The network of our own small detectors: MobileNet-V1, a feature pyramid of four levels down to stride 8, or of five down
-//! to stride 4, and a head a level.
+//! The network of our own small detectors: MobileNet-V1 or another stack of its blocks, a feature pyramid of four levels
+//! down to stride 8, or of five down to stride 4, and a head a level.
 //!
 //! ```text
 //! image -> C2 -> C3 -> C4 -> C5 -> C6          strides 4, 8, 16, 32, 64
@@ -10,7 +10,7 @@
 //! ```
 
 use super::conv_bn;
-use super::mobilenet::{conv_dw, mobilenet_v1_stages};
+use super::mobilenet::{conv_dw, separable_blocks, Blocks};
 use crate::graph::{Builder, NodeId};
 use crate::layers::{Activation, Conv2d, Interpolation};
 
@@ -18,10 +18,10 @@ use crate::layers::{Activation, Conv2d, Interpolation};
 pub const LEVELS: std::ops::RangeInclusive<usize> = 2..=6;
 
 /// Sizes of the network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Nano {
-    /// Channels of MobileNet-V1's first convolution; 8 is x0.25.
-    pub width: usize,
+    /// The backbone.
+    pub backbone: Blocks,
     /// Channels of levels 3 to 6.
     pub channels: usize,
     /// Channels of level 2, whose cells are most of all; unused where it has no anchors.
@@ -37,19 +37,20 @@ pub struct Nano {
 /// The network on `image` (3 channels). Outputs `predict2` (where that level has anchors) to `predict6`: a logit for each
 /// anchor, then four offsets for each.
 pub fn nano(b: &mut Builder, image: NodeId, net: &Nano) {
-    let (w, c, fine) = (net.width, net.channels, net.fine_channels);
+    let (c, fine) = (net.channels, net.fine_channels);
     let leaky = Some(Activation::LeakyRelu(0.1));
-    let [c2, c3, c4, c5] = b.scope("body", |b| mobilenet_v1_stages(b, image, w));
+    let [c2, c3, c4, c5] = b.scope("body", |b| separable_blocks(b, image, &net.backbone));
 
     let pyramid = b.scope("fpn", |b| {
+        let [n2, n3, n4, n5] = net.backbone.channels();
         let mut lateral = |level: usize, x: NodeId, channels: usize, to: usize| {
             conv_bn(b, &format!("lateral{level}"), x, Conv2d::new(channels, to, 1), leaky)
         };
-        let l2 = (net.anchors[0] > 0).then(|| lateral(2, c2, 4 * w, fine));
-        let l3 = lateral(3, c3, 8 * w, c);
-        let l4 = lateral(4, c4, 16 * w, c);
-        let l5 = lateral(5, c5, 32 * w, c);
-        let p6 = conv_dw(b, "down6", c5, [32 * w, c], 2);
+        let l2 = (net.anchors[0] > 0).then(|| lateral(2, c2, n2, fine));
+        let l3 = lateral(3, c3, n3, c);
+        let l4 = lateral(4, c4, n4, c);
+        let l5 = lateral(5, c5, n5, c);
+        let p6 = conv_dw(b, "down6", c5, [n5, c], 2);
         let p5 = top_down(b, p6, l5);
         let p4 = top_down(b, p5, l4);
         let p3 = top_down(b, p4, l3);

@@ -8,6 +8,7 @@ use super::objective::second_look::{FastRcnnRecipe, FeatureSupervisionRecipe};
 use super::optim::{EmaRecipe, OptimizerRecipe, ScheduleRecipe};
 use super::sampler::SamplerRecipe;
 use crate::error::{Error, Result};
+use crate::nets::mobilenet::Blocks;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -71,6 +72,9 @@ pub struct ModelRecipe {
     /// Channels of the backbone's first convolution instead of the detector's.
     #[serde(default)]
     pub width: Option<usize>,
+    /// Of farface-nano and farface-small, the backbone's blocks instead of MobileNet-V1's.
+    #[serde(default)]
+    pub backbone: Option<Blocks>,
     /// Channels of pyramid and head instead of the detector's; a second stage is made four times as wide.
     #[serde(default)]
     pub channels: Option<usize>,
@@ -81,6 +85,11 @@ pub struct ModelRecipe {
     /// What it lacks starts at random.
     #[serde(default)]
     pub start: Option<PathBuf>,
+    /// Tensors of the start that are smaller than the network's become the first part of them; the rest is new. What was
+    /// there before sees new channels by this share, 0 to 1, of the weights that a new layer has: by 0 the network begins
+    /// with the outputs of the smaller one, by more its new channels learn at once. Without this smaller tensors are an error.
+    #[serde(default)]
+    pub grow: Option<f32>,
     /// Put before the names in that file.
     #[serde(default)]
     pub start_prefix: String,
@@ -253,6 +262,9 @@ impl Recipe {
         }
         if self.model.learning_rate.values().any(|v| !(v.is_finite() && *v >= 0.0)) {
             return bad("model.learning-rate: multipliers must be at least 0");
+        }
+        if self.model.grow.is_some_and(|share| !(0.0..=1.0).contains(&share)) {
+            return bad("model.grow must be from 0 to 1");
         }
         if self.model.score_threshold.is_some_and(|t| !(0.0..=1.0).contains(&t)) {
             return bad("model.score-threshold must be from 0 to 1");

@@ -10,6 +10,7 @@ use farface::detect::ModelConfig;
 use farface::gpu::map::Element;
 use farface::graph::init::Rng;
 use farface::graph::{Builder, Graph, Weights};
+use farface::nets::mobilenet::Blocks;
 use farface::nets::nano::{nano, Nano};
 use farface::shape::{Shape, Tensor};
 use farface::train::checkpoint::Checkpoint;
@@ -24,7 +25,7 @@ fn small_nano() -> Graph {
     let mut b = Builder::new();
     let image = b.input("image", 3);
     let net = Nano {
-        width: 4,
+        backbone: Blocks::mobilenet_v1(4),
         channels: 12,
         fine_channels: 8,
         plain_convs: false,

@@ -67,7 +67,7 @@ impl Trainer {
             detector => detector.detector().graph(),
         };
         let (start, notes) =
-            if from_start { start_weights(&recipe.model, base, &graph)? } else { Default::default() };
+            if from_start { start_weights(&recipe, base, &graph)? } else { Default::default() };
         let mut weights = start.completed(&graph, recipe.run.seed);
         let is_new = |name: &str| !start.tensors.contains_key(name);
         match &config.detector {
@@ -228,6 +228,16 @@ fn resize(detector: &mut DetectorConfig, model: &ModelRecipe, base: &Path) -> Re
         *width = model.width.unwrap_or(*width);
         *channels = model.channels.unwrap_or(*channels);
     }
+    if let Some(backbone) = &model.backbone {
+        let refuse = |why| Err(Error::InvalidArgument(format!("model.backbone: {}: {why}", model.detector)));
+        let DetectorConfig::Pyramid(d) = &mut *detector else {
+            return refuse("its stages follow width");
+        };
+        if model.width.is_some() {
+            return refuse("it says all channels that width would");
+        }
+        d.backbone = Some(backbone.clone());
+    }
     if let (DetectorConfig::GroupSampling(d), Some(channels)) = (&mut *detector, model.channels) {
         // As in the usual proportion, 1,024 on 256 channels.
         d.second_stage.iter_mut().for_each(|second| second.width = 4 * channels);
@@ -303,7 +313,8 @@ fn refineface_levels(detector: &RefineFaceConfig) -> Vec<(Level, Option<FirstSte
 
 /// The weights of `model.start` that the network has, under its names, and a note of how many there are; none where the
 /// recipe names no start.
-fn start_weights(model: &ModelRecipe, base: &Path, graph: &Graph) -> Result<(Weights, Vec<String>)> {
+fn start_weights(recipe: &Recipe, base: &Path, graph: &Graph) -> Result<(Weights, Vec<String>)> {
+    let model = &recipe.model;
     let mut start = Weights::default();
     let Some(path) = &model.start else { return Ok((start, Vec::new())) };
     let mut file = Weights::load(base.join(path))?.tensors;
@@ -320,13 +331,21 @@ fn start_weights(model: &ModelRecipe, base: &Path, graph: &Graph) -> Result<(Wei
         }
     }
     let bad = |what: String| Err(Error::InvalidArgument(format!("model.start {}: {what}", path.display())));
-    let mut found = 0;
+    let (mut found, mut grown) = (0, 0);
+    let mut fresh = model.grow.map(|_| Weights::default().completed(graph, recipe.run.seed));
     for p in &graph.params {
-        let Some(t) = start.tensors.get(&p.name) else { continue };
+        let Some(t) = start.tensors.get_mut(&p.name) else { continue };
         found += 1;
-        if t.shape != p.shape {
-            return bad(format!("{} has shape {:?}, the network needs {:?}", p.name, t.shape, p.shape));
+        if t.shape == p.shape {
+            continue;
         }
+        let larger = fresh.as_mut().and_then(|fresh| fresh.tensors.remove(&p.name));
+        let Some(larger) = larger.and_then(|larger| larger.grown_from(t, model.grow.unwrap_or(0.0))) else {
+            let why = if model.grow.is_some() { ", which is not larger" } else { "" };
+            return bad(format!("{} has shape {:?}, the network needs {:?}{why}", p.name, t.shape, p.shape));
+        };
+        *t = larger;
+        grown += 1;
     }
     if found == 0 {
         return bad(format!(
@@ -334,7 +353,8 @@ fn start_weights(model: &ModelRecipe, base: &Path, graph: &Graph) -> Result<(Wei
             model.start_prefix, model.start_only
         ));
     }
-    Ok((start, vec![format!("{found} of {} tensors from {}", graph.params.len(), path.display())]))
+    let grown = if grown > 0 { format!(", {grown} of them grown") } else { String::new() };
+    Ok((start, vec![format!("{found} of {} tensors from {}{grown}", graph.params.len(), path.display())]))
 }
 
 /// What the optimiser does with each parameter: statistics and frozen ones stand still; biases and normalisations do
