@@ -1,4 +1,4 @@
-//! The papers' detectors, narrow, against PyTorch: names and outputs (tests/golden/detectors.py makes the values; its cases
+//! The detectors, narrow, against PyTorch: names and outputs (tests/golden/detectors.py makes the values; its cases
 //! stand here by the same names).
 
 #[path = "common/goldens.rs"]
@@ -54,6 +54,8 @@ fn outputs_are_pytorchs_in_the_plain_loops_and_the_engine() {
         ("hr-res2-res4-vgg16", [53, 75]),
         ("retinaface-r50", [70, 99]),
         ("farface-crowd-r50", [128, 160]),
+        ("farface-nano", [101, 131]),
+        ("farface-small", [101, 131]),
     ] {
         let config = narrow(name);
         let (graph, mut weights, picture) = drawn_case(name, &config, size);
@@ -115,6 +117,7 @@ fn hold_faces(all: &Weights, name: &str, config: &ModelConfig, outputs: &[Tensor
             // Channels of offsets: all, none, or those behind the logits.
             let from = match output.as_str() {
                 "scores" => t.shape.c / 5,
+                name if name.starts_with("predict") => t.shape.c / 5,
                 name if name.starts_with("box") => 0,
                 _ => return t.clone(),
             };

@@ -1,4 +1,4 @@
-//! The papers' detectors, narrow enough for tests.
+//! The detectors, narrow enough for tests.
 // Not every test uses all of it.
 #![allow(dead_code)]
 
@@ -6,12 +6,14 @@ use farface::detect::config::{DetectorConfig, METADATA_KEY};
 use farface::detect::group_sampling::{GroupSamplingConfig, SecondStageConfig};
 use farface::detect::hambox::HamBoxConfig;
 use farface::detect::hr::HrConfig;
+use farface::detect::pyramid::PyramidConfig;
 use farface::detect::refineface::RefineFaceConfig;
 use farface::detect::retinaface::RetinaFaceConfig;
 use farface::detect::{Model, ModelConfig};
 use farface::graph::init::Rng;
 use farface::graph::{run_reference, Weights};
 use farface::nets::hr::Backbone;
+use farface::nets::mobilenet::Blocks;
 use farface::nets::resnet::ResNet;
 use farface::nets::vgg::Vgg;
 use farface::shape::{Shape, Tensor};
@@ -55,7 +57,15 @@ pub fn narrow(name: &str) -> ModelConfig {
             };
             DetectorConfig::Hr(HrConfig { backbone, ..d })
         }
-        other => other,
+        DetectorConfig::Pyramid(d) => {
+            let blocks = [vec![8], vec![12, 20], vec![20, 24], vec![28, 28, 32], vec![40]];
+            DetectorConfig::Pyramid(PyramidConfig {
+                backbone: Some(Blocks { first: 6, blocks }),
+                channels: CHANNELS,
+                ..d
+            })
+        }
+        other => panic!("{other:?}"),
     };
     ModelConfig { detector, ..config }
 }

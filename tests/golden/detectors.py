@@ -1,4 +1,4 @@
-"""Makes detectors.safetensors: what PyTorch computes for the papers' detectors, narrow, from drawn weights.
+"""Makes detectors.safetensors: what PyTorch computes for the detectors, narrow, from drawn weights.
 
     python tests/golden/detectors.py        (needs torch, torchvision, numpy, safetensors)
     python tests/golden/detectors.py --full FILE        as wide as the papers have them, for the test that is ignored
@@ -286,6 +286,61 @@ class RetinaFace(nn.Module):
             yield i, 3 + i, [(s, s) for s in (16.0 * 4**i, 32.0 * 4**i)], None
 
 
+def separable(i, o, stride=1):
+    """A block of MobileNet-V1 (Howard et al. 2017)."""
+    return nn.Sequential(nn.Conv2d(i, i, 3, stride, 1, groups=i, bias=False), nn.BatchNorm2d(i), nn.LeakyReLU(0.1),
+                         nn.Conv2d(i, o, 1, bias=False), nn.BatchNorm2d(o), nn.LeakyReLU(0.1))
+
+
+class Pyramid(nn.Module):
+    """farface-nano and, with `plain` blocks behind the pyramid, farface-small: `body.*`, `fpn.*`, and `smooth*`, `head*`,
+    `predict*` of the levels of stride 8 to 64."""
+
+    ANCHORS = {3: (8.0, 11.3, 16.0, 22.6), 4: (32.0, 45.3), 5: (64.0, 90.5), 6: (128.0, 181.0, 256.0, 362.0)}
+
+    def __init__(self, plain):
+        super().__init__()
+        stem = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.LeakyReLU(0.1))
+        self.body = nn.ModuleDict({
+            "stage1": nn.Sequential(stem, separable(6, 8), separable(8, 12, 2), separable(12, 20),
+                                    separable(20, 20, 2), separable(20, 24)),
+            "stage2": nn.Sequential(separable(24, 28, 2), separable(28, 28), separable(28, 32)),
+            "stage3": nn.Sequential(separable(32, 40, 2))})
+        c = CHANNELS
+        lateral = lambda i: nn.Sequential(nn.Conv2d(i, c, 1, bias=False), nn.BatchNorm2d(c), nn.LeakyReLU(0.1))
+        self.fpn = nn.ModuleDict({"lateral3": lateral(24), "lateral4": lateral(32), "lateral5": lateral(40),
+                                  "down6": separable(40, c, 2)})
+        block = (lambda: conv_bn(c, c).append(nn.LeakyReLU(0.1))) if plain else (lambda: separable(c, c))
+        for level, anchors in self.ANCHORS.items():
+            setattr(self, f"smooth{level}", block())
+            setattr(self, f"head{level}", nn.Sequential(block()))
+            setattr(self, f"predict{level}", nn.Conv2d(c, 5 * len(anchors), 1))
+
+    def forward(self, x):
+        c3 = self.body["stage1"](x)
+        c4 = self.body["stage2"](c3)
+        c5 = self.body["stage3"](c4)
+        p = {6: self.fpn["down6"](c5)}
+        for level, c in ((5, c5), (4, c4), (3, c3)):
+            fine = self.fpn[f"lateral{level}"](c)
+            p[level] = fine + F.interpolate(p[level + 1], fine.shape[2:], mode="nearest")
+        through = lambda level: getattr(self, f"head{level}")(getattr(self, f"smooth{level}")(p[level]))
+        return {f"predict{level}": getattr(self, f"predict{level}")(through(level)) for level in self.ANCHORS}
+
+    def apart(self, outputs):
+        """Logits and, with the box code's variances, offsets."""
+        maps = {}
+        for level, anchors in self.ANCHORS.items():
+            y, a = outputs[f"predict{level}"], len(anchors)
+            variances = torch.tensor([0.1, 0.1, 0.2, 0.2]).repeat(a)[None, :, None, None]
+            maps |= {f"class{level}": y[:, :a], f"box{level}": y[:, a:] * variances}
+        return maps
+
+    def faces(self, outputs):
+        for level, anchors in self.ANCHORS.items():
+            yield level, level, [(s / 1.25**0.5, s * 1.25**0.5) for s in anchors], None
+
+
 class Vgg(nn.Module):
     """torchvision's VGG16 with WIDTH for 64 channels, halving rounded up: conv3_3, conv4_3, conv5_3."""
 
@@ -453,6 +508,8 @@ def narrow():
     case("hr-res2-res4-vgg16", hr(Vgg, [32, 64, 64], [2, 4])(), (53, 75))
     case("retinaface-r50", RetinaFace(*R50), (70, 99))
     case("farface-crowd-r50", RefineFace(*R50, True, True, True, True), (128, 160))
+    case("farface-nano", Pyramid(False), (101, 131))
+    case("farface-small", Pyramid(True), (101, 131))
 
 
 def full():
