@@ -300,6 +300,15 @@ fn a_grown_network_begins_with_the_outputs_of_the_smaller_one() {
         other.replace("detector = \"fpn-finest-r18\"", &format!("detector = \"fpn-finest-r18\"\n{large}"));
     assert!(refused(other).contains("model.backbone: fpn-finest-r18"));
     assert!(refused(with(&format!("{large}\nwidth = 8"))).contains("model.backbone: farface-nano"));
+    assert!(refused(with("grow = 0.5")).contains("model.grow: there is no model.start"));
+    let other = with("start = \"small.safetensors\"\ngrow = 0.5")
+        .replace("farface-nano", "fpn-finest-r18")
+        .replace("regression-aware-focal", "softmax")
+        .replace("[mining]\noverlap = 0.5\n", "");
+    assert!(refused(other).contains("model.grow: fpn-finest-r18"));
+    // A width alone is MobileNet-V1's.
+    let config = ModelConfig::of(&trainer(&with("width = 4"), dir.path(), 1).model().unwrap()).unwrap();
+    assert!(matches!(config.detector, DetectorConfig::Pyramid(p) if p.width == 4 && p.backbone.is_none()));
 }
 
 #[test]
@@ -458,7 +467,7 @@ decay = 0.98
 
 /// [`LEARN`] for pictures that are not square: each as a whole on a square of 320 pixels.
 fn learn_whole_pictures(start: &Path) -> String {
-    let start = format!("\"farface-nano\"\nstart = {start:?}\nstart-prefix = \"body.\"");
+    let start = format!("\"farface-nano\"\nstart = {start:?}\nstart-prefix = \"body.\"\nwidth = 8");
     LEARN
         .replace("\"farface-nano\"", &start)
         .replace("side = 160", "side = 320")

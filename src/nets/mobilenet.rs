@@ -15,10 +15,9 @@ pub fn conv_dw(b: &mut Builder, name: &str, x: NodeId, [ci, co]: [usize; 2], str
     })
 }
 
-/// Sizes of a stack of depthwise separable blocks.
+/// A backbone of depthwise separable blocks: its sizes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Blocks {
+pub struct BlockStack {
     /// Channels of the first convolution, 3x3 of stride 2.
     pub first: usize,
     /// Channels of each block at strides 2, 4, 8, 16 and 32. The first of a stride halves the map before it (not at stride
@@ -26,7 +25,7 @@ pub struct Blocks {
     pub blocks: [Vec<usize>; 5],
 }
 
-impl Blocks {
+impl BlockStack {
     /// MobileNet-V1 whose first convolution has `width` channels (8 = x0.25).
     pub fn mobilenet_v1(width: usize) -> Self {
         let blocks = |count: usize, times: usize| vec![times * width; count];
@@ -50,13 +49,13 @@ impl Blocks {
 /// MobileNet-V1 whose first convolution has `width` channels (8 = x0.25). Returns the outputs of
 /// `stage1`, `stage2`, `stage3`: strides 8, 16, 32 with 8, 16 and 32 times `width` channels.
 pub fn mobilenet_v1(b: &mut Builder, image: NodeId, width: usize) -> [NodeId; 3] {
-    let [_, c3, c4, c5] = separable_blocks(b, image, &Blocks::mobilenet_v1(width));
+    let [_, c3, c4, c5] = separable_blocks(b, image, &BlockStack::mobilenet_v1(width));
     [c3, c4, c5]
 }
 
 /// The maps of `net` at strides 4, 8, 16 and 32, under the names that the published RetinaFace has for MobileNet-V1's: down
 /// to stride 8 all is in `stage1`, which begins with the first convolution; stride 16 is `stage2`, stride 32 `stage3`.
-pub fn separable_blocks(b: &mut Builder, image: NodeId, net: &Blocks) -> [NodeId; 4] {
+pub fn separable_blocks(b: &mut Builder, image: NodeId, net: &BlockStack) -> [NodeId; 4] {
     let leaky = Some(Activation::LeakyRelu(0.1));
     let mut x = image;
     let mut channels = net.first;

@@ -10,7 +10,7 @@
 //! ```
 
 use super::conv_bn;
-use super::mobilenet::{conv_dw, separable_blocks, Blocks};
+use super::mobilenet::{conv_dw, separable_blocks, BlockStack};
 use crate::graph::{Builder, NodeId};
 use crate::layers::{Activation, Conv2d, Interpolation};
 
@@ -21,14 +21,14 @@ pub const LEVELS: std::ops::RangeInclusive<usize> = 2..=6;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Nano {
     /// The backbone.
-    pub backbone: Blocks,
+    pub backbone: BlockStack,
     /// Channels of levels 3 to 6.
     pub channels: usize,
     /// Channels of level 2, whose cells are most of all; unused where it has no anchors.
     pub fine_channels: usize,
-    /// Blocks behind the pyramid are 3x3 convolutions instead of depthwise separable ones.
+    /// BlockStack behind the pyramid are 3x3 convolutions instead of depthwise separable ones.
     pub plain_convs: bool,
-    /// Blocks between a level's smoothing and its outputs.
+    /// BlockStack between a level's smoothing and its outputs.
     pub head_blocks: usize,
     /// Anchors a cell on levels 2 to 6. Level 2 is left out where it has none.
     pub anchors: [usize; 5],

@@ -8,7 +8,7 @@ use super::objective::second_look::{FastRcnnRecipe, FeatureSupervisionRecipe};
 use super::optim::{EmaRecipe, OptimizerRecipe, ScheduleRecipe};
 use super::sampler::SamplerRecipe;
 use crate::error::{Error, Result};
-use crate::nets::mobilenet::Blocks;
+use crate::nets::mobilenet::BlockStack;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -69,12 +69,14 @@ pub struct Recipe {
 pub struct ModelRecipe {
     /// A detector by name, as `farface convert --detector` takes it.
     pub detector: String,
-    /// Channels of the backbone's first convolution instead of the detector's.
+    /// Channels of the backbone's first convolution instead of the detector's; farface-nano's backbone then is MobileNet-V1
+    /// of that width.
     #[serde(default)]
     pub width: Option<usize>,
-    /// Of farface-nano and farface-small, the backbone's blocks instead of MobileNet-V1's.
+    /// Of farface-nano and farface-small, the backbone's blocks instead of the detector's:
+    /// `backbone = { first = 16, blocks = [[16], [64, 64], [64, 64], [128, 128], [256]] }`.
     #[serde(default)]
-    pub backbone: Option<Blocks>,
+    pub backbone: Option<BlockStack>,
     /// Channels of pyramid and head instead of the detector's; a second stage is made four times as wide.
     #[serde(default)]
     pub channels: Option<usize>,
@@ -85,9 +87,10 @@ pub struct ModelRecipe {
     /// What it lacks starts at random.
     #[serde(default)]
     pub start: Option<PathBuf>,
-    /// Tensors of the start that are smaller than the network's become the first part of them; the rest is new. What was
-    /// there before sees new channels by this share, 0 to 1, of the weights that a new layer has: by 0 the network begins
-    /// with the outputs of the smaller one, by more its new channels learn at once. Without this smaller tensors are an error.
+    /// Of farface-nano and farface-small, tensors of the start that are smaller than the network's become the first part of
+    /// them; the rest is new. What was there before sees new channels by this share, 0 to 1, of the weights that a new layer
+    /// has: by 0 the network begins with the outputs of the smaller one, by more its new channels learn at once. Layers are
+    /// found by name, so the start must have as many blocks at each stride. Without this smaller tensors are an error.
     #[serde(default)]
     pub grow: Option<f32>,
     /// Put before the names in that file.

@@ -49,16 +49,16 @@ def networks():
         return fine + F.interpolate(coarse, fine.shape[2:], mode="nearest")
 
     class Nano(nn.Module):
-        def __init__(self, w=8, c=64, heads=1, anchors=(4, 2, 2, 4)):
+        def __init__(self, c=64, heads=1, anchors=(4, 2, 2, 4)):
             super().__init__()
-            dw = lambda a, b, s=1: conv_dw(a * w, b * w, s)
             self.body = nn.ModuleDict({
-                "stage1": nn.Sequential(conv_bn(3, w, 3, 2), dw(1, 2), dw(2, 4, 2), dw(4, 4), dw(4, 8, 2), dw(8, 8)),
-                "stage2": nn.Sequential(dw(8, 16, 2), *(dw(16, 16) for _ in range(5))),
-                "stage3": nn.Sequential(dw(16, 32, 2), dw(32, 32))})
+                "stage1": nn.Sequential(conv_bn(3, 16, 3, 2), conv_dw(16, 16), conv_dw(16, 64, 2), conv_dw(64, 64),
+                                        conv_dw(64, 64, 2), conv_dw(64, 64)),
+                "stage2": nn.Sequential(conv_dw(64, 128, 2), *(conv_dw(128, 128) for _ in range(5))),
+                "stage3": nn.Sequential(conv_dw(128, 256, 2), conv_dw(256, 256))})
             self.fpn = nn.ModuleDict({
-                "lateral3": conv_bn(8 * w, c, 1), "lateral4": conv_bn(16 * w, c, 1), "lateral5": conv_bn(32 * w, c, 1),
-                "down6": conv_dw(32 * w, c, 2)})
+                "lateral3": conv_bn(64, c, 1), "lateral4": conv_bn(128, c, 1), "lateral5": conv_bn(256, c, 1),
+                "down6": conv_dw(256, c, 2)})
             for level, a in enumerate(anchors, 3):
                 setattr(self, f"smooth{level}", conv_dw(c, c))
                 setattr(self, f"head{level}", nn.Sequential(*(conv_dw(c, c) for _ in range(heads))))

@@ -13,7 +13,7 @@ use farface::detect::{Model, ModelConfig};
 use farface::graph::init::Rng;
 use farface::graph::{run_reference, Weights};
 use farface::nets::hr::Backbone;
-use farface::nets::mobilenet::Blocks;
+use farface::nets::mobilenet::BlockStack;
 use farface::nets::resnet::ResNet;
 use farface::nets::vgg::Vgg;
 use farface::shape::{Shape, Tensor};
@@ -58,12 +58,10 @@ pub fn narrow(name: &str) -> ModelConfig {
             DetectorConfig::Hr(HrConfig { backbone, ..d })
         }
         DetectorConfig::Pyramid(d) => {
-            let blocks = [vec![8], vec![12, 20], vec![20, 24], vec![28, 28, 32], vec![40]];
-            DetectorConfig::Pyramid(PyramidConfig {
-                backbone: Some(Blocks { first: 6, blocks }),
-                channels: CHANNELS,
-                ..d
-            })
+            // farface-small's is MobileNet-V1.
+            let blocks = [vec![], vec![12, 20], vec![20, 24], vec![28, 28, 32], vec![40]];
+            let backbone = d.backbone.map(|_| BlockStack { first: 6, blocks });
+            DetectorConfig::Pyramid(PyramidConfig { width: 2, backbone, channels: CHANNELS, ..d })
         }
         other => panic!("{other:?}"),
     };

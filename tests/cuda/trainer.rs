@@ -10,7 +10,7 @@ use farface::detect::ModelConfig;
 use farface::gpu::map::Element;
 use farface::graph::init::Rng;
 use farface::graph::{Builder, Graph, Weights};
-use farface::nets::mobilenet::Blocks;
+use farface::nets::mobilenet::BlockStack;
 use farface::nets::nano::{nano, Nano};
 use farface::shape::{Shape, Tensor};
 use farface::train::checkpoint::Checkpoint;
@@ -25,7 +25,7 @@ fn small_nano() -> Graph {
     let mut b = Builder::new();
     let image = b.input("image", 3);
     let net = Nano {
-        backbone: Blocks::mobilenet_v1(4),
+        backbone: BlockStack::mobilenet_v1(4),
         channels: 12,
         fine_channels: 8,
         plain_convs: false,
@@ -393,7 +393,7 @@ fn a_training_on_a_device_follows_the_cpus_and_goes_on_with_the_same_bits() {
 fn trainer_graph() -> Graph {
     let mut config = ModelConfig::farface_nano();
     if let DetectorConfig::Pyramid(p) = &mut config.detector {
-        (p.width, p.channels) = (4, 12);
+        (p.width, p.backbone, p.channels) = (4, None, 12);
     }
     config.detector.detector().graph()
 }

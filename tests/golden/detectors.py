@@ -294,22 +294,23 @@ def separable(i, o, stride=1):
 
 class Pyramid(nn.Module):
     """farface-nano and, with `plain` blocks behind the pyramid, farface-small: `body.*`, `fpn.*`, and `smooth*`, `head*`,
-    `predict*` of the levels of stride 8 to 64."""
+    `predict*` of the levels of stride 8 to 64. `blocks`: channels of the backbone's blocks at strides 2 to 32."""
 
     ANCHORS = {3: (8.0, 11.3, 16.0, 22.6), 4: (32.0, 45.3), 5: (64.0, 90.5), 6: (128.0, 181.0, 256.0, 362.0)}
 
-    def __init__(self, plain):
+    def __init__(self, plain, first, blocks):
         super().__init__()
-        stem = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.LeakyReLU(0.1))
-        self.body = nn.ModuleDict({
-            "stage1": nn.Sequential(stem, separable(6, 8), separable(8, 12, 2), separable(12, 20),
-                                    separable(20, 20, 2), separable(20, 24)),
-            "stage2": nn.Sequential(separable(24, 28, 2), separable(28, 28), separable(28, 32)),
-            "stage3": nn.Sequential(separable(32, 40, 2))})
-        c = CHANNELS
+        stages = [[nn.Sequential(nn.Conv2d(3, first, 3, 2, 1, bias=False), nn.BatchNorm2d(first), nn.LeakyReLU(0.1))], [], []]
+        i = first
+        for stride, channels in enumerate(blocks, 1):
+            for k, o in enumerate(channels):
+                stages[max(stride - 3, 0)].append(separable(i, o, 2 if stride > 1 and k == 0 else 1))
+                i = o
+        self.body = nn.ModuleDict({f"stage{k}": nn.Sequential(*stage) for k, stage in enumerate(stages, 1)})
+        c, (n3, n4, n5) = CHANNELS, (b[-1] for b in blocks[2:])
         lateral = lambda i: nn.Sequential(nn.Conv2d(i, c, 1, bias=False), nn.BatchNorm2d(c), nn.LeakyReLU(0.1))
-        self.fpn = nn.ModuleDict({"lateral3": lateral(24), "lateral4": lateral(32), "lateral5": lateral(40),
-                                  "down6": separable(40, c, 2)})
+        self.fpn = nn.ModuleDict({"lateral3": lateral(n3), "lateral4": lateral(n4), "lateral5": lateral(n5),
+                                  "down6": separable(n5, c, 2)})
         block = (lambda: conv_bn(c, c).append(nn.LeakyReLU(0.1))) if plain else (lambda: separable(c, c))
         for level, anchors in self.ANCHORS.items():
             setattr(self, f"smooth{level}", block())
@@ -508,8 +509,8 @@ def narrow():
     case("hr-res2-res4-vgg16", hr(Vgg, [32, 64, 64], [2, 4])(), (53, 75))
     case("retinaface-r50", RetinaFace(*R50), (70, 99))
     case("farface-crowd-r50", RefineFace(*R50, True, True, True, True), (128, 160))
-    case("farface-nano", Pyramid(False), (101, 131))
-    case("farface-small", Pyramid(True), (101, 131))
+    case("farface-nano", Pyramid(False, 6, [[], [12, 20], [20, 24], [28, 28, 32], [40]]), (101, 131))
+    case("farface-small", Pyramid(True, 2, [[4], [8] * 2, [16] * 2, [32] * 6, [64] * 2]), (101, 131))
 
 
 def full():

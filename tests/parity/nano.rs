@@ -28,7 +28,7 @@ fn the_published_imagenet_backbone_fits() {
     let Some(shared) = crate::common::shared() else { return };
     let file = shared.join("fixtures/backbones/mobilenet-v1-x0.25-imagenet.safetensors");
     let weights = Weights::load(file).unwrap();
-    let graph = network(&ModelConfig::farface_nano());
+    let graph = network(&ModelConfig::farface_small());
     let body: Vec<_> = graph.params.iter().filter(|p| p.name.starts_with("body.")).collect();
     // Every tensor but the classifier's two is used.
     assert_eq!(body.len(), weights.tensors.len() - 2);

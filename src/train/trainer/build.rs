@@ -66,8 +66,11 @@ impl Trainer {
             DetectorConfig::GroupSampling(d) => d.training_graph(),
             detector => detector.detector().graph(),
         };
-        let (start, notes) =
-            if from_start { start_weights(&recipe, base, &graph)? } else { Default::default() };
+        let (start, notes) = if from_start {
+            start_weights(&recipe, base, &graph, &config.detector)?
+        } else {
+            Default::default()
+        };
         let mut weights = start.completed(&graph, recipe.run.seed);
         let is_new = |name: &str| !start.tensors.contains_key(name);
         match &config.detector {
@@ -228,13 +231,17 @@ fn resize(detector: &mut DetectorConfig, model: &ModelRecipe, base: &Path) -> Re
         *width = model.width.unwrap_or(*width);
         *channels = model.channels.unwrap_or(*channels);
     }
+    if let (Some(_), DetectorConfig::Pyramid(d)) = (model.width, &mut *detector) {
+        // MobileNet-V1 of that width.
+        d.backbone = None;
+    }
     if let Some(backbone) = &model.backbone {
         let refuse = |why| Err(Error::InvalidArgument(format!("model.backbone: {}: {why}", model.detector)));
         let DetectorConfig::Pyramid(d) = &mut *detector else {
             return refuse("its stages follow width");
         };
         if model.width.is_some() {
-            return refuse("it says all channels that width would");
+            return refuse("it says all that width would");
         }
         d.backbone = Some(backbone.clone());
     }
@@ -313,9 +320,31 @@ fn refineface_levels(detector: &RefineFaceConfig) -> Vec<(Level, Option<FirstSte
 
 /// The weights of `model.start` that the network has, under its names, and a note of how many there are; none where the
 /// recipe names no start.
-fn start_weights(recipe: &Recipe, base: &Path, graph: &Graph) -> Result<(Weights, Vec<String>)> {
+fn start_weights(
+    recipe: &Recipe,
+    base: &Path,
+    graph: &Graph,
+    detector: &DetectorConfig,
+) -> Result<(Weights, Vec<String>)> {
     let model = &recipe.model;
     let mut start = Weights::default();
+    // What smaller tensors grow into: all as it would be without a start.
+    let mut fresh = match (model.grow, detector) {
+        (None, _) => None,
+        (Some(_), _) if model.start.is_none() => {
+            return Err(Error::InvalidArgument("model.grow: there is no model.start to grow from".into()));
+        }
+        (Some(_), DetectorConfig::Pyramid(detector)) => {
+            let mut fresh = Weights::default().completed(graph, recipe.run.seed);
+            detector.start_new(&mut fresh, PRIOR, |_| true);
+            Some(fresh)
+        }
+        (Some(_), _) => {
+            // Where maps are joined, or channels have kinds, the first channels are not the smaller network's.
+            let why = "networks of farface-nano's kind alone are grown";
+            return Err(Error::InvalidArgument(format!("model.grow: {}: {why}", model.detector)));
+        }
+    };
     let Some(path) = &model.start else { return Ok((start, Vec::new())) };
     let mut file = Weights::load(base.join(path))?.tensors;
     // A training's checkpoint: what it would export, its averages where it has any. Optimiser buffers fit no name.
@@ -332,7 +361,6 @@ fn start_weights(recipe: &Recipe, base: &Path, graph: &Graph) -> Result<(Weights
     }
     let bad = |what: String| Err(Error::InvalidArgument(format!("model.start {}: {what}", path.display())));
     let (mut found, mut grown) = (0, 0);
-    let mut fresh = model.grow.map(|_| Weights::default().completed(graph, recipe.run.seed));
     for p in &graph.params {
         let Some(t) = start.tensors.get_mut(&p.name) else { continue };
         found += 1;
