@@ -15,7 +15,7 @@ environment's Python may be named for it:
 What is missing is skipped with a line. The frames are the listed pictures, shrunk to fit in 640x480 and padded with grey to
 exactly that, so that time and AP are of the same input; a second table has AP on the pictures as they are.
 
-`nano` and `small` are farface's models; `x1.5` searches the frame enlarged by that, `x0.6 x1.45` (with --int8) at both
+`nano` and `small` are farface's models; `x1.5` searches the frame enlarged by that, `x0.5 x1.5` (with --int8) at both
 scales; those in int8 with box voting. Times: theirs are those of `farface bench` (whole detections); the others' of the calls their users write, each given the
 order of colours that it wants. Every engine runs in a process of its own that may use as many processors as it has threads
 (MediaPipe knows no other cap); rounds go engine by engine, each after one run that does not count. Confidence thresholds are
@@ -229,7 +229,7 @@ def ours(args):
     # The speed spent on small faces: the frame enlarged; and on large ones, too.
     precisions["nano bf16 x1.5"] = [*precisions["nano bf16"], "--pyramid", "1.5"]
     if args.int8:
-        for name, scales in (("x1.5", "1.5"), ("x0.6 x1.45", "0.6,1.45")):
+        for name, scales in (("x1.5", "1.5"), ("x0.5 x1.5", "0.5,1.5")):
             precisions[f"nano int8 {name}"] = [*precisions["nano int8"], "--scales", scales, "--suppression", "voting"]
     for p in ("f32", "bf16"):
         precisions[f"small {p}"] = ["--precision", p, "--model", os.path.join(ROOT, "models", "farface-small.safetensors")]
