@@ -116,8 +116,7 @@ fn hold_faces(all: &Weights, name: &str, config: &ModelConfig, outputs: &[Tensor
         .map(|((output, _), t)| {
             // Channels of offsets: all, none, or those behind the logits.
             let from = match output.as_str() {
-                "scores" => t.shape.c / 5,
-                name if name.starts_with("predict") => t.shape.c / 5,
+                name if name == "scores" || name.starts_with("predict") => t.shape.c / 5,
                 name if name.starts_with("box") => 0,
                 _ => return t.clone(),
             };

@@ -24,9 +24,9 @@ pub struct PyramidConfig {
     pub channels: usize,
     /// Channels of the level of stride 4.
     pub fine_channels: usize,
-    /// BlockStack behind the pyramid are 3x3 convolutions instead of depthwise separable ones.
+    /// Blocks behind the pyramid are 3x3 convolutions instead of depthwise separable ones.
     pub plain_convs: bool,
-    /// BlockStack between a level's smoothing and its outputs.
+    /// Blocks between a level's smoothing and its outputs.
     pub head_blocks: usize,
     /// Width and height of each anchor in pixels, a list for each of the [`STRIDES`]. Where the first list is empty there is
     /// no level of stride 4.
@@ -52,12 +52,12 @@ impl PyramidConfig {
     /// stride 4, where small faces are told from what looks like them.
     pub fn nano() -> Self {
         let root = ASPECT.sqrt();
-        let mut blocks = BlockStack::mobilenet_v1(8).blocks;
-        blocks[0] = vec![16];
-        blocks[1] = vec![64; 2];
+        let mut backbone = BlockStack::mobilenet_v1(8);
+        backbone.first = 16;
+        backbone.blocks[1] = vec![64; 2];
         Self {
             width: 8,
-            backbone: Some(BlockStack { first: 16, blocks }),
+            backbone: Some(backbone),
             channels: 64,
             fine_channels: 32,
             plain_convs: false,
@@ -341,8 +341,8 @@ mod tests {
 
     #[test]
     fn settings_that_no_network_can_have_are_refused() {
-        fn blocks(c: &mut PyramidConfig, stride: usize, blocks: Vec<usize>) {
-            c.backbone.get_or_insert_with(|| BlockStack::mobilenet_v1(8)).blocks[stride] = blocks;
+        fn blocks(c: &mut PyramidConfig, i: usize, to: Vec<usize>) {
+            c.backbone.as_mut().unwrap().blocks[i] = to;
         }
         let broken: [fn(&mut PyramidConfig); 12] = [
             |c| c.width = 0,

@@ -93,23 +93,18 @@ impl WeightTensor {
         if !fits {
             return None;
         }
-        let outputs = smaller.shape.first().copied().unwrap_or(1);
-        for (i, value) in self.data.iter_mut().enumerate() {
-            // The element's index along each dimension, and where `smaller` has it, from the last dimension on.
-            let (mut rest, mut at, mut step, mut output) = (i, 0, 1, 0);
-            let mut within = true;
+        // The outputs that `smaller` has come first.
+        let known = self.data.len() / self.shape[0] * smaller.shape[0];
+        self.data[..known].iter_mut().for_each(|v| *v *= share);
+        for (i, &value) in smaller.data.iter().enumerate() {
+            // Where the element is here, from the last dimension on.
+            let (mut rest, mut at, mut step) = (i, 0, 1);
             for (&large, &small) in self.shape.iter().zip(&smaller.shape).rev() {
-                output = rest % large;
-                within &= output < small;
-                at += output * step;
-                step *= small;
-                rest /= large;
+                at += rest % small * step;
+                rest /= small;
+                step *= large;
             }
-            if within {
-                *value = smaller.data[at];
-            } else if output < outputs {
-                *value *= share;
-            }
+            self.data[at] = value;
         }
         Some(self)
     }

@@ -35,9 +35,10 @@ impl BlockStack {
 
     /// Whether there is a map at every stride from 4 on, by no more than 64 blocks a stride, each of 1 to 1024 channels.
     pub fn is_sane(&self) -> bool {
+        let mut counts = self.blocks.iter().map(Vec::len).enumerate();
         let mut channels = self.blocks.iter().flatten().chain([&self.first]);
-        let there = self.blocks[1..].iter().all(|b| !b.is_empty());
-        there && channels.all(|c| (1..=1024).contains(c)) && self.blocks.iter().all(|b| b.len() <= 64)
+        counts.all(|(i, count)| (usize::from(i > 0)..=64).contains(&count))
+            && channels.all(|c| (1..=1024).contains(c))
     }
 
     /// Channels of the maps at strides 4, 8, 16 and 32.
@@ -49,35 +50,29 @@ impl BlockStack {
 /// MobileNet-V1 whose first convolution has `width` channels (8 = x0.25). Returns the outputs of
 /// `stage1`, `stage2`, `stage3`: strides 8, 16, 32 with 8, 16 and 32 times `width` channels.
 pub fn mobilenet_v1(b: &mut Builder, image: NodeId, width: usize) -> [NodeId; 3] {
-    let [_, c3, c4, c5] = separable_blocks(b, image, &BlockStack::mobilenet_v1(width));
+    let [_, c3, c4, c5] = block_stack(b, image, &BlockStack::mobilenet_v1(width));
     [c3, c4, c5]
 }
 
 /// The maps of `net` at strides 4, 8, 16 and 32, under the names that the published RetinaFace has for MobileNet-V1's: down
 /// to stride 8 all is in `stage1`, which begins with the first convolution; stride 16 is `stage2`, stride 32 `stage3`.
-pub fn separable_blocks(b: &mut Builder, image: NodeId, net: &BlockStack) -> [NodeId; 4] {
+pub fn block_stack(b: &mut Builder, image: NodeId, net: &BlockStack) -> [NodeId; 4] {
     let leaky = Some(Activation::LeakyRelu(0.1));
-    let mut x = image;
+    let mut x = conv_bn(b, "stage1.0", image, Conv2d::new(3, net.first, 3).stride(2), leaky);
     let mut channels = net.first;
-    let mut count = 0;
-    let mut maps = Vec::with_capacity(5);
-    for (i, blocks) in net.blocks.iter().enumerate() {
-        let stage = ["stage1", "stage1", "stage1", "stage2", "stage3"][i];
-        b.scope(stage, |b| {
-            if i == 0 {
-                x = conv_bn(b, "0", x, Conv2d::new(3, net.first, 3).stride(2), leaky);
-                count = 1;
-            } else if i > 2 {
-                count = 0;
-            }
-            for (k, &to) in blocks.iter().enumerate() {
-                let stride = if i > 0 && k == 0 { 2 } else { 1 };
-                x = conv_dw(b, &count.to_string(), x, [channels, to], stride);
-                channels = to;
-                count += 1;
-            }
-        });
-        maps.push(x);
+    let mut number = 1; // of the next block within its stage
+    let mut maps = [x; 5];
+    for (i, stage) in ["stage1", "stage1", "stage1", "stage2", "stage3"].into_iter().enumerate() {
+        if i > 2 {
+            number = 0;
+        }
+        for (k, &to) in net.blocks[i].iter().enumerate() {
+            let stride = if i > 0 && k == 0 { 2 } else { 1 };
+            x = conv_dw(b, &format!("{stage}.{number}"), x, [channels, to], stride);
+            (channels, number) = (to, number + 1);
+        }
+        maps[i] = x;
     }
-    [maps[1], maps[2], maps[3], maps[4]]
+    let [_, maps @ ..] = maps;
+    maps
 }

@@ -10,7 +10,7 @@
 //! ```
 
 use super::conv_bn;
-use super::mobilenet::{conv_dw, separable_blocks, BlockStack};
+use super::mobilenet::{block_stack, conv_dw, BlockStack};
 use crate::graph::{Builder, NodeId};
 use crate::layers::{Activation, Conv2d, Interpolation};
 
@@ -26,9 +26,9 @@ pub struct Nano {
     pub channels: usize,
     /// Channels of level 2, whose cells are most of all; unused where it has no anchors.
     pub fine_channels: usize,
-    /// BlockStack behind the pyramid are 3x3 convolutions instead of depthwise separable ones.
+    /// Blocks behind the pyramid are 3x3 convolutions instead of depthwise separable ones.
     pub plain_convs: bool,
-    /// BlockStack between a level's smoothing and its outputs.
+    /// Blocks between a level's smoothing and its outputs.
     pub head_blocks: usize,
     /// Anchors a cell on levels 2 to 6. Level 2 is left out where it has none.
     pub anchors: [usize; 5],
@@ -39,7 +39,7 @@ pub struct Nano {
 pub fn nano(b: &mut Builder, image: NodeId, net: &Nano) {
     let (c, fine) = (net.channels, net.fine_channels);
     let leaky = Some(Activation::LeakyRelu(0.1));
-    let [c2, c3, c4, c5] = b.scope("body", |b| separable_blocks(b, image, &net.backbone));
+    let [c2, c3, c4, c5] = b.scope("body", |b| block_stack(b, image, &net.backbone));
 
     let pyramid = b.scope("fpn", |b| {
         let [n2, n3, n4, n5] = net.backbone.channels();

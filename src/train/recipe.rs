@@ -269,6 +269,9 @@ impl Recipe {
         if self.model.grow.is_some_and(|share| !(0.0..=1.0).contains(&share)) {
             return bad("model.grow must be from 0 to 1");
         }
+        if self.model.grow.is_some() && self.model.start.is_none() {
+            return bad("model.grow: there is no model.start to grow from");
+        }
         if self.model.score_threshold.is_some_and(|t| !(0.0..=1.0).contains(&t)) {
             return bad("model.score-threshold must be from 0 to 1");
         }

@@ -91,8 +91,12 @@ class GroupSampling(ResNet):
             yield i, level, [(s, s) for s in (scales[i : i + 1] if alone else scales)], None
 
 
-def conv_bn(i, o):
-    return nn.Sequential(nn.Conv2d(i, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o))
+def conv_bn(i, o, k=3, stride=1, groups=1):
+    return nn.Sequential(nn.Conv2d(i, o, k, stride, k // 2, groups=groups, bias=False), nn.BatchNorm2d(o))
+
+
+def leaky(*args):
+    return conv_bn(*args).append(nn.LeakyReLU(0.1))
 
 
 class Context(nn.Module):
@@ -252,7 +256,7 @@ class RetinaFace(nn.Module):
         super().__init__()
         c, e = CHANNELS, 4 if bottleneck else 1
         self.body = ResNet(blocks, bottleneck, WIDTH)
-        one = lambda i: nn.Sequential(nn.Conv2d(i, c, 1, bias=False), nn.BatchNorm2d(c))
+        one = lambda i: conv_bn(i, c, 1)
         self.fpn = nn.ModuleDict({f"output{i}": one(e * WIDTH << i) for i in (1, 2, 3)}
                                  | {f"merge{i}": conv_bn(c, c) for i in (1, 2)})
         self.slope = 0.1 if c <= 64 else 0.0
@@ -288,8 +292,7 @@ class RetinaFace(nn.Module):
 
 def separable(i, o, stride=1):
     """A block of MobileNet-V1 (Howard et al. 2017)."""
-    return nn.Sequential(nn.Conv2d(i, i, 3, stride, 1, groups=i, bias=False), nn.BatchNorm2d(i), nn.LeakyReLU(0.1),
-                         nn.Conv2d(i, o, 1, bias=False), nn.BatchNorm2d(o), nn.LeakyReLU(0.1))
+    return nn.Sequential(*leaky(i, i, 3, stride, i), *leaky(i, o, 1))
 
 
 class Pyramid(nn.Module):
@@ -300,7 +303,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, plain, first, blocks):
         super().__init__()
-        stages = [[nn.Sequential(nn.Conv2d(3, first, 3, 2, 1, bias=False), nn.BatchNorm2d(first), nn.LeakyReLU(0.1))], [], []]
+        stages = [[leaky(3, first, 3, 2)], [], []]
         i = first
         for stride, channels in enumerate(blocks, 1):
             for k, o in enumerate(channels):
@@ -308,10 +311,10 @@ class Pyramid(nn.Module):
                 i = o
         self.body = nn.ModuleDict({f"stage{k}": nn.Sequential(*stage) for k, stage in enumerate(stages, 1)})
         c, (n3, n4, n5) = CHANNELS, (b[-1] for b in blocks[2:])
-        lateral = lambda i: nn.Sequential(nn.Conv2d(i, c, 1, bias=False), nn.BatchNorm2d(c), nn.LeakyReLU(0.1))
+        lateral = lambda i: leaky(i, c, 1)
         self.fpn = nn.ModuleDict({"lateral3": lateral(n3), "lateral4": lateral(n4), "lateral5": lateral(n5),
                                   "down6": separable(n5, c, 2)})
-        block = (lambda: conv_bn(c, c).append(nn.LeakyReLU(0.1))) if plain else (lambda: separable(c, c))
+        block = lambda: (leaky if plain else separable)(c, c)
         for level, anchors in self.ANCHORS.items():
             setattr(self, f"smooth{level}", block())
             setattr(self, f"head{level}", nn.Sequential(block()))

@@ -117,14 +117,11 @@ impl Trainer {
 fn objective(recipe: &Recipe, detector: &DetectorConfig) -> Result<(DetectorObjective, Vec<PyramidAnchors>)> {
     let thresholds =
         |negative, positive| MatchingRecipe::Thresholds { negative, positive, force_best: false };
-    let refuse = |key: &str, why: &str| {
-        Err(Error::InvalidArgument(format!("{key}: {} has no use for it: {why}", recipe.model.detector)))
-    };
     if recipe.pyramid_anchors.is_some() && !matches!(detector, DetectorConfig::Hambox(_)) {
-        return refuse("pyramid-anchors", "it is HAMBox's");
+        return no_use(&recipe.model, "pyramid-anchors", "it is HAMBox's");
     }
     if recipe.first_matching.is_some() && !matches!(detector, DetectorConfig::Refineface(_)) {
-        return refuse("first-matching", "it looks once; matching is its own");
+        return no_use(&recipe.model, "first-matching", "it looks once; matching is its own");
     }
     let (levels, variances) = match detector {
         DetectorConfig::Pyramid(d) => (pyramid_levels(d), d.variances),
@@ -177,15 +174,16 @@ fn second_look(
     detector: &DetectorConfig,
     objective: &DetectorObjective,
 ) -> Result<Option<SecondLook>> {
-    let refuse = |key: &str, why: &str| {
-        Err(Error::InvalidArgument(format!("{key}: {} has no use for it: {why}", recipe.model.detector)))
-    };
     let rcnn = match detector {
         DetectorConfig::GroupSampling(d) if d.second_stage.is_some() => Some(d),
         _ => None,
     };
     if recipe.second_stage.is_some() && rcnn.is_none() {
-        return refuse("second-stage", "it has one stage; detectors with -rcnn in their name have two");
+        return no_use(
+            &recipe.model,
+            "second-stage",
+            "it has one stage; detectors with -rcnn in their name have two",
+        );
     }
     match (recipe.feature_supervision, objective) {
         (Some(settings), DetectorObjective::TwoStep(detector)) => {
@@ -193,7 +191,9 @@ fn second_look(
             let (detector, recipe) = (detector.clone(), settings);
             Ok(Some(SecondLook::FeatureSupervision(FeatureSupervision { detector, recipe, focal })))
         }
-        (Some(_), DetectorObjective::OneStep(_)) => refuse("feature-supervision", "it is RefineFace's"),
+        (Some(_), DetectorObjective::OneStep(_)) => {
+            no_use(&recipe.model, "feature-supervision", "it is RefineFace's")
+        }
         (None, _) => Ok(rcnn.map(|detector| {
             SecondLook::FastRcnn(GroupedFastRcnn {
                 detector: detector.clone(),
@@ -204,15 +204,17 @@ fn second_look(
     }
 }
 
+/// The error of a recipe's key that means nothing for its detector.
+fn no_use<T>(model: &ModelRecipe, key: &str, why: &str) -> Result<T> {
+    Err(Error::InvalidArgument(format!("{key}: {} has no use for it: {why}", model.detector)))
+}
+
 /// Makes a detector as the recipe's `[model]` says, whose relative paths start at `base`.
 fn resize(detector: &mut DetectorConfig, model: &ModelRecipe, base: &Path) -> Result<()> {
     if let DetectorConfig::Hr(d) = detector {
         resize_hr(d, model, base)?;
     } else if model.templates.is_some() {
-        return Err(Error::InvalidArgument(format!(
-            "model.templates: {} has no use for it: it is HR's",
-            model.detector
-        )));
+        return no_use(model, "model.templates", "it is HR's");
     }
     let sizes = match detector {
         DetectorConfig::Pyramid(d) => Some((&mut d.width, &mut d.channels)),
@@ -231,19 +233,19 @@ fn resize(detector: &mut DetectorConfig, model: &ModelRecipe, base: &Path) -> Re
         *width = model.width.unwrap_or(*width);
         *channels = model.channels.unwrap_or(*channels);
     }
-    if let (Some(_), DetectorConfig::Pyramid(d)) = (model.width, &mut *detector) {
-        // MobileNet-V1 of that width.
-        d.backbone = None;
-    }
-    if let Some(backbone) = &model.backbone {
-        let refuse = |why| Err(Error::InvalidArgument(format!("model.backbone: {}: {why}", model.detector)));
-        let DetectorConfig::Pyramid(d) = &mut *detector else {
-            return refuse("its stages follow width");
-        };
-        if model.width.is_some() {
-            return refuse("it says all that width would");
+    if let DetectorConfig::Pyramid(d) = &mut *detector {
+        if model.width.is_some() && model.backbone.is_some() {
+            return no_use(model, "model.backbone", "it says all that width would");
         }
-        d.backbone = Some(backbone.clone());
+        if model.width.is_some() || model.backbone.is_some() {
+            // By a width alone MobileNet-V1 of that width.
+            d.backbone = model.backbone.clone();
+        }
+    } else if model.backbone.is_some() {
+        return no_use(model, "model.backbone", "its stages follow width");
+    } else if model.grow.is_some() {
+        // Where maps are joined, or channels have kinds, the first channels are not the smaller network's.
+        return no_use(model, "model.grow", "networks of farface-nano's kind alone are grown");
     }
     if let (DetectorConfig::GroupSampling(d), Some(channels)) = (&mut *detector, model.channels) {
         // As in the usual proportion, 1,024 on 256 channels.
@@ -254,9 +256,7 @@ fn resize(detector: &mut DetectorConfig, model: &ModelRecipe, base: &Path) -> Re
 
 fn resize_hr(hr: &mut HrConfig, model: &ModelRecipe, base: &Path) -> Result<()> {
     if model.channels.is_some() {
-        return Err(Error::InvalidArgument(
-            "model.channels: hr has no use for it: its head has five channels a template".into(),
-        ));
+        return no_use(model, "model.channels", "its head has five channels a template");
     }
     let width = match &mut hr.backbone {
         Backbone::Resnet(net) => &mut net.width,
@@ -318,8 +318,8 @@ fn refineface_levels(detector: &RefineFaceConfig) -> Vec<(Level, Option<FirstSte
     LEVELS.map(level).collect()
 }
 
-/// The weights of `model.start` that the network has, under its names, and a note of how many there are; none where the
-/// recipe names no start.
+/// The weights of `model.start` that the network has, under its names, those that are smaller grown where the recipe wants
+/// that, and a note of how many there are; none where the recipe names no start.
 fn start_weights(
     recipe: &Recipe,
     base: &Path,
@@ -328,23 +328,6 @@ fn start_weights(
 ) -> Result<(Weights, Vec<String>)> {
     let model = &recipe.model;
     let mut start = Weights::default();
-    // What smaller tensors grow into: all as it would be without a start.
-    let mut fresh = match (model.grow, detector) {
-        (None, _) => None,
-        (Some(_), _) if model.start.is_none() => {
-            return Err(Error::InvalidArgument("model.grow: there is no model.start to grow from".into()));
-        }
-        (Some(_), DetectorConfig::Pyramid(detector)) => {
-            let mut fresh = Weights::default().completed(graph, recipe.run.seed);
-            detector.start_new(&mut fresh, PRIOR, |_| true);
-            Some(fresh)
-        }
-        (Some(_), _) => {
-            // Where maps are joined, or channels have kinds, the first channels are not the smaller network's.
-            let why = "networks of farface-nano's kind alone are grown";
-            return Err(Error::InvalidArgument(format!("model.grow: {}: {why}", model.detector)));
-        }
-    };
     let Some(path) = &model.start else { return Ok((start, Vec::new())) };
     let mut file = Weights::load(base.join(path))?.tensors;
     // A training's checkpoint: what it would export, its averages where it has any. Optimiser buffers fit no name.
@@ -360,6 +343,12 @@ fn start_weights(
         }
     }
     let bad = |what: String| Err(Error::InvalidArgument(format!("model.start {}: {what}", path.display())));
+    let mut fresh = Weights::default();
+    if let (Some(_), DetectorConfig::Pyramid(detector)) = (model.grow, detector) {
+        // What smaller tensors grow into: all as it would be without a start.
+        fresh = fresh.completed(graph, recipe.run.seed);
+        detector.start_new(&mut fresh, PRIOR, |_| true);
+    }
     let (mut found, mut grown) = (0, 0);
     for p in &graph.params {
         let Some(t) = start.tensors.get_mut(&p.name) else { continue };
@@ -367,8 +356,8 @@ fn start_weights(
         if t.shape == p.shape {
             continue;
         }
-        let larger = fresh.as_mut().and_then(|fresh| fresh.tensors.remove(&p.name));
-        let Some(larger) = larger.and_then(|larger| larger.grown_from(t, model.grow.unwrap_or(0.0))) else {
+        let larger = model.grow.and_then(|share| fresh.tensors.remove(&p.name)?.grown_from(t, share));
+        let Some(larger) = larger else {
             let why = if model.grow.is_some() { ", which is not larger" } else { "" };
             return bad(format!("{} has shape {:?}, the network needs {:?}{why}", p.name, t.shape, p.shape));
         };
