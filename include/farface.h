@@ -301,9 +301,8 @@ typedef uint32_t farface_pyramid;
 typedef uint32_t farface_precision;
 
 /**
- * Eight bits of a model that was quantized, else single precision; single precision of both on x86 CPUs without a dot
- * product of eight bits (AVX-VNNI, AVX512-VNNI, AMX), where it is the faster one. On a CUDA device half precision with
- * sums in single.
+ * Eight bits of a model that was quantized, else single precision; single precision of both on x86 CPUs without AVX2, or
+ * with AVX-512 and no VNNI, where it is the faster one. On a CUDA device half precision with sums in single.
  */
 #define FARFACE_PRECISION_AUTO 0
 

@@ -77,10 +77,14 @@ fn precision_is_what_was_asked_for() {
         assert_eq!(with(&quantized, Precision::Auto), with(&quantized, quantized.own_precision()));
         assert_eq!(model.own_precision(), Precision::F32);
         #[cfg(target_arch = "x86_64")]
-        let dots = is_x86_feature_detected!("avx512vnni") || is_x86_feature_detected!("avxvnni");
+        let faster = if is_x86_feature_detected!("avx512f") {
+            is_x86_feature_detected!("avx512vnni")
+        } else {
+            is_x86_feature_detected!("avx2")
+        };
         #[cfg(not(target_arch = "x86_64"))]
-        let dots = true;
-        let own = if dots { Precision::Int8 } else { Precision::F32 };
+        let faster = true;
+        let own = if faster { Precision::Int8 } else { Precision::F32 };
         // Unless another instruction set was asked for.
         assert!(quantized.own_precision() == own || std::env::var_os("FARFACE_ISA").is_some());
         let asked = Options { precision: Precision::Int8, ..all(&model) };

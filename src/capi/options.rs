@@ -52,9 +52,8 @@ pub const FARFACE_SUPPRESSION_SOFT_GAUSSIAN: farface_suppression = 3;
 #[allow(non_camel_case_types)]
 pub type farface_precision = u32;
 
-/// Eight bits of a model that was quantized, else single precision; single precision of both on x86 CPUs without a dot
-/// product of eight bits (AVX-VNNI, AVX512-VNNI, AMX), where it is the faster one. On a CUDA device half precision with
-/// sums in single.
+/// Eight bits of a model that was quantized, else single precision; single precision of both on x86 CPUs without AVX2, or
+/// with AVX-512 and no VNNI, where it is the faster one. On a CUDA device half precision with sums in single.
 pub const FARFACE_PRECISION_AUTO: farface_precision = 0;
 /// Single precision.
 pub const FARFACE_PRECISION_F32: farface_precision = 1;

@@ -75,8 +75,20 @@ pub(crate) struct ConvOp {
     group_lanes: usize,
 }
 
-/// Largest magnitude of a weight as i8.
+/// Largest magnitude of a weight as i8. Of two of one sign that are added in 16 bits, the largest sum: when they are rounded it
+/// may be 128, and 255 times that fits.
 const MOST: f32 = 127.0;
+
+/// The largest sum of two neighbouring weights of one sign, of `[in, kh * kw]`.
+fn largest_pair(weight: &[f32], area: usize) -> f32 {
+    let mut most = 0.0f32;
+    for pair in weight.chunks_exact(2 * area) {
+        for (a, b) in pair[..area].iter().zip(&pair[area..]) {
+            most = most.max(a.max(0.0) + b.max(0.0)).max(-a.min(0.0) - b.min(0.0));
+        }
+    }
+    most
+}
 
 impl ConvOp {
     /// Packs `weight` `[out, in/groups, kh, kw]` and `bias` `[out]`. Where the input is not f32, each group has a multiple of
@@ -119,7 +131,14 @@ impl ConvOp {
         // In units of the output.
         let unit = 1.0 / formats.output.scale;
         let of_channel = |o: usize| &weight[o * ci * kh * kw..][..ci * kh * kw];
-        let largest = |o: usize| of_channel(o).iter().fold(0.0, |m: f32, v| m.max(v.abs()));
+        let largest = |o: usize| {
+            let one = of_channel(o).iter().fold(0.0, |m: f32, v| m.max(v.abs()));
+            if kernel.pairs {
+                one.max(largest_pair(of_channel(o), kh * kw))
+            } else {
+                one
+            }
+        };
         let steps: Vec<f32> =
             (0..out_channels).map(|o| if largest(o) > 0.0 { largest(o) / MOST } else { 1.0 }).collect();
         let to_half = if formats.input.storage == Storage::F16 { f16_bits } else { bf16_bits };
@@ -521,15 +540,22 @@ mod tests {
     use crate::cpu::Pool;
     use crate::shape::Shape;
 
-    /// What a kernel makes of a picture of noise.
-    fn run(kernel: ConvKernel, formats: Formats, [ci, co]: [usize; 2], side: usize) -> Vec<f32> {
+    /// What a kernel makes of a picture of noise, or of the largest values that there are by equal weights.
+    fn run(
+        kernel: ConvKernel,
+        formats: Formats,
+        [ci, co]: [usize; 2],
+        side: usize,
+        largest: Option<f32>,
+    ) -> Vec<f32> {
         let window = Window { kernel: [side; 2], stride: [1; 2], dilation: [1; 2], padding: [side / 2; 4] };
         let mut state = 1u32;
         let mut noise = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 8) as f32 / (1 << 23) as f32 - 1.0
         };
-        let weight: Vec<f32> = (0..co * ci * side * side).map(|_| noise()).collect();
+        let weight: Vec<f32> =
+            (0..co * ci * side * side).map(|_| noise()).map(|v| largest.unwrap_or(v)).collect();
         let bias: Vec<f32> = (0..co).map(|_| noise()).collect();
         let op =
             ConvOp::with_kernel(kernel, window, 1, [ci, co], &weight, &bias, (0.1, Residual::None), formats);
@@ -543,7 +569,7 @@ mod tests {
         bytes.fill(zero);
         for y in 0..9 {
             for i in 0..31 * ci {
-                let (at, v) = (input.at(0, y, 0) + i, noise());
+                let (at, v) = (input.at(0, y, 0) + i, if largest.is_some() { 1.0 } else { noise() });
                 match storage {
                     Storage::Bf16 => bytes[2 * at..][..2].copy_from_slice(&bf16_bits(v).to_ne_bytes()),
                     Storage::F16 => bytes[2 * at..][..2].copy_from_slice(&f16_bits(v).to_ne_bytes()),
@@ -565,7 +591,7 @@ mod tests {
     }
 
     /// A CPU takes the best kernel that it has; the others, for CPUs without, must give the same, but for the rounding of sums of
-    /// f16.
+    /// f16. Those that add pairs of u8 in 16 bits give what any gives by weights as they want them.
     #[test]
     fn every_kernel_of_bf16_f16_and_u8_gives_the_same() {
         let u8 = Format { storage: Storage::U8, scale: 0.01, zero: 131 };
@@ -573,20 +599,32 @@ mod tests {
             let formats = Formats { input, add: Format::F32, output: Format::F32 };
             for (channels, side) in [([4, 5], 1), ([8, 33], 3), ([36, 64], 3), ([64, 17], 1), ([132, 40], 1)]
             {
-                let mut first: Option<Vec<f32>> = None;
-                for isa in Isa::supported() {
-                    for kernel in ConvKernel::all(isa, input.storage) {
-                        let got = run(kernel, formats, channels, side);
-                        let expected = first.get_or_insert_with(|| got.clone());
+                for weight in [None, Some(1.0), Some(-1.0)] {
+                    let mut first: [Option<Vec<f32>>; 2] = [None, None];
+                    let kernels =
+                        Isa::supported().into_iter().flat_map(|isa| ConvKernel::all(isa, input.storage));
+                    for kernel in kernels.flat_map(|k| [k, ConvKernel { pairs: true, ..k }]) {
+                        let got = run(kernel, formats, channels, side, weight);
+                        let expected = first[usize::from(kernel.pairs)].get_or_insert_with(|| got.clone());
                         let largest = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
                         let off =
                             got.iter().zip(expected.iter()).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
                         // Whole sums are the same; the last step to f32 is fused or not.
                         let limit = limit * largest + f32::EPSILON * 4.0 * largest;
-                        assert!(largest > 1.0 && off <= limit, "{isa:?}, {channels:?}: {off} of {largest}");
+                        assert!(largest > 0.1 && off <= limit, "{channels:?}: {off} of {largest}");
                     }
                 }
             }
         }
+    }
+
+    /// Two weights of one sign that neighbours have are at most 128 together, and one at most 127.
+    #[test]
+    fn pairs_of_weights_fit_sixteen_bits() {
+        // Channels 0 and 1 at the second place, 2 and 3 at the first.
+        let weight = [0.1, 0.6, 0.3, 0.7, -0.9, 0.5, -0.2, 0.0];
+        assert_eq!(largest_pair(&weight, 2), 0.6 + 0.7);
+        assert_eq!(largest_pair(&weight.map(|v| -v), 2), 0.6 + 0.7);
+        assert_eq!(largest_pair(&[0.5, -0.5, 0.25, -1.0], 1), 1.0);
     }
 }

@@ -1,5 +1,7 @@
 //! Which instruction set the kernels use, decided once at run time.
 
+use super::arena::Storage;
+use super::kernels::ConvKernel;
 use std::sync::OnceLock;
 
 /// Instruction sets that kernels exist for, weakest first. An `Isa` other than [`Isa::Generic`] is
@@ -87,17 +89,22 @@ impl Isa {
         false
     }
 
-    /// Whether eight bits are faster than f32: not on x86 without a dot product of u8, where plain products of 16 bits take longer.
+    /// Whether eight bits are faster than f32: not by plain loops, nor by AVX2's pairs of them where AVX-512 multiplies f32.
     pub(crate) fn multiplies_u8(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return match self {
             Isa::Amx => true,
             Isa::Avx512 => is_x86_feature_detected!("avx512vnni"),
-            Isa::Avx2 => is_x86_feature_detected!("avxvnni"),
+            Isa::Avx2 => true,
             Isa::Generic => false,
         };
         #[cfg(not(target_arch = "x86_64"))]
         true
+    }
+
+    /// Whether u8 are multiplied by AVX2's pairs of products, at twice the rate of AVX2's f32.
+    pub(crate) fn multiplies_pairs_of_u8(self) -> bool {
+        ConvKernel::of(self, Storage::U8, 1).pairs
     }
 
     /// Whether bf16 and u8 are multiplied on AMX tiles, many times as fast as f32.

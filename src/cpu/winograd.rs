@@ -31,8 +31,10 @@ pub(crate) struct WinogradOp {
     weights: Arena,
     position_weights: usize,
     bias: Arena,
-    /// What lies outside the map, and the bias of the products: as many as either has channels, whole panels.
+    /// What the products start with, one a lane of all panels.
     zeros: Arena,
+    /// A pixel outside the map, as the input is stored.
+    outside: Arena,
 }
 
 impl WinogradOp {
@@ -46,10 +48,6 @@ impl WinogradOp {
         rule: (f32, Residual),
         formats: Formats,
     ) -> Result<Self> {
-        assert!(
-            [formats.input, formats.output].iter().all(|f| f.storage != Storage::U8),
-            "not in whole numbers"
-        );
         let kernels = Kernels::of(isa);
         let lanes = kernels.lanes;
         assert_eq!(weight.len(), out_channels * in_channels * 9);
@@ -61,16 +59,26 @@ impl WinogradOp {
         let mut weights = Arena::default();
         weights.reserve(POSITIONS * position_weights)?;
         let packed = weights.floats_mut();
+        // From units of the input to those of the output.
+        let Formats { input, output, .. } = &formats;
+        let unit = input.scale / output.scale;
         for (at, kernel) in weight.chunks_exact(9).enumerate() {
             let (o, i) = (at / in_channels, at % in_channels);
             let panel = o / (2 * lanes);
             // All panels before this one have two registers.
             let first = panel * 2 * lanes * in_channels + i * width(panel) + o % (2 * lanes);
             for (position, value) in transform_kernel(kernel).into_iter().enumerate() {
-                packed[position * position_weights + first] = value;
+                packed[position * position_weights + first] = value * unit;
             }
         }
-        let widest = in_channels.max(all * 2 * lanes);
+        // What a window of zeros sums up to is taken off.
+        let zeros = |o: usize| {
+            let sum: f64 =
+                weight[o * in_channels * 9..][..in_channels * 9].iter().map(|&v| f64::from(v)).sum();
+            (sum * f64::from(unit) * f64::from(input.zero)) as f32
+        };
+        let bias: Vec<f32> = (0..out_channels).map(|o| bias[o] / output.scale - zeros(o)).collect();
+        let outside = if input.storage == Storage::U8 { u32::from_ne_bytes([input.zero; 4]) } else { 0 };
         Ok(Self {
             in_channels,
             out_channels,
@@ -80,14 +88,15 @@ impl WinogradOp {
             kernels,
             position_weights,
             weights,
-            bias: Arena::from_slice(bias),
-            zeros: Arena::from_slice(&vec![0.0; widest]),
+            bias: Arena::from_slice(&bias),
+            zeros: Arena::from_slice(&vec![0.0; all * 2 * lanes]),
+            outside: Arena::from_slice(&vec![f32::from_bits(outside); in_channels]),
         })
     }
 
     /// Bytes of packed weights.
     pub fn bytes(&self) -> usize {
-        self.weights.bytes() + self.bias.bytes() + self.zeros.bytes()
+        [&self.weights, &self.bias, &self.zeros, &self.outside].map(Arena::bytes).iter().sum()
     }
 
     /// Tiles that a thread takes together, of an output of so many.
@@ -200,10 +209,8 @@ impl WinogradOp {
         (image, y, x): (usize, usize, usize),
         asked: Option<&Part>,
     ) -> [*const u8; POSITIONS] {
-        // Zeros of any kind are no bits.
-        let zeros = self.zeros.floats().as_ptr().cast();
         let [top, left, ..] = self.padding;
-        let mut pixels = [zeros; POSITIONS];
+        let mut pixels = [self.outside.floats().as_ptr().cast(); POSITIONS];
         for (i, pixel) in pixels.iter_mut().enumerate() {
             // Out of range where negative: these wrap to huge numbers.
             let row = (y + i / PATCH).wrapping_sub(top);

@@ -23,8 +23,8 @@ pub enum DevicePolicy {
 /// Arithmetic of the network; of two stages, that of the first (the second computes in f32).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Precision {
-    /// Int8 of a model that was quantized, else f32; f32 of both on x86 CPUs without a dot product of eight bits (AVX-VNNI,
-    /// AVX512-VNNI, AMX), where it is the faster one. On a CUDA device f16. [`Model::own_precision`](super::Model::own_precision) tells.
+    /// Int8 of a model that was quantized, else f32; f32 of both on x86 CPUs without AVX2, or with AVX-512 and no VNNI, where it is
+    /// the faster one. On a CUDA device f16. [`Model::own_precision`](super::Model::own_precision) tells.
     #[default]
     Auto,
     /// Single precision.

@@ -324,5 +324,5 @@ pub(super) fn kernel(input: Storage, run: usize) -> Option<ConvKernel> {
         Storage::U8 if fills => u8,
         _ => return None,
     };
-    Some(ConvKernel { lanes: <F32x16 as Vector>::LANES, offset: 0, tiles: true, run })
+    Some(ConvKernel { lanes: <F32x16 as Vector>::LANES, offset: 0, pairs: false, tiles: true, run })
 }

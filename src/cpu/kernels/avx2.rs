@@ -171,8 +171,13 @@ impl Vector for F32x8 {
         let mut some = [0u8; 8];
         // SAFETY: trait contract.
         Self(unsafe {
-            std::ptr::copy_nonoverlapping(p, some.as_mut_ptr(), n.min(8));
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(some.as_ptr().cast())))
+            let p = if n >= 8 {
+                p
+            } else {
+                std::ptr::copy_nonoverlapping(p, some.as_mut_ptr(), n);
+                some.as_ptr()
+            };
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())))
         })
     }
     #[inline(always)]
@@ -180,11 +185,16 @@ impl Vector for F32x8 {
         let mut some = [0u8; 16];
         // SAFETY: trait contract.
         unsafe {
-            let inside = _mm256_min_ps(_mm256_max_ps(self.0, _mm256_setzero_ps()), _mm256_set1_ps(255.0));
-            let words = _mm256_cvtps_epi32(inside);
-            let half = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
-            _mm_storeu_si128(some.as_mut_ptr().cast(), _mm_packus_epi16(half, half));
-            std::ptr::copy_nonoverlapping(some.as_ptr(), p, n.min(8));
+            // Of what is below 0, or no number, packing makes 0.
+            let words = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(255.0), self.0));
+            let half = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            let bytes = _mm_packus_epi16(half, half);
+            if n >= 8 {
+                _mm_storel_epi64(p.cast(), bytes);
+            } else {
+                _mm_storeu_si128(some.as_mut_ptr().cast(), bytes);
+                std::ptr::copy_nonoverlapping(some.as_ptr(), p, n);
+            }
         }
     }
     #[cfg(feature = "train")]
@@ -274,13 +284,15 @@ impl Product for SinglesOfF16 {
     }
 }
 
-/// Four u8 by i8: with AVX-VNNI's dot product where `VNNI`, else by products of 16 bits.
+/// Four u8 by i8: with AVX-VNNI's dot product where `VNNI`, else by sums of two products in 16 bits. Those would saturate; weights
+/// are packed so that none can.
 pub(crate) struct FoursOfU8<const VNNI: bool>;
 
 impl<const VNNI: bool> Product for FoursOfU8<VNNI> {
     type Values = F32x8;
     type Words = __m256i;
     type Sums = __m256i;
+    const PAIRS: bool = !VNNI;
     #[inline(always)]
     unsafe fn splat(p: *const u8) -> __m256i {
         // SAFETY: trait contract.
@@ -293,13 +305,8 @@ impl<const VNNI: bool> Product for FoursOfU8<VNNI> {
             if VNNI {
                 return _mm256_dpbusd_avx_epi32(sums, input, weights);
             }
-            // The bytes at even and odd places in 16 bits: products of two fit 32 bits, of u8 and i8 in 16 they would not.
-            let even = _mm256_and_si256(input, _mm256_set1_epi16(0xff));
-            let odd = _mm256_srli_epi16::<8>(input);
-            let even_weights = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(weights));
-            let odd_weights = _mm256_srai_epi16::<8>(weights);
-            let sums = _mm256_add_epi32(sums, _mm256_madd_epi16(even, even_weights));
-            _mm256_add_epi32(sums, _mm256_madd_epi16(odd, odd_weights))
+            let pairs = _mm256_maddubs_epi16(input, weights);
+            _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
     #[inline(always)]
@@ -320,7 +327,7 @@ conv_kernel!(f16_plain, SinglesOfF16, [#[target_feature(enable = "avx2,fma,f16c"
 conv_kernel!(u8, FoursOfU8<true>, [#[target_feature(enable = "avx2,fma,f16c,avxvnni")]],
     wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);
 conv_kernel!(u8_plain, FoursOfU8<false>, [#[target_feature(enable = "avx2,fma,f16c")]],
-    wide: [4 3 2 1], narrow: [8 7 6 5 4 3 2 1]);
+    wide: [5 4 3 2 1], narrow: [8 7 6 5 4 3 2 1]);
 
 isa_kernels!(F32x8, [#[target_feature(enable = "avx2,fma,f16c")]],
     wide: [6 5 4 3 2 1], narrow: [12 11 10 9 8 7 6 5 4 3 2 1]);

@@ -136,6 +136,8 @@ pub(crate) trait Product {
     const SINGLE: bool = false;
     /// What is taken off every u8 of the input before it is multiplied.
     const OFFSET: i32 = 0;
+    /// Whether the products of two neighbouring u8 are added in 16 bits.
+    const PAIRS: bool = false;
     /// Words after which sums are flushed, counted over the whole depth so that it depends on nothing but the weights; 0 for never.
     const RUN: usize = 0;
     /// The word at `p` in every lane.

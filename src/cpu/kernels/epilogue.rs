@@ -240,6 +240,9 @@ unsafe fn store_all<V: Vector, const FULL: bool>(
             (_, Storage::F16, Storage::F16) if FULL && !scaled => {
                 store_known::<V, F16, ADDED, FULL>(t, values, pixels, registers)
             }
+            (_, Storage::U8, Storage::U8) if FULL => {
+                store_known::<V, U8, ADDED, FULL>(t, values, pixels, registers)
+            }
             _ => store_each::<V>(t, values, pixels, registers),
         }
     }
@@ -290,6 +293,7 @@ unsafe fn store_known<V: Vector, const T: usize, const RESIDUAL: bool, const FUL
     // SAFETY: the contract of `store`.
     unsafe {
         let (slope, zero) = (V::splat(t.rule.slope), V::splat(t.rule.zero));
+        let (add_zero, add_scale) = (V::splat(-t.rule.add_zero), V::splat(t.rule.add_scale));
         let after = t.rule.residual == Residual::AfterActivation;
         for m in 0..pixels {
             let (add, out) = t.pixel(m);
@@ -299,6 +303,7 @@ unsafe fn store_known<V: Vector, const T: usize, const RESIDUAL: bool, const FUL
                 let v = V::load(values.add((m * registers + r) * V::LANES));
                 let v = if RESIDUAL {
                     let other = V::load_as(storage, add.add(at), n);
+                    let other = if T == U8 { other.add(add_zero).mul(add_scale) } else { other };
                     if after {
                         activate(v, slope).add(other)
                     } else {

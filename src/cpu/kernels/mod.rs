@@ -85,6 +85,8 @@ pub(crate) struct ConvKernel {
     pub lanes: usize,
     /// What it takes off every u8 of the input.
     pub offset: i32,
+    /// Whether it adds the products of two neighbouring u8 in 16 bits, which must hold them.
+    pub pairs: bool,
     /// Whether it multiplies on AMX tiles.
     pub tiles: bool,
     pub run: ConvRun,
@@ -102,7 +104,9 @@ impl ConvKernel {
         let _ = run;
         let kernels = Kernels::of(isa);
         match input {
-            Storage::F32 => Self { lanes: kernels.lanes, offset: 0, tiles: false, run: kernels.conv },
+            Storage::F32 => {
+                Self { lanes: kernels.lanes, offset: 0, pairs: false, tiles: false, run: kernels.conv }
+            }
             #[cfg(target_arch = "x86_64")]
             Storage::Bf16 if isa.multiplies_bf16() => avx512::bf16::KERNEL,
             #[cfg(target_arch = "x86_64")]
@@ -251,6 +255,7 @@ macro_rules! conv_kernel {
                 $crate::cpu::kernels::ConvKernel {
                     lanes: <Tiles as conv::Tiles>::LANES,
                     offset: <$product as conv::Product>::OFFSET,
+                    pairs: <$product as conv::Product>::PAIRS,
                     tiles: false,
                     run,
                 };
