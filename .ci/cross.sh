@@ -108,7 +108,7 @@ check_target() {
     local target=$1 emulator=$2 passed tests=(--lib) name start=$SECONDS
     local log=$cache/$target.log
     echo "== $target: library"
-    cargo build --release "${alike[@]}" --no-default-features --lib --target "$target"
+    cargo build --release "${alike[@]}" "${checked[@]}" --no-default-features --lib --target "$target"
     for name in a so; do
         [ -s "$CARGO_TARGET_DIR/$target/release/libfarface.$name" ] || die "$target: no libfarface.$name"
     done
@@ -139,7 +139,7 @@ export RUSTFLAGS="--cfg emulated" # leaves out heavy test dependencies, see Carg
 # Library and tests without link-time optimisation, so that what they depend on is built once for both. The library has
 # none anyway: cargo does without where one of the crate types is for Rust programs.
 alike=(--config 'profile.release.lto="off"')
-# The tests with all checks, since a usize of 32 bits must not overflow.
+# With all checks, since a usize of 32 bits must not overflow: the library too, which the tests then link.
 checked=()
 for option in overflow-checks debug-assertions; do
     checked+=(--config "profile.release.package.farface.$option=true")
