@@ -239,6 +239,24 @@ fn going_on_needs_no_start_and_a_start_says_what_it_gave() {
     assert!(old.tensors[last] == new.tensors[last]);
     let logits = &new.tensors["predict3.bias"].data;
     assert!((logits[0] - (0.01f32 / 0.99).ln()).abs() < 1e-6, "{logits:?}");
+    // Another file gives the rest; one that adds nothing is a mistake.
+    let other = trainer(&format!("{RECIPE}[run]\nseed = 4\n"), dir.path(), 1).model().unwrap();
+    other.save(dir.path().join("other.safetensors")).unwrap();
+    let both = |only: &str| {
+        let lines = format!("start-only = {only}\nstart-rest = \"other.safetensors\"\n[data]\ntrain");
+        Trainer::new(&text.replace("[data]\ntrain", &lines), dir.path(), resources(1))
+    };
+    let mut joined = both("[\"body.\"]").unwrap();
+    let rest = all - bodies;
+    assert_eq!(
+        joined.notes(),
+        [format!("{bodies} of {all} tensors from start.safetensors, {rest} of {all} tensors from other.safetensors")]
+    );
+    for (name, tensor) in &joined.model().unwrap().tensors {
+        let from = if name.starts_with("body.") { &old } else { &other };
+        assert!(*tensor == from.tensors[name], "{name}");
+    }
+    assert!(both("[]").err().unwrap().to_string().contains("model.start-rest other.safetensors"));
     let bytes = state(&mut one, dir.path());
     std::fs::remove_file(start).unwrap();
     let path = dir.path().join("state.checkpoint");
@@ -391,6 +409,11 @@ fn what_is_wrong_with_a_recipe_is_named() {
         ("[mining]", "[sampler]\n[mining]", "sampler"),
         ("\"farface-nano\"", "\"farface-nano\"\nstart = \"none.safetensors\"", "none.safetensors"),
         ("\"farface-nano\"", "\"farface-nano\"\ngrow = 0.5", "model.grow: there is no model.start"),
+        (
+            "\"farface-nano\"",
+            "\"farface-nano\"\nstart-rest = \"none.safetensors\"",
+            "model.start-rest: there is no model.start",
+        ),
         ("list = \"faces.txt\"", "list = \"none.txt\"", "none.txt"),
     ] {
         let error = refused(dir.path(), from, to);

@@ -99,6 +99,10 @@ pub struct ModelRecipe {
     /// Of that file only the tensors whose names, with the prefix, begin so; all without this.
     #[serde(default)]
     pub start_only: Vec<String>,
+    /// A second file for what the start has not, or is not asked for by `start-only`: a backbone from one model, what
+    /// follows it from another.
+    #[serde(default)]
+    pub start_rest: Option<PathBuf>,
     /// Parameters whose names begin so are not trained; a batch normalisation whose running mean is among them keeps its
     /// statistics.
     #[serde(default)]
@@ -271,6 +275,9 @@ impl Recipe {
         }
         if self.model.grow.is_some() && self.model.start.is_none() {
             return bad("model.grow: there is no model.start to grow from");
+        }
+        if self.model.start_rest.is_some() && self.model.start.is_none() {
+            return bad("model.start-rest: there is no model.start before it");
         }
         if self.model.score_threshold.is_some_and(|t| !(0.0..=1.0).contains(&t)) {
             return bad("model.score-threshold must be from 0 to 1");

@@ -12,6 +12,7 @@ use crate::detect::retinaface::RetinaFaceConfig;
 use crate::detect::ModelConfig;
 use crate::error::{Error, Result};
 use crate::graph::build::ParamRole;
+use crate::graph::weights::WeightTensor;
 use crate::graph::{Graph, Weights};
 use crate::nets::hr::Backbone;
 use crate::nets::refineface::{FirstStep, LEVELS};
@@ -28,6 +29,7 @@ use crate::train::optim::{Ema, Optimizer, ParamOptions};
 use crate::train::ranks::Ranks;
 use crate::train::recipe::{ModelRecipe, Recipe};
 use crate::train::sampler::SamplerRecipe;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -318,8 +320,8 @@ fn refineface_levels(detector: &RefineFaceConfig) -> Vec<(Level, Option<FirstSte
     LEVELS.map(level).collect()
 }
 
-/// The weights of `model.start` that the network has, under its names, those that are smaller grown where the recipe wants
-/// that, and a note of how many there are; none where the recipe names no start.
+/// The weights of `model.start`, and behind it of `model.start-rest`, that the network has, under its names, those that are
+/// smaller grown where the recipe wants that, and a note of how many there are; none where the recipe names no start.
 fn start_weights(
     recipe: &Recipe,
     base: &Path,
@@ -329,49 +331,74 @@ fn start_weights(
     let model = &recipe.model;
     let mut start = Weights::default();
     let Some(path) = &model.start else { return Ok((start, Vec::new())) };
-    let mut file = Weights::load(base.join(path))?.tensors;
-    // A training's checkpoint: what it would export, its averages where it has any. Optimiser buffers fit no name.
-    let kind = [AVERAGE, PARAM].into_iter().find(|kind| file.keys().any(|name| name.starts_with(kind)));
-    if let Some(kind) = kind {
-        file = file.into_iter().filter_map(|(n, t)| Some((n.strip_prefix(kind)?.to_string(), t))).collect();
-    }
-    for (name, tensor) in file {
+    let wanted = |name: &String| {
+        model.start_only.is_empty() || model.start_only.iter().any(|with| name.starts_with(with.as_str()))
+    };
+    let mut first = BTreeMap::new();
+    for (name, tensor) in trained_tensors(&base.join(path))? {
         let name = format!("{}{name}", model.start_prefix);
-        if model.start_only.is_empty() || model.start_only.iter().any(|with| name.starts_with(with.as_str()))
-        {
-            start.tensors.insert(name, tensor);
+        if wanted(&name) {
+            first.insert(name, tensor);
         }
     }
-    let bad = |what: String| Err(Error::InvalidArgument(format!("model.start {}: {what}", path.display())));
+    let mut files = vec![("start", path, first)];
+    if let Some(path) = &model.start_rest {
+        files.push(("start-rest", path, trained_tensors(&base.join(path))?));
+    }
     let mut fresh = Weights::default();
     if let (Some(_), DetectorConfig::Pyramid(detector)) = (model.grow, detector) {
         // What smaller tensors grow into: all as it would be without a start.
         fresh = fresh.completed(graph, recipe.run.seed);
         detector.start_new(&mut fresh, PRIOR, |_| true);
     }
-    let (mut found, mut grown) = (0, 0);
-    for p in &graph.params {
-        let Some(t) = start.tensors.get_mut(&p.name) else { continue };
-        found += 1;
-        if t.shape == p.shape {
-            continue;
+    let mut found = Vec::new();
+    let mut grown = 0;
+    for (key, path, tensors) in &mut files {
+        let bad =
+            |what: String| Err(Error::InvalidArgument(format!("model.{key} {}: {what}", path.display())));
+        let before = start.tensors.len();
+        for p in &graph.params {
+            if start.tensors.contains_key(&p.name) {
+                continue;
+            }
+            let Some(mut t) = tensors.remove(&p.name) else { continue };
+            if t.shape != p.shape {
+                let larger =
+                    model.grow.and_then(|share| fresh.tensors.remove(&p.name)?.grown_from(&t, share));
+                let Some(larger) = larger else {
+                    let why = if model.grow.is_some() { ", which is not larger" } else { "" };
+                    return bad(format!(
+                        "{} has shape {:?}, the network needs {:?}{why}",
+                        p.name, t.shape, p.shape
+                    ));
+                };
+                t = larger;
+                grown += 1;
+            }
+            start.tensors.insert(p.name.clone(), t);
         }
-        let larger = model.grow.and_then(|share| fresh.tensors.remove(&p.name)?.grown_from(t, share));
-        let Some(larger) = larger else {
-            let why = if model.grow.is_some() { ", which is not larger" } else { "" };
-            return bad(format!("{} has shape {:?}, the network needs {:?}{why}", p.name, t.shape, p.shape));
-        };
-        *t = larger;
-        grown += 1;
-    }
-    if found == 0 {
-        return bad(format!(
-            "no tensor is named as one of the network (with start-prefix {:?}, start-only {:?})",
-            model.start_prefix, model.start_only
-        ));
+        let count = start.tensors.len() - before;
+        if count == 0 && *key == "start" {
+            return bad(format!(
+                "no tensor is named as one of the network (with start-prefix {:?}, start-only {:?})",
+                model.start_prefix, model.start_only
+            ));
+        } else if count == 0 {
+            return bad("it has no tensor of the network that model.start does not give".into());
+        }
+        found.push(format!("{count} of {} tensors from {}", graph.params.len(), path.display()));
     }
     let grown = if grown > 0 { format!(", {grown} of them grown") } else { String::new() };
-    Ok((start, vec![format!("{found} of {} tensors from {}{grown}", graph.params.len(), path.display())]))
+    Ok((start, vec![format!("{}{grown}", found.join(", "))]))
+}
+
+/// The tensors of a model file; of a training's checkpoint those that it would export, its averages where it has any.
+fn trained_tensors(path: &Path) -> Result<BTreeMap<String, WeightTensor>> {
+    let file = Weights::load(path)?.tensors;
+    // Optimiser buffers fit no kind.
+    let kind = [AVERAGE, PARAM].into_iter().find(|kind| file.keys().any(|name| name.starts_with(kind)));
+    let Some(kind) = kind else { return Ok(file) };
+    Ok(file.into_iter().filter_map(|(n, t)| Some((n.strip_prefix(kind)?.to_string(), t))).collect())
 }
 
 /// What the optimiser does with each parameter: statistics and frozen ones stand still; biases and normalisations do
