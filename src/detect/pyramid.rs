@@ -67,9 +67,9 @@ impl PyramidConfig {
         }
     }
 
-    /// `farface-small`: MobileNet-V1 x0.25, wider levels of plain 3x3 convolutions.
+    /// `farface-small`: the same backbone, wider levels of plain 3x3 convolutions.
     pub fn small() -> Self {
-        Self { backbone: None, channels: 96, fine_channels: 64, plain_convs: true, ..Self::nano() }
+        Self { channels: 96, fine_channels: 64, plain_convs: true, ..Self::nano() }
     }
 
     pub(super) fn check(&self) -> Result<()> {

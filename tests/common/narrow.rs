@@ -58,10 +58,9 @@ pub fn narrow(name: &str) -> ModelConfig {
             DetectorConfig::Hr(HrConfig { backbone, ..d })
         }
         DetectorConfig::Pyramid(d) => {
-            // farface-small's is MobileNet-V1.
             let blocks = [vec![], vec![12, 20], vec![20, 24], vec![28, 28, 32], vec![40]];
-            let backbone = d.backbone.map(|_| BlockStack { first: 6, blocks });
-            DetectorConfig::Pyramid(PyramidConfig { width: 2, backbone, channels: CHANNELS, ..d })
+            let backbone = Some(BlockStack { first: 6, blocks });
+            DetectorConfig::Pyramid(PyramidConfig { backbone, channels: CHANNELS, ..d })
         }
         other => panic!("{other:?}"),
     };

@@ -513,7 +513,7 @@ def narrow():
     case("retinaface-r50", RetinaFace(*R50), (70, 99))
     case("farface-crowd-r50", RefineFace(*R50, True, True, True, True), (128, 160))
     case("farface-nano", Pyramid(False, 6, [[], [12, 20], [20, 24], [28, 28, 32], [40]]), (101, 131))
-    case("farface-small", Pyramid(True, 2, [[4], [8] * 2, [16] * 2, [32] * 6, [64] * 2]), (101, 131))
+    case("farface-small", Pyramid(True, 6, [[], [12, 20], [20, 24], [28, 28, 32], [40]]), (101, 131))
 
 
 def full():
