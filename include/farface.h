@@ -312,7 +312,10 @@ typedef uint32_t farface_precision;
 /** bf16, sums in single precision: half the memory, and faster on CPUs with AMX or AVX512-BF16 (slower on others). */
 #define FARFACE_PRECISION_BF16 2
 
-/** Eight bits, sums of 32; an error for a model that was not quantized. */
+/**
+ * Eight bits, sums of 32; an error for a model that was not quantized. x86 CPUs without a dot product of eight bits round
+ * weights more coarsely, so that they find faces slightly otherwise.
+ */
 #define FARFACE_PRECISION_INT8 3
 
 /**

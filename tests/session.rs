@@ -2,6 +2,7 @@
 
 mod common;
 
+use farface::cpu::Isa;
 use farface::detect::quantize::Quantizer;
 use farface::detect::{BBox, Face, Model, Options, Precision, Pyramid, Scales, Session, Suppression};
 use farface::graph::Clip;
@@ -76,14 +77,12 @@ fn precision_is_what_was_asked_for() {
         assert_eq!(with(&quantized, Precision::F32), single);
         assert_eq!(with(&quantized, Precision::Auto), with(&quantized, quantized.own_precision()));
         assert_eq!(model.own_precision(), Precision::F32);
-        #[cfg(target_arch = "x86_64")]
-        let faster = if is_x86_feature_detected!("avx512f") {
-            is_x86_feature_detected!("avx512vnni")
-        } else {
-            is_x86_feature_detected!("avx2")
+        let faster = match Isa::supported().last().unwrap().name() {
+            "generic" => !cfg!(target_arch = "x86_64"),
+            #[cfg(target_arch = "x86_64")]
+            "avx512" => is_x86_feature_detected!("avx512vnni"),
+            _ => true,
         };
-        #[cfg(not(target_arch = "x86_64"))]
-        let faster = true;
         let own = if faster { Precision::Int8 } else { Precision::F32 };
         // Unless another instruction set was asked for.
         assert!(quantized.own_precision() == own || std::env::var_os("FARFACE_ISA").is_some());

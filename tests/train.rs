@@ -250,7 +250,10 @@ fn going_on_needs_no_start_and_a_start_says_what_it_gave() {
     let rest = all - bodies;
     assert_eq!(
         joined.notes(),
-        [format!("{bodies} of {all} tensors from start.safetensors, {rest} of {all} tensors from other.safetensors")]
+        [
+            format!("{bodies} of {all} tensors from start.safetensors"),
+            format!("{rest} of {all} tensors from other.safetensors")
+        ]
     );
     for (name, tensor) in &joined.model().unwrap().tensors {
         let from = if name.starts_with("body.") { &old } else { &other };

@@ -75,11 +75,11 @@ pub(crate) struct ConvOp {
     group_lanes: usize,
 }
 
-/// Largest magnitude of a weight as i8. Of two of one sign that are added in 16 bits, the largest sum: when they are rounded it
-/// may be 128, and 255 times that fits.
+/// Largest magnitude of a weight as i8; also the largest sum of two of one sign whose products with u8 are added in 16 bits. Rounded,
+/// each may be a half more: 128 together, and 128 * 255 is below 2^15.
 const MOST: f32 = 127.0;
 
-/// The largest sum of two neighbouring weights of one sign, of `[in, kh * kw]`.
+/// The largest sum of two weights of one sign of input channels 2k and 2k + 1 at one tap, of `[in, area]`.
 fn largest_pair(weight: &[f32], area: usize) -> f32 {
     let mut most = 0.0f32;
     for pair in weight.chunks_exact(2 * area) {
@@ -139,8 +139,9 @@ impl ConvOp {
                 one
             }
         };
-        let steps: Vec<f32> =
-            (0..out_channels).map(|o| if largest(o) > 0.0 { largest(o) / MOST } else { 1.0 }).collect();
+        let steps: Vec<f32> = (0..out_channels)
+            .map(|o| if largest(o) >= f32::MIN_POSITIVE * MOST { largest(o) / MOST } else { 1.0 })
+            .collect();
         let to_half = if formats.input.storage == Storage::F16 { f16_bits } else { bf16_bits };
         let (mut packed, mut start, mut scale, mut added) = (vec![], vec![], vec![], vec![]);
         for g in 0..groups {
@@ -540,13 +541,13 @@ mod tests {
     use crate::cpu::Pool;
     use crate::shape::Shape;
 
-    /// What a kernel makes of a picture of noise, or of the largest values that there are by equal weights.
+    /// What a kernel makes of a picture of noise, or of the largest values that there are by the weights of [`extremes`].
     fn run(
         kernel: ConvKernel,
         formats: Formats,
         [ci, co]: [usize; 2],
         side: usize,
-        largest: Option<f32>,
+        extreme: Option<(f32, usize)>,
     ) -> Vec<f32> {
         let window = Window { kernel: [side; 2], stride: [1; 2], dilation: [1; 2], padding: [side / 2; 4] };
         let mut state = 1u32;
@@ -554,8 +555,11 @@ mod tests {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 8) as f32 / (1 << 23) as f32 - 1.0
         };
-        let weight: Vec<f32> =
-            (0..co * ci * side * side).map(|_| noise()).map(|v| largest.unwrap_or(v)).collect();
+        let area = side * side;
+        let weight: Vec<f32> = match extreme {
+            Some(of) => (0..co * ci * area).map(|i| extremes(of, i / area % ci, i % area)).collect(),
+            None => (0..co * ci * area).map(|_| noise()).collect(),
+        };
         let bias: Vec<f32> = (0..co).map(|_| noise()).collect();
         let op =
             ConvOp::with_kernel(kernel, window, 1, [ci, co], &weight, &bias, (0.1, Residual::None), formats);
@@ -569,7 +573,7 @@ mod tests {
         bytes.fill(zero);
         for y in 0..9 {
             for i in 0..31 * ci {
-                let (at, v) = (input.at(0, y, 0) + i, if largest.is_some() { 1.0 } else { noise() });
+                let (at, v) = (input.at(0, y, 0) + i, if extreme.is_some() { 1.0 } else { noise() });
                 match storage {
                     Storage::Bf16 => bytes[2 * at..][..2].copy_from_slice(&bf16_bits(v).to_ne_bytes()),
                     Storage::F16 => bytes[2 * at..][..2].copy_from_slice(&f16_bits(v).to_ne_bytes()),
@@ -590,20 +594,37 @@ mod tests {
         arena.read(&output).data
     }
 
+    /// The weight of input channel `i` at a tap: the value at all of them, or in pairs of channels, 0 and 1 of four at even taps and 2 and
+    /// 3 at odd ones or the other way round, 0 elsewhere.
+    fn extremes((value, pairs): (f32, usize), i: usize, tap: usize) -> f32 {
+        if pairs == 2 || (i / 2 + tap) % 2 == pairs {
+            value
+        } else {
+            0.0
+        }
+    }
+
     /// A CPU takes the best kernel that it has; the others, for CPUs without, must give the same, but for the rounding of sums of
-    /// f16. Those that add pairs of u8 in 16 bits give what any gives by weights as they want them.
+    /// f16. Those that add pairs of u8 in 16 bits give what any gives by weights that are packed for it.
     #[test]
     fn every_kernel_of_bf16_f16_and_u8_gives_the_same() {
         let u8 = Format { storage: Storage::U8, scale: 0.01, zero: 131 };
         for (input, limit) in [(Format::BF16, 2e-6), (Format::F16, 2e-3), (u8, 0.0)] {
             let formats = Formats { input, add: Format::F32, output: Format::F32 };
+            let kernels: Vec<_> = Isa::supported()
+                .into_iter()
+                .flat_map(|isa| ConvKernel::all(isa, input.storage).map(|kernel| (isa, kernel)))
+                .collect();
+            let whole = input.storage == Storage::U8;
+            let pairs = |&(isa, kernel)| (isa, ConvKernel { pairs: true, ..kernel });
+            let for_pairs: Vec<_> = kernels.iter().filter(|_| whole).map(pairs).collect();
+            let extremes = [1.0, -1.0].into_iter().flat_map(|v| (0..3).map(move |pairs| Some((v, pairs))));
+            let weights: Vec<_> = [None].into_iter().chain(extremes.filter(|_| whole)).collect();
             for (channels, side) in [([4, 5], 1), ([8, 33], 3), ([36, 64], 3), ([64, 17], 1), ([132, 40], 1)]
             {
-                for weight in [None, Some(1.0), Some(-1.0)] {
+                for &weight in &weights {
                     let mut first: [Option<Vec<f32>>; 2] = [None, None];
-                    let kernels =
-                        Isa::supported().into_iter().flat_map(|isa| ConvKernel::all(isa, input.storage));
-                    for kernel in kernels.flat_map(|k| [k, ConvKernel { pairs: true, ..k }]) {
+                    for &(isa, kernel) in kernels.iter().chain(&for_pairs) {
                         let got = run(kernel, formats, channels, side, weight);
                         let expected = first[usize::from(kernel.pairs)].get_or_insert_with(|| got.clone());
                         let largest = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
@@ -611,17 +632,20 @@ mod tests {
                             got.iter().zip(expected.iter()).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
                         // Whole sums are the same; the last step to f32 is fused or not.
                         let limit = limit * largest + f32::EPSILON * 4.0 * largest;
-                        assert!(largest > 0.1 && off <= limit, "{channels:?}: {off} of {largest}");
+                        assert!(
+                            largest > 0.1 && off <= limit,
+                            "{isa:?}, {:?}, pairs {}, {channels:?}, weights {weight:?}: {off} of {largest}",
+                            input.storage,
+                            kernel.pairs
+                        );
                     }
                 }
             }
         }
     }
 
-    /// Two weights of one sign that neighbours have are at most 128 together, and one at most 127.
     #[test]
-    fn pairs_of_weights_fit_sixteen_bits() {
-        // Channels 0 and 1 at the second place, 2 and 3 at the first.
+    fn the_largest_pair_is_of_neighbouring_channels_at_one_tap() {
         let weight = [0.1, 0.6, 0.3, 0.7, -0.9, 0.5, -0.2, 0.0];
         assert_eq!(largest_pair(&weight, 2), 0.6 + 0.7);
         assert_eq!(largest_pair(&weight.map(|v| -v), 2), 0.6 + 0.7);

@@ -198,7 +198,8 @@ impl WinogradOp {
         }
     }
 
-    /// Pixels under a tile: zeros outside the map, and, where some of the output is asked for, beyond what was computed for that.
+    /// Pixels under a tile: outside the map, and, where some of the output is asked for, beyond what was computed for that, one
+    /// that stands for zero.
     ///
     /// # Safety
     /// As [`WinogradOp::run`].
@@ -278,4 +279,96 @@ fn transform_kernel(g: &[f32]) -> [f32; POSITIONS] {
         let (row, column) = (half[i / PATCH], G[i % PATCH]);
         (0..3).map(|k| row[k] * column[k]).sum::<f64>() as f32
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::arena::Format;
+    use super::*;
+    use crate::cpu::Pool;
+
+    /// Maps of u8, whose zeros are no zeros, give what the plain sum of their values gives, stored in f32 and in u8.
+    #[test]
+    fn maps_of_u8_give_the_plain_sum_of_their_values() {
+        let u8 = |scale, zero| Format { storage: Storage::U8, scale, zero };
+        let ([ci, co], [h, w], padding) = ([20, 27], [9, 14], [1, 2, 0, 1]);
+        let out = Shape::new(1, co, h + 1 - 2, w + 2 + 1 - 2);
+        let mut state = 1u32;
+        let mut noise = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let weight: Vec<f32> = (0..co * ci * 9).map(|_| 0.2 * noise()).collect();
+        let bias: Vec<f32> = (0..co).map(|_| noise()).collect();
+        let mut bytes = |n: usize| (0..n).map(|_| (127.5 * noise() + 127.5) as u8).collect::<Vec<_>>();
+        let (pixels, added) = (bytes(h * w * ci), bytes(out.len()));
+        for output in [Format::F32, u8(0.07, 90)] {
+            let formats = Formats { input: u8(0.01, 131), add: u8(0.02, 7), output };
+            let value = |format: &Format, q: u8| format.scale * (f32::from(q) - f32::from(format.zero));
+            let at = |y: usize, x: usize, i: usize| {
+                let inside = (1..=h).contains(&y) && (2..w + 2).contains(&x);
+                if inside {
+                    value(&formats.input, pixels[((y - 1) * w + x - 2) * ci + i])
+                } else {
+                    0.0
+                }
+            };
+            let expected = |y: usize, x: usize, o: usize| {
+                let mut sum = bias[o] + value(&formats.add, added[(y * out.w + x) * co + o]);
+                for i in 0..ci {
+                    for tap in 0..9 {
+                        sum += weight[(o * ci + i) * 9 + tap] * at(y + tap / 3, x + tap % 3, i);
+                    }
+                }
+                sum.max(0.1 * sum)
+            };
+            for isa in Isa::supported() {
+                let rule = (0.1, Residual::BeforeActivation);
+                let op = WinogradOp::new(isa, padding, [ci, co], &weight, &bias, rule, formats).unwrap();
+                let input = View::stored(Storage::U8, 131, Shape::new(1, ci, h, w), 0, [0; 4]);
+                let line = |bytes: usize| bytes.next_multiple_of(64);
+                let add = View::stored(Storage::U8, 7, out, line(pixels.len()), [0; 4]);
+                let first = line(add.extent().end) / output.storage.bytes();
+                let to = View::stored(output.storage, output.zero, out, first, [0; 4]);
+                let scratch = line(to.extent().end * output.storage.bytes()) / 4;
+                let mut arena = Arena::default();
+                arena.reserve(scratch + op.scratch(out)).unwrap();
+                let memory: &mut [u8] = bytemuck::cast_slice_mut(arena.floats_mut());
+                memory[..pixels.len()].copy_from_slice(&pixels);
+                memory[add.offset..][..added.len()].copy_from_slice(&added);
+                struct Base(*mut f32);
+                // SAFETY: one thread.
+                unsafe impl Sync for Base {}
+                let base = Base(arena.floats_mut().as_mut_ptr());
+                // SAFETY: the views and the scratch memory lie in the arena, apart.
+                Pool::new(1).unwrap().run(&|team| unsafe {
+                    let base = &base;
+                    let tables = [Vec::new(), Vec::new()];
+                    op.run(
+                        base.0.cast(),
+                        base.0.add(scratch),
+                        &tables,
+                        [&input, &to],
+                        Some(&add),
+                        None,
+                        team,
+                    );
+                });
+                let memory: &[u8] = bytemuck::cast_slice(arena.floats());
+                for (i, (y, x, o)) in (0..out.h)
+                    .flat_map(|y| (0..out.w).flat_map(move |x| (0..co).map(move |o| (y, x, o))))
+                    .enumerate()
+                {
+                    let wanted = expected(y, x, o);
+                    let (got, wanted, off) = if output.storage == Storage::U8 {
+                        let step = (wanted / output.scale + f32::from(output.zero)).clamp(0.0, 255.0);
+                        (f32::from(memory[first + i]), step, 0.51)
+                    } else {
+                        (arena.floats()[first + i], wanted, 2e-4)
+                    };
+                    assert!((got - wanted).abs() <= off, "{isa:?}, {y} {x} {o}: {got}, not {wanted}");
+                }
+            }
+        }
+    }
 }

@@ -272,7 +272,7 @@ impl ModelConfig {
         Self::pyramid("farface-nano", PyramidConfig::nano())
     }
 
-    /// Our small model: 0.96 million parameters, 1.4 billion multiply-adds at 640x480.
+    /// Our small model: 0.96 million parameters, 1.5 billion multiply-adds at 640x480.
     pub fn farface_small() -> Self {
         Self::pyramid("farface-small", PyramidConfig::small())
     }

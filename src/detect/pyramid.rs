@@ -220,6 +220,19 @@ mod tests {
         assert!(small.0 <= 1_500_000 && small.1 <= 3_000_000_000, "small: {small:?}");
     }
 
+    /// As recipes and files name it that are older than other backbones.
+    #[test]
+    fn a_width_alone_is_mobilenet_v1_of_that_width() {
+        let params = |backbone| {
+            let graph = PyramidConfig { width: 4, backbone, ..PyramidConfig::small() }.graph();
+            graph.params.iter().map(|p| (p.name.clone(), p.shape.clone())).collect::<Vec<_>>()
+        };
+        let by_width = params(None);
+        assert_eq!(by_width, params(Some(BlockStack::mobilenet_v1(4))));
+        assert_eq!(by_width.iter().find(|(name, _)| name == "body.stage1.0.0.weight").unwrap().1[0], 4);
+        assert_ne!(by_width, params(Some(BlockStack::mobilenet_v1(8))));
+    }
+
     #[test]
     fn outputs_are_a_logit_and_four_offsets_an_anchor_from_fine_to_coarse() {
         let graph = PyramidConfig::nano().graph();

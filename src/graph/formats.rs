@@ -23,7 +23,8 @@ pub enum Numbers {
     /// Tensors and the weights of dense convolutions in f16. Where the CPU multiplies f16, sums of a short run of products are
     /// f16 too and the sums of those are f32; elsewhere all sums are f32. What is beyond 65504 becomes that.
     F16,
-    /// Tensors in u8 and weights in i8 where their ranges are known, sums in i32; the rest in f32.
+    /// Tensors in u8 and weights in i8 where their ranges are known, sums in i32; the rest in f32. Some 3x3 convolutions of tensors
+    /// in u8 are computed in f32 where that is faster (by Winograd's algorithm, on AVX2 without VNNI).
     Int8(Ranges),
 }
 

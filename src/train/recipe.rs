@@ -69,8 +69,8 @@ pub struct Recipe {
 pub struct ModelRecipe {
     /// A detector by name, as `farface convert --detector` takes it.
     pub detector: String,
-    /// Channels of the backbone's first convolution instead of the detector's; farface-nano's backbone then is MobileNet-V1
-    /// of that width.
+    /// Channels of the backbone's first convolution instead of the detector's; farface-nano's and farface-small's backbone then is
+    /// MobileNet-V1 of that width.
     #[serde(default)]
     pub width: Option<usize>,
     /// Of farface-nano and farface-small, the backbone's blocks instead of the detector's:
@@ -93,14 +93,14 @@ pub struct ModelRecipe {
     /// found by name, so the start must have as many blocks at each stride. Without this smaller tensors are an error.
     #[serde(default)]
     pub grow: Option<f32>,
-    /// Put before the names in that file.
+    /// Put before the names in the start's file.
     #[serde(default)]
     pub start_prefix: String,
     /// Of that file only the tensors whose names, with the prefix, begin so; all without this.
     #[serde(default)]
     pub start_only: Vec<String>,
-    /// A second file for what the start has not, or is not asked for by `start-only`: a backbone from one model, what
-    /// follows it from another.
+    /// A second file, its names as they are, for what the start does not give: a backbone from one model, what follows it
+    /// from another. `grow` goes for it, too.
     #[serde(default)]
     pub start_rest: Option<PathBuf>,
     /// Parameters whose names begin so are not trained; a batch normalisation whose running mean is among them keeps its

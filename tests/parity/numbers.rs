@@ -106,7 +106,7 @@ const LEAKY: Option<Activation> = Some(Activation::LeakyRelu(0.1));
 #[test]
 fn convolutions_of_every_window() {
     for (kernel, stride, dilation) in [(1, 1, 1), (3, 1, 1), (3, 2, 1), (5, 1, 1), (3, 1, 2), (1, 2, 1)] {
-        for (middle, out, activation) in [(8, 5, RELU), (24, 40, LEAKY), (36, 17, None), (64, 68, LEAKY)] {
+        for (middle, out, activation) in [(8, 5, RELU), (24, 40, LEAKY), (36, 17, None)] {
             holds(
                 &format!("{kernel}x{kernel}, stride {stride}, {middle} to {out}"),
                 6,

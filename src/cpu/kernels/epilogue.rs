@@ -293,7 +293,7 @@ unsafe fn store_known<V: Vector, const T: usize, const RESIDUAL: bool, const FUL
     // SAFETY: the contract of `store`.
     unsafe {
         let (slope, zero) = (V::splat(t.rule.slope), V::splat(t.rule.zero));
-        let (add_zero, add_scale) = (V::splat(-t.rule.add_zero), V::splat(t.rule.add_scale));
+        let (minus_zero, add_scale) = (V::splat(-t.rule.add_zero), V::splat(t.rule.add_scale));
         let after = t.rule.residual == Residual::AfterActivation;
         for m in 0..pixels {
             let (add, out) = t.pixel(m);
@@ -303,7 +303,7 @@ unsafe fn store_known<V: Vector, const T: usize, const RESIDUAL: bool, const FUL
                 let v = V::load(values.add((m * registers + r) * V::LANES));
                 let v = if RESIDUAL {
                     let other = V::load_as(storage, add.add(at), n);
-                    let other = if T == U8 { other.add(add_zero).mul(add_scale) } else { other };
+                    let other = if T == U8 { other.add(minus_zero).mul(add_scale) } else { other };
                     if after {
                         activate(v, slope).add(other)
                     } else {

@@ -85,7 +85,7 @@ pub(crate) struct ConvKernel {
     pub lanes: usize,
     /// What it takes off every u8 of the input.
     pub offset: i32,
-    /// Whether it adds the products of two neighbouring u8 in 16 bits, which must hold them.
+    /// Whether it adds the products of two neighbouring u8 in 16 bits: weights must be packed so that the sum fits.
     pub pairs: bool,
     /// Whether it multiplies on AMX tiles.
     pub tiles: bool,
@@ -204,7 +204,7 @@ impl Kernels {
 }
 
 /// Compiles the convolution of one [`conv::Product`] for one ISA, as a module. `wide` and `narrow` list the tile heights (pixels)
-/// for panels of two registers and of one; the first is the tallest that fits the register file, but for `tall` of one.
+/// for panels of two registers and of one; the first is the tallest that the register file holds, or the fastest where that is lower; `tall` of one is taller.
 macro_rules! conv_kernel {
     ($module:ident, $product:ty, [$(#[$attr:meta])?], wide: [$($wide:literal)+], narrow: [$($narrow:literal)+]
         $(, tall: $tall:literal)?) => {

@@ -50,7 +50,7 @@ pub(crate) fn lower(
 const WINOGRAD_CHANNELS: RangeInclusive<usize> = 16..=512;
 /// Likewise where the plain sum is of bf16 or f16, with twice the speed of f32.
 const WINOGRAD_CHANNELS_HALF: RangeInclusive<usize> = 64..=256;
-/// Likewise where it is of pairs of u8: as fast, by weights that are sixteen times as small as the transformed ones.
+/// Likewise where it is of pairs of u8: at bf16's rate, by weights that are sixteen times as small as the transformed ones.
 const WINOGRAD_CHANNELS_PAIRS: RangeInclusive<usize> = 64..=128;
 
 /// Whether a convolution is computed by Winograd's algorithm, in f32 whatever its tensors are stored as.
@@ -58,6 +58,7 @@ fn winograd_pays(conv: &Conv2d, formats: &Formats, isa: Isa) -> bool {
     let channels = match formats.input.storage {
         Storage::U8 if isa.multiplies_pairs_of_u8() => WINOGRAD_CHANNELS_PAIRS,
         Storage::U8 => return false,
+        // Of a layer that stays in f32, whose output alone is u8: never measured.
         _ if formats.output.storage == Storage::U8 => return false,
         Storage::Bf16 if isa.has_tiles() => return false,
         Storage::Bf16 if isa.multiplies_bf16() => WINOGRAD_CHANNELS_HALF,

@@ -352,11 +352,10 @@ fn start_weights(
         detector.start_new(&mut fresh, PRIOR, |_| true);
     }
     let mut found = Vec::new();
-    let mut grown = 0;
     for (key, path, tensors) in &mut files {
         let bad =
             |what: String| Err(Error::InvalidArgument(format!("model.{key} {}: {what}", path.display())));
-        let before = start.tensors.len();
+        let (before, mut grown) = (start.tensors.len(), 0);
         for p in &graph.params {
             if start.tensors.contains_key(&p.name) {
                 continue;
@@ -386,10 +385,10 @@ fn start_weights(
         } else if count == 0 {
             return bad("it has no tensor of the network that model.start does not give".into());
         }
-        found.push(format!("{count} of {} tensors from {}", graph.params.len(), path.display()));
+        let grown = if grown > 0 { format!(", {grown} of them grown") } else { String::new() };
+        found.push(format!("{count} of {} tensors from {}{grown}", graph.params.len(), path.display()));
     }
-    let grown = if grown > 0 { format!(", {grown} of them grown") } else { String::new() };
-    Ok((start, vec![format!("{}{grown}", found.join(", "))]))
+    Ok((start, found))
 }
 
 /// The tensors of a model file; of a training's checkpoint those that it would export, its averages where it has any.
