@@ -326,11 +326,11 @@ mod tests {
                 let rule = (0.1, Residual::BeforeActivation);
                 let op = WinogradOp::new(isa, padding, [ci, co], &weight, &bias, rule, formats).unwrap();
                 let input = View::stored(Storage::U8, 131, Shape::new(1, ci, h, w), 0, [0; 4]);
-                let line = |bytes: usize| bytes.next_multiple_of(64);
-                let add = View::stored(Storage::U8, 7, out, line(pixels.len()), [0; 4]);
-                let first = line(add.extent().end) / output.storage.bytes();
-                let to = View::stored(output.storage, output.zero, out, first, [0; 4]);
-                let scratch = line(to.extent().end * output.storage.bytes()) / 4;
+                // In floats.
+                let behind = |bytes: usize| bytes.next_multiple_of(64) / 4;
+                let add = View::stored(Storage::U8, 7, out, behind(pixels.len()), [0; 4]);
+                let to = View::stored(output.storage, output.zero, out, behind(add.extent().end), [0; 4]);
+                let scratch = behind(to.extent().end * output.storage.bytes());
                 let mut arena = Arena::default();
                 arena.reserve(scratch + op.scratch(out)).unwrap();
                 let memory: &mut [u8] = bytemuck::cast_slice_mut(arena.floats_mut());
@@ -362,9 +362,9 @@ mod tests {
                     let wanted = expected(y, x, o);
                     let (got, wanted, off) = if output.storage == Storage::U8 {
                         let step = (wanted / output.scale + f32::from(output.zero)).clamp(0.0, 255.0);
-                        (f32::from(memory[first + i]), step, 0.51)
+                        (f32::from(memory[to.offset + i]), step, 0.51)
                     } else {
-                        (arena.floats()[first + i], wanted, 2e-4)
+                        (arena.floats()[to.offset + i], wanted, 2e-4)
                     };
                     assert!((got - wanted).abs() <= off, "{isa:?}, {y} {x} {o}: {got}, not {wanted}");
                 }

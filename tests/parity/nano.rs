@@ -2,6 +2,7 @@
 
 use crate::support::Parity;
 use farface::detect::config::DetectorConfig;
+use farface::detect::pyramid::PyramidConfig;
 use farface::detect::{detector::Detector, ModelConfig};
 use farface::graph::{Graph, Weights};
 use farface::shape::Shape;
@@ -28,7 +29,7 @@ fn the_published_imagenet_backbone_fits() {
     let Some(shared) = crate::common::shared() else { return };
     let file = shared.join("fixtures/backbones/mobilenet-v1-x0.25-imagenet.safetensors");
     let weights = Weights::load(file).unwrap();
-    let graph = network(&ModelConfig::farface_small());
+    let graph = PyramidConfig { backbone: None, ..PyramidConfig::small() }.graph();
     let body: Vec<_> = graph.params.iter().filter(|p| p.name.starts_with("body.")).collect();
     // Every tensor but the classifier's two is used.
     assert_eq!(body.len(), weights.tensors.len() - 2);
