@@ -313,8 +313,8 @@ typedef uint32_t farface_precision;
 #define FARFACE_PRECISION_BF16 2
 
 /**
- * Eight bits, sums of 32; an error for a model that was not quantized. x86 CPUs without a dot product of eight bits round
- * weights more coarsely, so that they find faces slightly otherwise.
+ * Eight bits, sums of 32; an error for a model that was not quantized. x86 CPUs with AVX2 and no dot product of eight
+ * bits round weights more coarsely, so that they find faces slightly otherwise.
  */
 #define FARFACE_PRECISION_INT8 3
 

@@ -59,8 +59,8 @@ pub const FARFACE_PRECISION_AUTO: farface_precision = 0;
 pub const FARFACE_PRECISION_F32: farface_precision = 1;
 /// bf16, sums in single precision: half the memory, and faster on CPUs with AMX or AVX512-BF16 (slower on others).
 pub const FARFACE_PRECISION_BF16: farface_precision = 2;
-/// Eight bits, sums of 32; an error for a model that was not quantized. x86 CPUs without a dot product of eight bits round
-/// weights more coarsely, so that they find faces slightly otherwise.
+/// Eight bits, sums of 32; an error for a model that was not quantized. x86 CPUs with AVX2 and no dot product of eight
+/// bits round weights more coarsely, so that they find faces slightly otherwise.
 pub const FARFACE_PRECISION_INT8: farface_precision = 3;
 /// Half precision, sums in single precision or of a few products in half: half the memory, and faster on CPUs with
 /// FEAT_FP16 or AVX512-FP16 (slower on others). What is beyond 65504 becomes that.

@@ -221,4 +221,22 @@ impl Arena {
     pub fn floats_mut(&mut self) -> &mut [f32] {
         bytemuck::cast_slice_mut(&mut self.lines)
     }
+
+    /// Its first byte, for all threads of a run.
+    pub(crate) fn base(&mut self) -> Base {
+        Base(self.floats_mut().as_mut_ptr().cast())
+    }
+}
+
+/// First byte of an arena that the threads of one run share.
+pub(crate) struct Base(*mut u8);
+
+// SAFETY: a pointer alone; who writes through it says why no two threads meet.
+unsafe impl Sync for Base {}
+
+impl Base {
+    /// The byte.
+    pub fn get(&self) -> *mut u8 {
+        self.0
+    }
 }

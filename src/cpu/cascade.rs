@@ -3,7 +3,8 @@
 //! begins, those above it are computed once more.
 
 use super::arena::{Format, View};
-use super::conv::{ConvOp, ConvTables, DepthwiseOp};
+use super::conv::{ConvOp, ConvTables};
+use super::depthwise::DepthwiseOp;
 use super::kernels::Kernels;
 use super::simple::PoolOp;
 use super::threads::{for_images, Team};

@@ -1,12 +1,11 @@
 //! Convolution steps: weights packed for the kernels, and their call over a share of the rows.
 
-use super::arena::{Arena, Format, Storage, View};
+use super::arena::{Arena, Storage, View};
 use super::isa::Isa;
 use super::kernels::conv::{panel_registers, panels, ConvArgs};
-use super::kernels::depthwise::DepthwiseArgs;
 use super::kernels::epilogue::Rule;
 pub(crate) use super::kernels::epilogue::{Formats, Residual};
-use super::kernels::{bf16_bits, f16_bits, ConvKernel, Kernels};
+use super::kernels::{bf16_bits, f16_bits, ConvKernel};
 use super::part::Part;
 use super::simple::blends;
 use super::threads::Team;
@@ -33,14 +32,14 @@ impl Window {
     }
 
     /// From a map's row 0 to the first byte of the window of output row `y`, pixel 0; may lie before it.
-    fn start(&self, y: usize, input: &View) -> isize {
+    pub fn start(&self, y: usize, input: &View) -> isize {
         let row = (y * self.stride[0]) as isize - self.padding[0] as isize;
         let values = row * input.row as isize - (self.padding[1] * input.pixel) as isize;
         values * input.storage.bytes() as isize
     }
 
     /// Index of the first value of the first output pixel's window.
-    fn first(&self, input: &View) -> usize {
+    pub fn first(&self, input: &View) -> usize {
         input.offset - self.padding[0] * input.row - self.padding[1] * input.pixel
     }
 
@@ -78,6 +77,12 @@ pub(crate) struct ConvOp {
 /// Largest magnitude of a weight as i8; also the largest sum of two of one sign whose products with u8 are added in 16 bits. Rounded,
 /// each may be a half more: 128 together, and 128 * 255 is below 2^15.
 const MOST: f32 = 127.0;
+
+/// Whether u8 are multiplied by pairs of products in 16 bits (AVX2's, where there is no dot product): at twice the rate of f32 on
+/// a Zen 3.
+pub(crate) fn multiplies_pairs(isa: Isa) -> bool {
+    ConvKernel::of(isa, Storage::U8, 1).pairs
+}
 
 /// The largest sum of two weights of one sign of input channels 2k and 2k + 1 at one tap, of `[in, area]`.
 fn largest_pair(weight: &[f32], area: usize) -> f32 {
@@ -139,9 +144,16 @@ impl ConvOp {
                 one
             }
         };
-        let steps: Vec<f32> = (0..out_channels)
-            .map(|o| if largest(o) >= f32::MIN_POSITIVE * MOST { largest(o) / MOST } else { 1.0 })
-            .collect();
+        let step = |o: usize| {
+            let largest = largest(o);
+            // A smaller channel's step would be subnormal, or 0: its weights count as zeros.
+            if largest >= f32::MIN_POSITIVE * MOST {
+                largest / MOST
+            } else {
+                1.0
+            }
+        };
+        let steps: Vec<f32> = (0..out_channels).map(step).collect();
         let to_half = if formats.input.storage == Storage::F16 { f16_bits } else { bf16_bits };
         let (mut packed, mut start, mut scale, mut added) = (vec![], vec![], vec![], vec![]);
         for g in 0..groups {
@@ -422,233 +434,5 @@ impl ConvTables {
     }
 }
 
-/// A depthwise convolution; batch normalisation that could not be folded is one with a 1x1 window. Its input and output are
-/// stored the same way.
-pub(crate) struct DepthwiseOp {
-    pub window: Window,
-    pub channels: usize,
-    pub formats: [Format; 2],
-    slope: f32,
-    kernels: &'static Kernels,
-    /// `[kh][kw][channels]`, from units of the input to those of the output.
-    weights: Arena,
-    bias: Arena,
-}
-
-impl DepthwiseOp {
-    /// Packs `weight` `[channels, 1, kh, kw]` and `bias` `[channels]`.
-    pub fn new(
-        isa: Isa,
-        window: Window,
-        channels: usize,
-        weight: &[f32],
-        bias: &[f32],
-        slope: f32,
-        [input, output]: [Format; 2],
-    ) -> Self {
-        let taps = window.kernel[0] * window.kernel[1];
-        assert_eq!(weight.len(), channels * taps);
-        assert_eq!(bias.len(), channels);
-        assert_eq!(input.storage, output.storage, "a depthwise convolution does not convert");
-        let unit = input.scale / output.scale;
-        let packed: Vec<f32> =
-            (0..taps).flat_map(|t| (0..channels).map(move |c| weight[c * taps + t] * unit)).collect();
-        // What a window of zeros sums up to is taken off.
-        let zeros = |c: usize| packed[c..].iter().step_by(channels).sum::<f32>() * f32::from(input.zero);
-        let bias: Vec<f32> = (0..channels).map(|c| bias[c] / output.scale - zeros(c)).collect();
-        Self {
-            window,
-            channels,
-            formats: [input, output],
-            slope,
-            kernels: Kernels::of(isa),
-            weights: Arena::from_slice(&packed),
-            bias: Arena::from_slice(&bias),
-        }
-    }
-
-    /// Bytes of packed weights.
-    pub fn bytes(&self) -> usize {
-        self.weights.bytes() + self.bias.bytes()
-    }
-
-    /// The kernel's arguments but for where input and output are.
-    fn args(&self, input: &View) -> DepthwiseArgs {
-        let w = &self.window;
-        DepthwiseArgs {
-            input: std::ptr::null(),
-            in_row: w.stride[0] * input.row,
-            in_pixel: w.stride[1] * input.pixel,
-            kernel: w.kernel,
-            tap_row: w.dilation[0] * input.row,
-            tap_pixel: w.dilation[1] * input.pixel,
-            weights: self.weights.floats().as_ptr(),
-            bias: self.bias.floats().as_ptr(),
-            output: std::ptr::null_mut(),
-            out_row: 0,
-            out_pixel: 0,
-            width: 0,
-            channels: self.channels,
-            slope: self.slope,
-            zero: self.formats[1].zero.into(),
-        }
-    }
-
-    /// As [`ConvOp::rows`].
-    ///
-    /// # Safety
-    /// As [`ConvOp::rows`].
-    pub unsafe fn rows(&self, [from, to]: [*const u8; 2], [input, output]: [&View; 2], rows: Range<usize>) {
-        let args = DepthwiseArgs {
-            input: from.wrapping_offset(self.window.start(rows.start, input)),
-            output: to.cast_mut().wrapping_add(rows.start * output.row * output.storage.bytes()),
-            out_row: output.row,
-            out_pixel: output.pixel,
-            width: output.shape.w,
-            ..self.args(input)
-        };
-        // SAFETY: the caller's contract.
-        unsafe { (self.kernels.depthwise(self.formats[0].storage))(&args, 0..rows.len()) };
-    }
-
-    /// Computes this thread's part of the output.
-    ///
-    /// # Safety
-    /// As [`ConvOp::run`].
-    pub unsafe fn run(&self, base: *mut u8, input: &View, output: &View, part: &Part) {
-        let args = self.args(input);
-        part.each([output.shape.h, output.shape.w], |n, rows, columns| {
-            let first = self.window.first(input) + n * input.image + columns.start * args.in_pixel;
-            // SAFETY: the caller's contract.
-            unsafe {
-                let args = DepthwiseArgs {
-                    input: input.byte(base, first),
-                    output: output.byte(base, output.at(n, 0, columns.start)),
-                    out_row: output.row,
-                    out_pixel: output.pixel,
-                    width: columns.len(),
-                    ..args
-                };
-                (self.kernels.depthwise(self.formats[0].storage))(&args, rows);
-            }
-        });
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cpu::Pool;
-    use crate::shape::Shape;
-
-    /// What a kernel makes of a picture of noise, or of the largest values that there are by the weights of [`extremes`].
-    fn run(
-        kernel: ConvKernel,
-        formats: Formats,
-        [ci, co]: [usize; 2],
-        side: usize,
-        extreme: Option<(f32, usize)>,
-    ) -> Vec<f32> {
-        let window = Window { kernel: [side; 2], stride: [1; 2], dilation: [1; 2], padding: [side / 2; 4] };
-        let mut state = 1u32;
-        let mut noise = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        let area = side * side;
-        let weight: Vec<f32> = match extreme {
-            Some(of) => (0..co * ci * area).map(|i| extremes(of, i / area % ci, i % area)).collect(),
-            None => (0..co * ci * area).map(|_| noise()).collect(),
-        };
-        let bias: Vec<f32> = (0..co).map(|_| noise()).collect();
-        let op =
-            ConvOp::with_kernel(kernel, window, 1, [ci, co], &weight, &bias, (0.1, Residual::None), formats);
-        let Format { storage, zero, .. } = formats.input;
-        let input = View::stored(storage, zero, Shape::new(1, ci, 9, 31), 0, [side / 2; 4]);
-        let first = input.extent().end.div_ceil(64) * 16;
-        let output = View::new(Shape::new(1, co, 9, 31), first, [0; 4]);
-        let mut arena = Arena::default();
-        arena.reserve(output.extent().end.div_ceil(4)).unwrap();
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(arena.floats_mut());
-        bytes.fill(zero);
-        for y in 0..9 {
-            for i in 0..31 * ci {
-                let (at, v) = (input.at(0, y, 0) + i, if extreme.is_some() { 1.0 } else { noise() });
-                match storage {
-                    Storage::Bf16 => bytes[2 * at..][..2].copy_from_slice(&bf16_bits(v).to_ne_bytes()),
-                    Storage::F16 => bytes[2 * at..][..2].copy_from_slice(&f16_bits(v).to_ne_bytes()),
-                    _ => bytes[at] = (v * 127.0 + 128.0) as u8,
-                }
-            }
-        }
-        let tables = op.prepare(&input, None, &output);
-        struct Base(*mut u8);
-        // SAFETY: one thread.
-        unsafe impl Sync for Base {}
-        let base = Base(arena.floats_mut().as_mut_ptr().cast());
-        // SAFETY: both views lie in the arena, apart, and the input's halo stands for zeros.
-        Pool::new(1).unwrap().run(&|team| unsafe {
-            let base = &base;
-            op.run(base.0, &tables, [&input, &output], None, None, team);
-        });
-        arena.read(&output).data
-    }
-
-    /// The weight of input channel `i` at a tap: the value at all of them, or in pairs of channels, 0 and 1 of four at even taps and 2 and
-    /// 3 at odd ones or the other way round, 0 elsewhere.
-    fn extremes((value, pairs): (f32, usize), i: usize, tap: usize) -> f32 {
-        if pairs == 2 || (i / 2 + tap) % 2 == pairs {
-            value
-        } else {
-            0.0
-        }
-    }
-
-    /// A CPU takes the best kernel that it has; the others, for CPUs without, must give the same, but for the rounding of sums of
-    /// f16. Those that add pairs of u8 in 16 bits give what any gives by weights that are packed for it.
-    #[test]
-    fn every_kernel_of_bf16_f16_and_u8_gives_the_same() {
-        let u8 = Format { storage: Storage::U8, scale: 0.01, zero: 131 };
-        for (input, limit) in [(Format::BF16, 2e-6), (Format::F16, 2e-3), (u8, 0.0)] {
-            let formats = Formats { input, add: Format::F32, output: Format::F32 };
-            let kernels: Vec<_> = Isa::supported()
-                .into_iter()
-                .flat_map(|isa| ConvKernel::all(isa, input.storage).map(|kernel| (isa, kernel)))
-                .collect();
-            let whole = input.storage == Storage::U8;
-            let pairs = |&(isa, kernel)| (isa, ConvKernel { pairs: true, ..kernel });
-            let for_pairs: Vec<_> = kernels.iter().filter(|_| whole).map(pairs).collect();
-            let extremes = [1.0, -1.0].into_iter().flat_map(|v| (0..3).map(move |pairs| Some((v, pairs))));
-            let weights: Vec<_> = [None].into_iter().chain(extremes.filter(|_| whole)).collect();
-            for (channels, side) in [([4, 5], 1), ([8, 33], 3), ([36, 64], 3), ([64, 17], 1), ([132, 40], 1)]
-            {
-                for &weight in &weights {
-                    let mut first: [Option<Vec<f32>>; 2] = [None, None];
-                    for &(isa, kernel) in kernels.iter().chain(&for_pairs) {
-                        let got = run(kernel, formats, channels, side, weight);
-                        let expected = first[usize::from(kernel.pairs)].get_or_insert_with(|| got.clone());
-                        let largest = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-                        let off =
-                            got.iter().zip(expected.iter()).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
-                        // Whole sums are the same; the last step to f32 is fused or not.
-                        let limit = limit * largest + f32::EPSILON * 4.0 * largest;
-                        assert!(
-                            largest > 0.1 && off <= limit,
-                            "{isa:?}, {:?}, pairs {}, {channels:?}, weights {weight:?}: {off} of {largest}",
-                            input.storage,
-                            kernel.pairs
-                        );
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn the_largest_pair_is_of_neighbouring_channels_at_one_tap() {
-        let weight = [0.1, 0.6, 0.3, 0.7, -0.9, 0.5, -0.2, 0.0];
-        assert_eq!(largest_pair(&weight, 2), 0.6 + 0.7);
-        assert_eq!(largest_pair(&weight.map(|v| -v), 2), 0.6 + 0.7);
-        assert_eq!(largest_pair(&[0.5, -0.5, 0.25, -1.0], 1), 1.0);
-    }
-}
+mod tests;

@@ -1,7 +1,5 @@
 //! Which instruction set the kernels use, decided once at run time.
 
-use super::arena::Storage;
-use super::kernels::ConvKernel;
 use std::sync::OnceLock;
 
 /// Instruction sets that kernels exist for, weakest first. An `Isa` other than [`Isa::Generic`] is
@@ -89,8 +87,9 @@ impl Isa {
         false
     }
 
-    /// Whether eight bits are faster than f32: not by plain loops, nor by AVX2's pairs of them where AVX-512 multiplies f32.
-    pub(crate) fn multiplies_u8(self) -> bool {
+    /// Whether eight bits are taken to be faster than f32: on x86 not by plain loops, nor by AVX2's pairs where AVX-512 multiplies
+    /// f32; elsewhere always.
+    pub(crate) fn gains_by_u8(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return match self {
             Isa::Amx => true,
@@ -100,11 +99,6 @@ impl Isa {
         };
         #[cfg(not(target_arch = "x86_64"))]
         true
-    }
-
-    /// Whether u8 are multiplied by AVX2's pairs of products: at twice the rate of AVX2's f32 on a Zen 3.
-    pub(crate) fn multiplies_pairs_of_u8(self) -> bool {
-        ConvKernel::of(self, Storage::U8, 1).pairs
     }
 
     /// Whether bf16 and u8 are multiplied on AMX tiles, many times as fast as f32.

@@ -6,6 +6,7 @@ pub(crate) mod cascade;
 pub(crate) mod conv;
 #[cfg(feature = "train")]
 pub mod dense;
+pub(crate) mod depthwise;
 pub mod isa;
 mod kernels;
 pub(crate) mod pages;

@@ -257,21 +257,18 @@ mod tests {
         arena.reserve(grown.end()).unwrap();
         arena.floats_mut().fill(f32::NAN);
         arena.floats_mut()[..h * w].copy_from_slice(values);
-        struct Base(*mut f32);
-        // SAFETY: the threads write rows of their own, with barriers between.
-        unsafe impl Sync for Base {}
-        let base = Base(arena.floats_mut().as_mut_ptr());
+        let base = arena.base();
         let seen = Mutex::new(vec![0; h * w]);
         let most = Mutex::new(0);
         Pool::new(threads).unwrap().run(&|team| {
-            let base = &base;
-            // SAFETY: map and masks lie in the arena, apart; barriers order the three steps.
+            let base = base.get().cast();
+            // SAFETY: map and masks lie in the arena, apart; threads write rows of their own, with barriers between.
             let part = unsafe {
-                raw.set_above(base.0, &map, 0.0, team);
+                raw.set_above(base, &map, 0.0, team);
                 team.barrier();
-                grown.set_grown(base.0, &raw, grow, team);
+                grown.set_grown(base, &raw, grow, team);
                 team.barrier();
-                Part::of_mask(&grown, base.0, team)
+                Part::of_mask(&grown, base, team)
             };
             let mut own = 0;
             part.each(size, |n, rows, columns| {

@@ -5,7 +5,8 @@
 
 use super::arena::{Arena, Format, Storage, View};
 use super::cascade::{CascadeOp, CascadeTables, Stage};
-use super::conv::{residual_tables, ConvOp, ConvTables, DepthwiseOp, Formats};
+use super::conv::{residual_tables, ConvOp, ConvTables, Formats};
+use super::depthwise::DepthwiseOp;
 use super::isa::Isa;
 use super::kernels::simple::Blend;
 use super::kernels::Kernels;
@@ -342,12 +343,6 @@ pub struct Program {
     kernels: &'static Kernels,
 }
 
-/// The arena's base, shared by the threads of one run.
-struct Base(*mut u8);
-// SAFETY: steps write disjoint shares of their outputs and masks and meet at a barrier before the next reads
-// them; Program::new has checked that outputs and inputs do not overlap; of the scratch each thread has a part of its own.
-unsafe impl Sync for Base {}
-
 impl Program {
     /// Validates `steps` for an arena of `floats` floats; `inputs` are the views the caller fills.
     pub fn new(
@@ -470,25 +465,25 @@ impl Program {
     /// As [`Program::run`]; adds every step's wall time to `times` (one a step).
     pub fn run_timed(&self, arena: &mut Arena, pool: &mut Pool, times: Option<&mut [Duration]>) {
         assert!(arena.floats().len() >= self.floats, "arena smaller than the program needs");
-        let base = Base(arena.floats_mut().as_mut_ptr().cast());
+        let base = arena.base();
         let each = self.scratch();
         let mut own = pool.take_scratch(each);
-        let scratch = Base(own.floats_mut().as_mut_ptr().cast());
+        let scratch = own.base();
         let times = times.map(std::sync::Mutex::new);
         pool.run(&|team| {
-            let (base, scratch) = (&base, &scratch);
             for view in &self.inputs {
                 // SAFETY: validated views; the interior is not touched.
-                unsafe { simple::zero_halo(base.0, view, team) };
+                unsafe { simple::zero_halo(base.get(), view, team) };
             }
             team.barrier();
             let mut clock = times.as_ref().map(|_| Instant::now());
             for (i, step) in self.steps.iter().enumerate() {
-                // SAFETY: Program::new validated the step; barriers order the making of its mask, and the steps.
+                // SAFETY: Program::new validated the step, whose output overlaps no input; threads write disjoint shares of it and of
+                // its mask, and scratch memory of their own; barriers order the making of the mask, and the steps.
                 unsafe {
-                    let asked = step.asked.map(|asked| self.mask(&asked, base.0.cast(), team));
-                    let scratch = scratch.0.add(team.index * each * size_of::<f32>());
-                    step.run(self.kernels, [base.0, scratch], asked.as_ref(), team);
+                    let asked = step.asked.map(|asked| self.mask(&asked, base.get().cast(), team));
+                    let scratch = scratch.get().add(team.index * each * size_of::<f32>());
+                    step.run(self.kernels, [base.get(), scratch], asked.as_ref(), team);
                 }
                 team.barrier();
                 if let (0, Some(times), Some(clock)) = (team.index, &times, &mut clock) {
@@ -515,19 +510,18 @@ impl Program {
         assert!(self.gates.is_empty(), "a program with masks");
         let each = self.scratch();
         let mut own = pool.take_scratch(each);
-        let scratch = Base(own.floats_mut().as_mut_ptr().cast());
+        let scratch = own.base();
         for (i, step) in self.steps.iter().enumerate() {
-            let base = Base(arena.floats_mut().as_mut_ptr().cast());
+            let base = arena.base();
             pool.run(&|team| {
-                let (base, scratch) = (&base, &scratch);
                 // SAFETY: Program::new validated the step and the inputs; each job ends before the next begins.
                 unsafe {
                     if i == 0 {
-                        self.inputs.iter().for_each(|view| simple::zero_halo(base.0, view, team));
+                        self.inputs.iter().for_each(|view| simple::zero_halo(base.get(), view, team));
                         team.barrier();
                     }
-                    let scratch = scratch.0.add(team.index * each * size_of::<f32>());
-                    step.run(self.kernels, [base.0, scratch], None, team);
+                    let scratch = scratch.get().add(team.index * each * size_of::<f32>());
+                    step.run(self.kernels, [base.get(), scratch], None, team);
                 }
             });
             watch(i, &step.output, arena.floats());

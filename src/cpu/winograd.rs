@@ -31,8 +31,8 @@ pub(crate) struct WinogradOp {
     weights: Arena,
     position_weights: usize,
     bias: Arena,
-    /// What the products start with, one a lane of all panels.
-    zeros: Arena,
+    /// What the products start with: zeros, one a lane of all panels.
+    start: Arena,
     /// A pixel outside the map, as the input is stored.
     outside: Arena,
 }
@@ -89,14 +89,14 @@ impl WinogradOp {
             position_weights,
             weights,
             bias: Arena::from_slice(&bias),
-            zeros: Arena::from_slice(&vec![0.0; all * 2 * lanes]),
+            start: Arena::from_slice(&vec![0.0; all * 2 * lanes]),
             outside: Arena::from_slice(&vec![f32::from_bits(outside); in_channels]),
         })
     }
 
     /// Bytes of packed weights.
     pub fn bytes(&self) -> usize {
-        [&self.weights, &self.bias, &self.zeros, &self.outside].map(Arena::bytes).iter().sum()
+        [&self.weights, &self.bias, &self.start, &self.outside].map(Arena::bytes).iter().sum()
     }
 
     /// Tiles that a thread takes together, of an output of so many.
@@ -155,7 +155,7 @@ impl WinogradOp {
                 let (image, rest) = (tile / (grid[0] * grid[1]), tile % (grid[0] * grid[1]));
                 (image, rest / grid[1] * TILE, rest % grid[1] * TILE)
             };
-            // SAFETY: the caller's contract; tiles lie inside the output, patches inside the input or are zeros.
+            // SAFETY: the caller's contract; tiles lie inside the output, patches inside the input or stand for zeros.
             unsafe {
                 let products = scratch.add(in_stride * POSITIONS);
                 for (i, &tile) in tiles[..n].iter().enumerate() {
@@ -234,7 +234,7 @@ impl WinogradOp {
             (from, self.in_channels, self.in_channels),
             // SAFETY: there are so many weights for every position.
             unsafe { self.weights.floats().as_ptr().add(position * self.position_weights) },
-            self.zeros.floats().as_ptr(),
+            self.start.floats().as_ptr(),
             (to, self.out_channels, self.out_channels),
             n,
         );
@@ -286,6 +286,7 @@ mod tests {
     use super::super::arena::Format;
     use super::*;
     use crate::cpu::Pool;
+    use crate::graph::init::Rng;
 
     /// Maps of u8, whose zeros are no zeros, give what the plain sum of their values gives, stored in f32 and in u8.
     #[test]
@@ -293,11 +294,8 @@ mod tests {
         let u8 = |scale, zero| Format { storage: Storage::U8, scale, zero };
         let ([ci, co], [h, w], padding) = ([20, 27], [9, 14], [1, 2, 0, 1]);
         let out = Shape::new(1, co, h + 1 - 2, w + 2 + 1 - 2);
-        let mut state = 1u32;
-        let mut noise = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
+        let mut rng = Rng::new(1);
+        let mut noise = || rng.range(-1.0, 1.0);
         let weight: Vec<f32> = (0..co * ci * 9).map(|_| 0.2 * noise()).collect();
         let bias: Vec<f32> = (0..co).map(|_| noise()).collect();
         let mut bytes = |n: usize| (0..n).map(|_| (127.5 * noise() + 127.5) as u8).collect::<Vec<_>>();
@@ -330,29 +328,18 @@ mod tests {
                 let behind = |bytes: usize| bytes.next_multiple_of(64) / 4;
                 let add = View::stored(Storage::U8, 7, out, behind(pixels.len()), [0; 4]);
                 let to = View::stored(output.storage, output.zero, out, behind(add.extent().end), [0; 4]);
-                let scratch = behind(to.extent().end * output.storage.bytes());
+                let scratch = behind(to.extent().end);
                 let mut arena = Arena::default();
                 arena.reserve(scratch + op.scratch(out)).unwrap();
                 let memory: &mut [u8] = bytemuck::cast_slice_mut(arena.floats_mut());
                 memory[..pixels.len()].copy_from_slice(&pixels);
                 memory[add.offset..][..added.len()].copy_from_slice(&added);
-                struct Base(*mut f32);
-                // SAFETY: one thread.
-                unsafe impl Sync for Base {}
-                let base = Base(arena.floats_mut().as_mut_ptr());
+                let base = arena.base();
+                let tables = [Vec::new(), Vec::new()];
                 // SAFETY: the views and the scratch memory lie in the arena, apart.
                 Pool::new(1).unwrap().run(&|team| unsafe {
-                    let base = &base;
-                    let tables = [Vec::new(), Vec::new()];
-                    op.run(
-                        base.0.cast(),
-                        base.0.add(scratch),
-                        &tables,
-                        [&input, &to],
-                        Some(&add),
-                        None,
-                        team,
-                    );
+                    let (base, own) = (base.get(), base.get().cast::<f32>().add(scratch));
+                    op.run(base, own, &tables, [&input, &to], Some(&add), None, team);
                 });
                 let memory: &[u8] = bytemuck::cast_slice(arena.floats());
                 for (i, (y, x, o)) in (0..out.h)

@@ -154,7 +154,7 @@ impl Model {
 
     /// What [`Precision::Auto`] stands for on this machine's CPU.
     pub fn own_precision(&self) -> Precision {
-        if self.config().quantization.is_some() && isa::detected().multiplies_u8() {
+        if self.config().quantization.is_some() && isa::detected().gains_by_u8() {
             Precision::Int8
         } else {
             Precision::F32

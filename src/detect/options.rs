@@ -36,8 +36,8 @@ pub enum Precision {
     /// up to twice the speed of f32 on CPUs with FEAT_FP16 (Arm) or AVX512-FP16. On others it is slower than f32. What is beyond
     /// 65504 becomes that, so that no network overflows.
     F16,
-    /// Tensors and weights in eight bits, sums of 32: for models that `farface quantize` has made. x86 CPUs without a dot product of
-    /// eight bits round weights more coarsely, so that they find faces slightly otherwise.
+    /// Tensors and weights in eight bits, sums of 32: for models that `farface quantize` has made. x86 CPUs with AVX2 and no dot
+    /// product of eight bits round weights more coarsely, so that they find faces slightly otherwise.
     Int8,
     /// On a CUDA device of compute capability 8.0 or later alone: tensors and weights in f32, convolutions' factors rounded to TF32
     /// (the exponents of f32, the ten bits of f16), sums in f32. Faster than f32, with f16's error and without its limits.

@@ -24,7 +24,7 @@ pub enum Numbers {
     /// f16 too and the sums of those are f32; elsewhere all sums are f32. What is beyond 65504 becomes that.
     F16,
     /// Tensors in u8 and weights in i8 where their ranges are known, sums in i32; the rest in f32. Some 3x3 convolutions of tensors
-    /// in u8 are computed in f32 where that is faster (by Winograd's algorithm, on AVX2 without VNNI).
+    /// in u8 are computed in f32 where that is faster (by Winograd's algorithm, on AVX2 or AVX-512 without VNNI).
     Int8(Ranges),
 }
 

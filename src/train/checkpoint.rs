@@ -42,9 +42,21 @@ pub struct Setting {
 }
 
 /// What the names of parameters begin with.
-pub(super) const PARAM: &str = "param/";
+const PARAM: &str = "param/";
 /// What the names of averaged parameters begin with.
-pub(super) const AVERAGE: &str = "average/";
+const AVERAGE: &str = "average/";
+
+/// The weights of a model file; of a checkpoint those that its training would export, its averages where it has any.
+pub(super) fn exported(path: &Path) -> Result<Weights> {
+    let mut file = Weights::load(path)?;
+    // Optimiser buffers fit no kind.
+    let has = |kind: &&str| file.tensors.keys().any(|name| name.starts_with(*kind));
+    if let Some(kind) = [AVERAGE, PARAM].into_iter().find(has) {
+        let own = file.tensors.into_iter();
+        file.tensors = own.filter_map(|(n, t)| Some((n.strip_prefix(kind)?.to_string(), t))).collect();
+    }
+    Ok(file)
+}
 
 const VERSION: u32 = 3;
 

@@ -84,7 +84,7 @@ pub struct ModelRecipe {
     #[serde(default)]
     pub templates: Option<PathBuf>,
     /// Weights to start from, safetensors: a model, or a training's checkpoint, whose averages are taken where it has any.
-    /// What it lacks starts at random.
+    /// What it lacks comes from `start-rest` where there is one, else it starts at random.
     #[serde(default)]
     pub start: Option<PathBuf>,
     /// Of farface-nano and farface-small, tensors of the start that are smaller than the network's become the first part of

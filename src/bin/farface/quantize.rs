@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 /// in eight bits. It is compared with what the model finds in f32 on the same pictures, and a layer that saves a third or more of
 /// what is lost of that stays in f32. Where annotations are given, its AP before and after is measured, and more layers stay in f32
 /// where too much of it is lost, those first that add most to the noise of the outputs. All of it as this CPU computes int8: x86
-/// CPUs without a dot product of eight bits round weights more coarsely than others.
+/// CPUs with AVX2 and no dot product of eight bits round weights more coarsely than others.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   farface quantize model.safetensors --data pictures --output model-int8.safetensors

@@ -2,7 +2,8 @@
 
 use super::BatchNorm;
 use crate::cpu::arena::Format;
-use crate::cpu::conv::{DepthwiseOp, Window};
+use crate::cpu::conv::Window;
+use crate::cpu::depthwise::DepthwiseOp;
 use crate::cpu::program::Kind;
 use crate::cpu::{Isa, Op};
 use std::sync::Arc;

@@ -2,7 +2,8 @@
 
 use super::Conv2d;
 use crate::cpu::arena::Storage;
-use crate::cpu::conv::{ConvOp, DepthwiseOp, Formats, Residual, Window};
+use crate::cpu::conv::{multiplies_pairs, ConvOp, Formats, Residual, Window};
+use crate::cpu::depthwise::DepthwiseOp;
 use crate::cpu::program::Kind;
 use crate::cpu::winograd::WinogradOp;
 use crate::cpu::{Isa, Op};
@@ -56,7 +57,7 @@ const WINOGRAD_CHANNELS_PAIRS: RangeInclusive<usize> = 64..=128;
 /// Whether a convolution is computed by Winograd's algorithm, in f32 whatever its tensors are stored as.
 fn winograd_pays(conv: &Conv2d, formats: &Formats, isa: Isa) -> bool {
     let channels = match formats.input.storage {
-        Storage::U8 if isa.multiplies_pairs_of_u8() => WINOGRAD_CHANNELS_PAIRS,
+        Storage::U8 if multiplies_pairs(isa) => WINOGRAD_CHANNELS_PAIRS,
         Storage::U8 => return false,
         // Of a layer that stays in f32, whose output alone is u8: never measured.
         _ if formats.output.storage == Storage::U8 => return false,

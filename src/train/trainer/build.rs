@@ -12,12 +12,11 @@ use crate::detect::retinaface::RetinaFaceConfig;
 use crate::detect::ModelConfig;
 use crate::error::{Error, Result};
 use crate::graph::build::ParamRole;
-use crate::graph::weights::WeightTensor;
 use crate::graph::{Graph, Weights};
 use crate::nets::hr::Backbone;
 use crate::nets::refineface::{FirstStep, LEVELS};
 use crate::pixels::ChannelOrder;
-use crate::train::checkpoint::{AVERAGE, PARAM};
+use crate::train::checkpoint::exported;
 use crate::train::data::Dataset;
 use crate::train::matching::MatchingRecipe;
 use crate::train::network::{Engine, InputTable};
@@ -29,7 +28,6 @@ use crate::train::optim::{Ema, Optimizer, ParamOptions};
 use crate::train::ranks::Ranks;
 use crate::train::recipe::{ModelRecipe, Recipe};
 use crate::train::sampler::SamplerRecipe;
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -321,7 +319,7 @@ fn refineface_levels(detector: &RefineFaceConfig) -> Vec<(Level, Option<FirstSte
 }
 
 /// The weights of `model.start`, and behind it of `model.start-rest`, that the network has, under its names, those that are
-/// smaller grown where the recipe wants that, and a note of how many there are; none where the recipe names no start.
+/// smaller grown where the recipe wants that, and a note a file of how many there are; none where the recipe names no start.
 fn start_weights(
     recipe: &Recipe,
     base: &Path,
@@ -334,16 +332,12 @@ fn start_weights(
     let wanted = |name: &String| {
         model.start_only.is_empty() || model.start_only.iter().any(|with| name.starts_with(with.as_str()))
     };
-    let mut first = BTreeMap::new();
-    for (name, tensor) in trained_tensors(&base.join(path))? {
-        let name = format!("{}{name}", model.start_prefix);
-        if wanted(&name) {
-            first.insert(name, tensor);
-        }
-    }
+    let prefixed = |(name, t)| (format!("{}{name}", model.start_prefix), t);
+    let first = exported(&base.join(path))?.tensors.into_iter().map(prefixed);
+    let first = first.filter(|(name, _)| wanted(name)).collect();
     let mut files = vec![("start", path, first)];
     if let Some(path) = &model.start_rest {
-        files.push(("start-rest", path, trained_tensors(&base.join(path))?));
+        files.push(("start-rest", path, exported(&base.join(path))?.tensors));
     }
     let mut fresh = Weights::default();
     if let (Some(_), DetectorConfig::Pyramid(detector)) = (model.grow, detector) {
@@ -389,15 +383,6 @@ fn start_weights(
         found.push(format!("{count} of {} tensors from {}{grown}", graph.params.len(), path.display()));
     }
     Ok((start, found))
-}
-
-/// The tensors of a model file; of a training's checkpoint those that it would export, its averages where it has any.
-fn trained_tensors(path: &Path) -> Result<BTreeMap<String, WeightTensor>> {
-    let file = Weights::load(path)?.tensors;
-    // Optimiser buffers fit no kind.
-    let kind = [AVERAGE, PARAM].into_iter().find(|kind| file.keys().any(|name| name.starts_with(kind)));
-    let Some(kind) = kind else { return Ok(file) };
-    Ok(file.into_iter().filter_map(|(n, t)| Some((n.strip_prefix(kind)?.to_string(), t))).collect())
 }
 
 /// What the optimiser does with each parameter: statistics and frozen ones stand still; biases and normalisations do
